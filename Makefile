@@ -1,0 +1,64 @@
+# Every target makes .venv and installs what it needs first. Only python3 (3.11 or newer),
+# make and a package index are needed; nothing has to be activated.
+#
+#   make demo ONCE=1            the demonstration, ending by itself
+#   make test ARGS="-k topic"   more arguments for pytest
+#   make test PYTHON=python3.13 another Python (after make clean)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --quiet --disable-pip-version-check
+
+.PHONY: help demo test lint bench docs clean
+
+help:  ## show this list
+	@sed -En 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+
+demo: $(VENV)/.stamp-example  ## run the example shop on a real nats-server until Ctrl-C (ONCE=1: end by itself)
+	@$(RUN) -m example_app.demo $(if $(filter-out 0,$(ONCE)),--once)
+
+test: $(VENV)/.stamp-dev  ## run the tests
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.stamp-dev $(VENV)/.stamp-lint  ## check style and types
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+bench: $(VENV)/.stamp-dev  ## measure
+	@$(RUN) -m tests.bench $(ARGS)
+
+docs: $(VENV)/.stamp-dev $(VENV)/.stamp-docs  ## build the documentation into docs/_build/html
+	@$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+clean:  ## remove what the other targets made, .venv too
+	@rm -rf $(VENV) docs/_build dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the environment: one stamp a group, made anew when pyproject.toml changes
+
+$(VENV)/.stamp-base: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	           "Choose another with: make PYTHON=python3.13 ..." >&2; exit 1; }
+	@$(RUN) -m pip --version > /dev/null 2>&1 || { echo "making $(VENV) ..."; \
+	    $(PYTHON) -m venv --clear $(VENV); } || \
+	    { echo "python3 cannot make a virtual environment; on Debian and Ubuntu:" \
+	           "apt install python3-venv" >&2; exit 1; }
+	@$(PIP) install --upgrade 'pip>=25.1'
+	@echo "installing flask-natspubsub ..."
+	@$(PIP) install -e '.[all]'
+	@touch $@
+
+$(VENV)/.stamp-%: pyproject.toml $(VENV)/.stamp-base
+	@echo "installing the group $* ..."
+	@$(PIP) install --group $*
+	@touch $@

@@ -1,0 +1,46 @@
+"""A shop: orders come in by HTTP, subscribers reserve stock, confirm, and keep a trail.
+
+Start reading at ``create_order`` in ``views.py``, then go to ``subscribers.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from flask import Flask
+from sqlalchemy import text
+
+from . import commands, errors
+from .extensions import db, pubsub
+from .views import shop
+
+
+def create_app(config: Mapping[str, Any] | None = None) -> Flask:
+    """Make the shop.
+
+    :param config: wins over ``FLASK_*`` environment variables, which win over the defaults.
+    """
+    app = Flask(__name__)
+    app.config.from_mapping(
+        SQLALCHEMY_DATABASE_URI=os.environ.get("DATABASE_URL", "sqlite:///shop.db"),
+        NATSPUBSUB_APP_NAME="shop",
+        NATSPUBSUB_SUBSCRIBERS=["example_app.subscribers"],
+        NATSPUBSUB_HEALTH_URL_PREFIX="/health",
+    )
+    app.config.from_prefixed_env()
+    app.config.from_mapping(config or {})
+
+    db.init_app(app)
+    pubsub.init_app(app, db=db)
+    commands.init_app(app)
+    errors.init_app(app)
+    app.register_blueprint(shop)
+    return app
+
+
+@pubsub.health_check("database")
+def database_answers() -> None:
+    """Raise if the database does not answer."""
+    db.session.execute(text("SELECT 1"))

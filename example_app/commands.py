@@ -1,0 +1,52 @@
+"""Commands of the shop, beside those of the extension."""
+
+from __future__ import annotations
+
+import click
+from flask import Flask
+from flask.cli import with_appcontext
+from sqlalchemy import select
+
+from . import events
+from .extensions import db
+from .models import Order, Product
+
+
+def init_app(app: Flask) -> None:
+    """Add the commands to ``flask``."""
+    app.cli.add_command(init_db)
+    app.cli.add_command(republish_pending)
+
+
+@click.command("init-db")
+@with_appcontext
+def init_db() -> None:
+    """Create the tables and something to sell; does nothing the second time."""
+    db.create_all()
+    if db.session.scalar(select(Product.id).limit(1)) is None:
+        db.session.add_all(first_products())
+        db.session.commit()
+    click.echo("The shop has its tables.")
+
+
+@click.command("republish-pending")
+@with_appcontext
+def republish_pending() -> None:
+    """Announce orders again that nobody has decided on.
+
+    For orders whose process died between saving and announcing them. Announcing an order
+    twice does no harm.
+    """
+    orders = db.session.scalars(select(Order).filter_by(state="pending").order_by(Order.id)).all()
+    for order in orders:
+        events.order_created(order)
+    click.echo(f"Announced again: {len(orders)}")
+
+
+def first_products() -> list[Product]:
+    """Return what a new shop sells; of the last one nobody knows where it is kept."""
+    return [
+        Product(id=1, name="Teapot", price_cents=2450, stock=1000, warehouse="north"),
+        Product(id=2, name="Cup", price_cents=690, stock=8, warehouse="north"),
+        Product(id=3, name="Samovar", price_cents=18900, stock=3, warehouse=None),
+    ]

@@ -1,0 +1,120 @@
+"""Starts nats-server, gunicorn and a worker, tells the story, and stops them again."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .client import Client
+from .processes import (
+    Interrupted,
+    Processes,
+    Unfinished,
+    flask_command,
+    free_port,
+    gunicorn_command,
+    is_listening,
+    nats_server_command,
+    stop_on_signals,
+    wait_for,
+)
+from .story import BOLD, GREEN, RED, Story, colour, say
+
+START_TIMEOUT = 30.0
+
+
+def main() -> int:
+    """Run the demonstration; 0 if every step was seen, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m example_app.demo", description=__doc__)
+    parser.add_argument("--once", action="store_true", help="end after the last step")
+    once = parser.parse_args().once
+    stop_on_signals()
+    with tempfile.TemporaryDirectory(prefix="shop-", ignore_cleanup_errors=True) as folder:
+        return run(Path(folder), once=once)
+
+
+def run(folder: Path, *, once: bool) -> int:
+    """Run the demonstration with its files in ``folder``."""
+    nats_port = int(os.environ.get("NATS_PORT") or free_port())
+    http_port = int(os.environ.get("HTTP_PORT") or free_port())
+    with Processes(folder / "logs", environment(folder, nats_port)) as processes:
+        try:
+            start(processes, folder, nats_port, http_port)
+            story = Story(Client(http_port), processes)
+            story.tell()
+            say(f"\n{colour(f'All {story.steps} steps were seen.', GREEN)}")
+            if not once:
+                stay(processes, nats_port, http_port, folder)
+        except Interrupted:
+            say("\nStopping.")
+        except Unfinished as missing:
+            say(f"\n{colour('Not seen:', RED)} {missing}")
+            for name in processes.ended():
+                say(f"          {name} running (it ended by itself)")
+            say(f"\n{processes.log_tails()}")
+            return 1
+    return 0
+
+
+def environment(folder: Path, nats_port: int) -> dict[str, str]:
+    """Return the settings of the shop, as an operator would give them."""
+    return {
+        "DATABASE_URL": os.environ.get("DATABASE_URL") or f"sqlite:///{folder / 'shop.db'}",
+        "FLASK_NATSPUBSUB_URLS": f"nats://127.0.0.1:{nats_port}",
+        # Nobody wants to watch the default backoff of half a minute.
+        "FLASK_NATSPUBSUB_MAX_DELIVER": "3",
+        "FLASK_NATSPUBSUB_BACKOFF": "[0.2, 0.5]",
+    }
+
+
+def start(processes: Processes, folder: Path, nats_port: int, http_port: int) -> None:
+    """Start everything and wait until it is ready."""
+    say(colour("A shop on a real nats-server", BOLD))
+    processes.start("nats-server", *nats_server_command(nats_port, folder / "nats"))
+    await_ready(processes, lambda: is_listening(nats_port), "nats-server")
+    started("nats-server", f"nats://127.0.0.1:{nats_port}")
+    processes.flask("init-db")
+    processes.start("gunicorn", *gunicorn_command(http_port))
+    health = Client(http_port)
+    await_ready(processes, lambda: health.get("/health/ready").status == 200, "gunicorn")
+    started("gunicorn", f"http://127.0.0.1:{http_port}  (2 processes)")
+    processes.start("worker", *flask_command("natspubsub", "worker"))
+    started("worker", "flask --app example_app natspubsub worker")
+
+
+def await_ready(processes: Processes, is_ready: Callable[[], bool], name: str) -> None:
+    """Wait until a process is ready, but not when it has ended."""
+
+    def ready_or_ended() -> bool:
+        return bool(processes.ended() or is_ready())
+
+    wait_for(ready_or_ended, f"{name} ready", START_TIMEOUT)
+    if processes.ended():
+        raise Unfinished(f"{name} ready")
+
+
+def started(name: str, address: str) -> None:
+    """Show a process that was started."""
+    say(f"      {name:<18} {address}")
+
+
+def stay(processes: Processes, nats_port: int, http_port: int, folder: Path) -> None:
+    """Keep everything up until a signal comes, or something ends by itself."""
+    shop = f"http://127.0.0.1:{http_port}"
+    say(f"\n{colour('The shop stays up until Ctrl-C.', BOLD)}")
+    started("shop", f"{shop}/")
+    started("health", f"{shop}/health/")
+    started("nats", f"nats://127.0.0.1:{nats_port}")
+    started("logs", str(folder / "logs"))
+    order = '{"product_id": 1, "quantity": 2}'
+    say(f"\n      curl {shop}/orders -H 'Content-Type: application/json' -d '{order}'")
+    wait_for(processes.ended, "an end", within=float("inf"))
+    raise Unfinished("everything running until Ctrl-C")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

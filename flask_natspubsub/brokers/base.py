@@ -1,0 +1,362 @@
+"""The port behind which NATS or memory stands.
+
+A broker is called from ordinary threads: publishing threads hand messages over and wait on
+a ``Ticket``; a worker is handed ``Delivery`` objects and settles them without waiting.
+Whatever runs behind it (an event loop, a dict and a lock) is the broker's own affair.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import PublishError
+
+DeliverPolicy = Literal["all", "new", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingMessage:
+    """One message on its way out.
+
+    :param subject: the full NATS subject.
+    :param payload: the encoded envelope.
+    :param headers: in the order they are sent; ``Nats-Msg-Id`` among them.
+    """
+
+    subject: str
+    payload: bytes
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAck:
+    """The broker's word that a message is in a stream (JetStream's PubAck)."""
+
+    stream: str
+    sequence: int
+    duplicate: bool = False
+
+
+class Ticket:
+    """The outcome, to come, of a batch of messages handed to a broker together.
+
+    A bare lock is the waiter: it costs a tenth of an Event. Results are written by one
+    thread (the broker's) and read by others only after the lock was released.
+    """
+
+    __slots__ = ("_callbacks", "_guard", "_open", "_waiter", "results")
+
+    def __init__(self, size: int) -> None:
+        #: One entry a message, in order: ``StoredAck`` or the ``PublishError``.
+        self.results: list[StoredAck | PublishError | None] = [None] * size
+        self._open = size
+        self._waiter = threading.Lock()
+        self._guard = threading.Lock()
+        self._callbacks: list[Callable[[Ticket], None]] = []
+        if size:
+            self._waiter.acquire()
+
+    @property
+    def done(self) -> bool:
+        """Whether every message has its result."""
+        return self._open == 0
+
+    def settle(self, index: int, result: StoredAck | PublishError) -> None:
+        """Write the result of message ``index``; a second result for it is ignored."""
+        with self._guard:
+            if self.results[index] is not None:
+                return
+            self.results[index] = result
+            self._open -= 1
+            if self._open:
+                return
+            callbacks, self._callbacks = self._callbacks, []
+        self._waiter.release()
+        for callback in callbacks:
+            callback(self)
+
+    def wait(self, timeout: float) -> bool:
+        """Block until all results are in; False if ``timeout`` seconds were not enough."""
+        if not self._waiter.acquire(timeout=timeout):
+            return False
+        self._waiter.release()
+        return True
+
+    def on_done(self, callback: Callable[[Ticket], None]) -> None:
+        """Call ``callback`` when all results are in, at once if they are; any thread."""
+        with self._guard:
+            if self._open:
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+
+class Delivery(ABC):
+    """One delivery of one message to a consumer.
+
+    ``ack``, ``nak``, ``term`` and ``in_progress`` may be called from any thread, never wait
+    and never raise; the first of the first three settles the delivery, later ones do nothing.
+    """
+
+    __slots__ = ("data", "headers", "sequence", "settled", "stream", "subject")
+
+    subject: str
+    headers: Mapping[str, str]
+    data: bytes
+    stream: str
+    sequence: int
+    settled: bool
+
+    @property
+    @abstractmethod
+    def attempt(self) -> int:
+        """How often the server has delivered this message to this consumer; 1 is first."""
+
+    @property
+    @abstractmethod
+    def timestamp(self) -> float:
+        """When the stream stored the message; seconds since the epoch."""
+
+    @abstractmethod
+    def ack(self) -> None:
+        """Done: never deliver it again."""
+
+    @abstractmethod
+    def nak(self, delay: float | None = None) -> None:
+        """Deliver it again, after ``delay`` seconds or at once."""
+
+    @abstractmethod
+    def term(self, reason: str = "") -> None:
+        """Given up: never deliver it again."""
+
+    @abstractmethod
+    def in_progress(self) -> None:
+        """Still at work: start ``ack_wait`` anew."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsumerConfig:
+    """What a durable pull consumer should be; see the wire format, section Consumers."""
+
+    stream: str
+    durable: str
+    filter_subjects: tuple[str, ...]
+    ack_wait: float = 30.0
+    deliver_policy: DeliverPolicy = "all"
+    max_ack_pending: int = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamConfig:
+    """What a stream should be when it has to be created; durations are seconds, 0 is none."""
+
+    name: str
+    subjects: tuple[str, ...]
+    max_age: float = 0.0
+    duplicate_window: float = 120.0
+    max_msgs: int = -1
+    max_bytes: int = -1
+    storage: str = "file"
+    replicas: int = 1
+    discard: str = "old"
+    retention: str = "limits"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamInfo:
+    """A stream as the broker reports it."""
+
+    config: StreamConfig
+    messages: int = 0
+    bytes: int = 0
+    first_sequence: int = 0
+    last_sequence: int = 0
+    created: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsumerInfo:
+    """A durable consumer as the broker reports it."""
+
+    stream: str
+    durable: str
+    filter_subjects: tuple[str, ...]
+    pending: int = 0
+    ack_pending: int = 0
+    redelivered: int = 0
+    waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message read from a stream without consuming it."""
+
+    stream: str
+    sequence: int
+    subject: str
+    headers: Mapping[str, str]
+    data: bytes
+    timestamp: float
+
+
+@dataclass(frozen=True, slots=True)
+class CoreMessage:
+    """A message received outside any stream."""
+
+    subject: str
+    headers: Mapping[str, str]
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing ``setup`` did, would do, or found and left alone.
+
+    ``action`` is ``create``, ``add_subjects``, ``differs`` or ``ok``.
+    """
+
+    action: Literal["create", "add_subjects", "differs", "ok"]
+    stream: str
+    detail: str = ""
+    config: StreamConfig | None = field(default=None, repr=False)
+
+
+class Consumption(ABC):
+    """A worker's pull on one durable consumer.
+
+    Nothing arrives until ``request``; what was requested and has not arrived stays
+    requested across reconnects, server restarts and the loss of the consumer, which the
+    broker mends by itself.
+    """
+
+    @abstractmethod
+    def request(self, count: int) -> None:
+        """Ask for ``count`` more messages; any thread, does not wait."""
+
+    @abstractmethod
+    def stop(self, timeout: float = 5.0) -> None:
+        """Stop pulling. Afterwards nothing is delivered; what was on its way is handed back."""
+
+    @property
+    @abstractmethod
+    def is_healthy(self) -> bool:
+        """Whether the pull has been heard of lately (message or heartbeat)."""
+
+
+class CoreSubscription(ABC):
+    """Interest in a subject outside any stream."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Lose interest."""
+
+
+class Broker(ABC):
+    """Carries messages. All methods are safe to call from any thread that runs no event loop.
+
+    Methods with a ``timeout`` (seconds) raise ``NotConnected`` when there is no server in that
+    time and ``BrokerError`` when the server does not answer or refuses.
+    """
+
+    @property
+    @abstractmethod
+    def is_connected(self) -> bool:
+        """Whether there is a live connection now."""
+
+    @property
+    @abstractmethod
+    def max_payload(self) -> int:
+        """Bytes of payload and headers the server takes, or took when last seen."""
+
+    @abstractmethod
+    def connect(self, timeout: float) -> None:
+        """Wait until there is a connection."""
+
+    @abstractmethod
+    def close(self, timeout: float = 5.0) -> None:
+        """Send what is buffered, then close; afterwards the broker cannot be used."""
+
+    # --- publishing
+
+    @abstractmethod
+    def submit(self, messages: Sequence[OutgoingMessage], timeout: float) -> Ticket:
+        """Hand messages over to be stored, in order; does not wait for the answer.
+
+        Each message gets a result within ``timeout`` seconds (plus half a second). Blocks,
+        up to ``timeout``, only while the broker holds as much as it may.
+        """
+
+    @abstractmethod
+    def send(self, subject: str, payload: bytes) -> None:
+        """Send outside any stream; it may be lost; never waits or raises."""
+
+    # --- consuming
+
+    @abstractmethod
+    def consume(
+        self, config: ConsumerConfig, deliver: Callable[[Delivery], None]
+    ) -> Consumption:
+        """Create or update the durable consumer and start a pull on it.
+
+        ``deliver`` is called in the broker's thread and must return quickly. A server that
+        is down is no error: the pull starts when it is back.
+
+        :raises TopologyError: the stream is missing, or does not cover a filter subject.
+        """
+
+    @abstractmethod
+    def listen(self, subject: str, callback: Callable[[CoreMessage], None]) -> CoreSubscription:
+        """Call ``callback`` (broker's thread) for every message sent to ``subject``."""
+
+    # --- looking after streams
+
+    @abstractmethod
+    def setup(self, streams: Sequence[StreamConfig], *, dry_run: bool = False) -> list[Change]:
+        """Create what is missing; see ``topology.plan`` for the rules.
+
+        :raises TopologyError: another stream has one of the subjects.
+        """
+
+    @abstractmethod
+    def stream_info(self, stream: str) -> StreamInfo | None:
+        """Report on a stream; None if there is none."""
+
+    @abstractmethod
+    def consumer_info(self, stream: str, durable: str) -> ConsumerInfo | None:
+        """Report on a consumer; None if there is none."""
+
+    @abstractmethod
+    def delete_consumer(self, stream: str, durable: str) -> bool:
+        """Delete a consumer; False if there was none."""
+
+    @abstractmethod
+    def get_message(self, stream: str, sequence: int) -> StoredMessage | None:
+        """Read one message; None if it is gone."""
+
+    @abstractmethod
+    def messages(
+        self, stream: str, subject: str = ">", *, after: int = 0
+    ) -> Iterator[StoredMessage]:
+        """Read messages whose subject matches, oldest first, with a sequence above ``after``."""
+
+    @abstractmethod
+    def last_message(self, stream: str, subject: str) -> StoredMessage | None:
+        """Read the newest message of exactly this subject."""
+
+    @abstractmethod
+    def delete_message(self, stream: str, sequence: int) -> bool:
+        """Delete one message; False if it was gone."""
+
+    # --- time
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds since the epoch on the broker's clock, which tests may turn."""
+
+
+#: Makes a broker from an application's settings.
+BrokerFactory = Callable[[Any], Broker]

@@ -1,0 +1,322 @@
+"""Keeps one connection to NATS up, and says so to those who send and pull over it.
+
+There is one way to get a connection, used at the start and after every loss: dial a server,
+restore the routes, look after the streams, then tell everybody. While there is none, dialling
+goes on for ever with growing, jittered pauses, and one log line per ``LOG_INTERVAL``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+from ..errors import BrokerError, NatsPubsubError, NotConnected
+from ..settings import Settings, mask_url
+from .loop import BackgroundLoop
+from .wire import Outgoing, Route
+
+_log = logging.getLogger("flask_natspubsub.broker")
+
+FIRST_PAUSE = 0.05
+LONGEST_PAUSE = 2.0
+REFUSED_PAUSE = 30.0
+LOG_INTERVAL = 10.0
+MEND_INTERVAL = 1.0
+DEFAULT_MAX_PAYLOAD = 1024 * 1024
+
+T = TypeVar("T")
+
+
+class ConnectionRefused(Exception):  # noqa: N818 - it is the server that refuses
+    """The server answered and does not want us: trying again soon cannot help."""
+
+
+class Connection(Protocol):
+    """One connection, up until ``closed`` is set."""
+
+    closed: asyncio.Event
+    max_payload: int
+    servers: Sequence[str]
+
+    def send(self, outgoing: Sequence[Outgoing]) -> None:
+        """Write messages."""
+
+    async def subscribe(self, subject: str, route: Route) -> int:
+        """Start to listen; returns a handle."""
+
+    async def unsubscribe(self, handle: int, *, flush: bool) -> None:
+        """Stop to listen; with ``flush``, what is on its way still arrives."""
+
+    async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
+        """Ask and wait for one answer; TimeoutError, or LookupError when nobody listens."""
+
+    async def flush(self, timeout: float) -> None:
+        """Wait until the server has read all that was sent."""
+
+    async def close(self) -> None:
+        """Close at once."""
+
+
+class Listener(Protocol):
+    """Told about the connection, on the loop's thread."""
+
+    def on_up(self) -> None:
+        """There is a connection."""
+
+    def on_down(self) -> None:
+        """The connection is lost."""
+
+
+Dial = Callable[[Settings, str, Callable[[str, str], None]], Awaitable[Connection]]
+
+
+class Link:
+    """The connection of one process. All but ``wake`` and ``run`` is for the loop's thread."""
+
+    def __init__(self, settings: Settings, loop: BackgroundLoop, dial: Dial) -> None:
+        self.is_up = False
+        self.refused = ""
+        self.max_payload = DEFAULT_MAX_PAYLOAD
+        self.listeners: list[Listener] = []
+        self.on_denied: Callable[[str, str], None] = lambda subject, why: None
+        self.set_up: Callable[[], Awaitable[object]] | None = None
+        self._settings = settings
+        self._loop = loop
+        self._dial = dial
+        self._connection: Connection | None = None
+        self._routes: dict[int, tuple[str, Route, int]] = {}
+        self._route_number = 0
+        self._changed = asyncio.Event()
+        self._known = list(settings.urls)
+        self._last_error = "not tried yet"
+        self._logged = 0.0
+        self._mended = 0.0
+        self._closing = False
+
+    # --- any thread
+
+    def wake(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` soon on the loop; nothing happens once the loop is closed."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.loop.call_soon_threadsafe(callback)
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float) -> T:
+        """Run on the loop and wait; NotConnected or BrokerError when it takes too long."""
+        try:
+            return self._loop.call(coroutine, timeout)
+        except TimeoutError:
+            if not self.is_up:
+                raise NotConnected(self.describe_down()) from None
+            raise BrokerError(
+                f"The server did not answer within {timeout:g} s.", "Try again; check its load."
+            ) from None
+
+    def describe_down(self) -> str:
+        """Say why there is no connection, without secrets."""
+        return self.refused or f"No connection to {self._settings.safe_urls}: {self._last_error}."
+
+    # --- for those who send and pull
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call ``callback`` after ``seconds``."""
+        self._loop.loop.call_later(seconds, callback)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run a task."""
+        return self._loop.spawn(coroutine)
+
+    def new_inbox(self) -> str:
+        """Return a subject that nobody else listens to."""
+        return f"_INBOX.{secrets.token_hex(11)}"
+
+    def send(self, outgoing: Sequence[Outgoing]) -> None:
+        """Write messages; what is written without a connection is lost."""
+        if self._connection is not None:
+            self._connection.send(outgoing)
+
+    async def route(self, subject: str, handler: Route) -> int:
+        """Have what arrives on ``subject`` passed to ``handler``, after reconnects too."""
+        self._route_number += 1
+        key = self._route_number
+        handle = 0
+        if self._connection is not None:
+            handle = await self._connection.subscribe(subject, handler)
+        self._routes[key] = (subject, handler, handle)
+        return key
+
+    async def unroute(self, key: int, *, flush: bool = False) -> None:
+        """Lose interest; with ``flush``, only after what is on its way has arrived."""
+        _, _, handle = self._routes.pop(key, ("", None, 0))
+        if handle and self._connection is not None:
+            with contextlib.suppress(Exception):  # a lost connection has lost it as well
+                await self._connection.unsubscribe(handle, flush=flush)
+
+    async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
+        """Ask the server, waiting for a connection if need be."""
+        try:
+            async with asyncio.timeout(timeout):
+                connection = await self._wait_connection()
+                return await connection.request(subject, payload, timeout)
+        except LookupError:
+            raise BrokerError(
+                f"Nobody answers on {subject}.", "Is JetStream enabled on the server (-js)?"
+            ) from None
+        except TimeoutError:
+            if not self.is_up:
+                raise NotConnected(self.describe_down()) from None
+            raise BrokerError(
+                f"The server did not answer {subject} within {timeout:g} s.",
+                "Try again; check its load.",
+            ) from None
+
+    async def wait_up(self, timeout: float) -> None:
+        """Wait for a connection; NotConnected if there is none in time or we are refused."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not self.is_up:
+                    if self.refused:
+                        raise NotConnected(self.refused)
+                    await self._changed.wait()
+        except TimeoutError:
+            raise NotConnected(self.describe_down()) from None
+
+    async def _wait_connection(self) -> Connection:
+        """Wait for the connection itself: the streams are set up before it counts as up."""
+        while self._connection is None:
+            if self.refused:
+                raise NotConnected(self.refused)
+            await self._changed.wait()
+        return self._connection
+
+    def mend_streams(self) -> None:
+        """Look after the streams again, unless that was a moment ago."""
+        now = time.monotonic()
+        if self.set_up is not None and now - self._mended > MEND_INTERVAL:
+            self._mended = now
+            self.spawn(self._set_up())
+
+    async def reset(self, why: str) -> None:
+        """Drop the connection and make a new one."""
+        if self._connection is not None:
+            _log.warning("reconnecting to NATS: %s", why)
+            await self._connection.close()
+
+    # --- the supervisor
+
+    async def keep_up(self) -> None:
+        """Connect, and connect again, until ``close``."""
+        pause = FIRST_PAUSE
+        while not self._closing:
+            try:
+                connection = await self._dial_any()
+            except ConnectionRefused as error:
+                self._fail(f"{mask_url(self._known[0])} refused the connection: {error}.")
+                await self._sleep(REFUSED_PAUSE)
+            except (OSError, TimeoutError, NatsPubsubError) as error:
+                self._last_error = _one_line(error)
+                self._log_down()
+                await self._sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
+            else:
+                pause = FIRST_PAUSE
+                await self._serve(connection)
+
+    async def close(self, timeout: float) -> None:
+        """Send what is buffered and close."""
+        self._closing = True
+        self._notify()
+        if self._connection is not None:
+            with contextlib.suppress(Exception):  # closing anyway
+                await self._connection.flush(timeout)
+            await self._connection.close()
+
+    async def _dial_any(self) -> Connection:
+        urls = random.sample(self._known, len(self._known))
+        last: Exception = OSError("no server")
+        for url in urls:
+            try:
+                return await self._dial(self._settings, url, self._denied)
+            except (OSError, TimeoutError, NatsPubsubError, ConnectionRefused) as error:
+                last = error
+        raise last
+
+    async def _serve(self, connection: Connection) -> None:
+        """Announce the connection, wait for its end, announce that."""
+        try:
+            for key, (subject, handler, _) in list(self._routes.items()):
+                handle = await connection.subscribe(subject, handler)
+                self._routes[key] = (subject, handler, handle)
+            await connection.flush(self._settings.connect_timeout)
+        except Exception as error:  # noqa: BLE001 - a connection that broke at once
+            self._last_error = _one_line(error)
+            await connection.close()
+            return
+        self._known = [*dict.fromkeys([*self._settings.urls, *connection.servers])]
+        self.max_payload = connection.max_payload
+        self._connection = connection
+        self.refused = ""
+        self._notify()
+        if self.set_up is not None:
+            await self._set_up()
+        _log.info("connected to NATS at %s", self._settings.safe_urls)
+        self._logged = 0.0
+        self.is_up = True
+        self._notify()
+        for listener in list(self.listeners):
+            listener.on_up()
+        await connection.closed.wait()
+        self._connection = None
+        self.is_up = False
+        self._last_error = "the connection was lost"
+        for listener in list(self.listeners):
+            listener.on_down()
+        if not self._closing:
+            _log.warning("lost the connection to NATS; reconnecting")
+            await self._sleep(0.0)
+
+    async def _set_up(self) -> None:
+        assert self.set_up is not None
+        try:
+            await self.set_up()
+        except NatsPubsubError as error:
+            _log.error("the streams could not be set up: %s", error)
+
+    def _fail(self, refusal: str) -> None:
+        self.refused = refusal
+        self._last_error = "refused"
+        _log.error("%s Trying again every %g s.", refusal, REFUSED_PAUSE)
+        self._notify()
+        for listener in list(self.listeners):
+            listener.on_down()
+
+    def _denied(self, subject: str, why: str) -> None:
+        _log.error("permission denied by the server: %s", why)
+        self.on_denied(subject, why)
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _log_down(self) -> None:
+        now = time.monotonic()
+        if now - self._logged >= LOG_INTERVAL or not self._logged:
+            self._logged = now
+            _log.warning("%s Still trying.", self.describe_down())
+
+    async def _sleep(self, pause: float) -> None:
+        """Pause, with full jitter so that many clients do not return at the same moment."""
+        changed = self._changed
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause / 2 + random.uniform(0.0, max(pause, 0.05))):  # noqa: S311
+                while not self._closing:
+                    await changed.wait()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{error}".split()) or type(error).__name__

@@ -1,0 +1,104 @@
+"""One background thread with one asyncio loop, made on first use and anew after a fork."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import os
+import threading
+import weakref
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class BackgroundLoop:
+    """An asyncio loop in a daemon thread of its own. Not usable after ``stop`` or a fork."""
+
+    def __init__(self, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+        finally:
+            for task in (pending := asyncio.all_tasks(self.loop)):
+                task.cancel()
+            self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            self.loop.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs; ``loop.is_running()`` would lie after a fork."""
+        return self._thread.is_alive()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is the loop's own thread, which must never wait for itself."""
+        return threading.current_thread() is self._thread
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task and keep it alive; to be called in the loop's thread."""
+        task = self.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def call(self, coroutine: Coroutine[Any, Any, T], timeout: float) -> T:
+        """Run ``coroutine`` on the loop and wait for it; TimeoutError after ``timeout`` seconds."""
+        if self.is_current:
+            coroutine.close()
+            raise RuntimeError("the broker's own thread cannot wait for the broker")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return future.result(timeout)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise TimeoutError from None
+
+    def stop(self, timeout: float = 2.0) -> None:
+        """Cancel all tasks and end the thread."""
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            if not self.is_current:
+                self._thread.join(timeout)
+
+
+class ProcessBound(Protocol):
+    """Something that must not be shared with a forked child, and is closed at exit."""
+
+    def abandon(self) -> None:
+        """Forget everything inherited, in the child, without touching the parent's socket."""
+
+    def close(self, timeout: float = ...) -> None:
+        """Close at interpreter exit."""
+
+
+_process_bound: weakref.WeakSet[ProcessBound] = weakref.WeakSet()
+
+
+def bind_to_process(thing: ProcessBound) -> None:
+    """Have ``thing`` abandoned in forked children and closed when the interpreter exits."""
+    _process_bound.add(thing)
+
+
+def _after_fork_in_child() -> None:
+    for thing in list(_process_bound):
+        thing.abandon()
+
+
+def _at_exit() -> None:
+    for thing in list(_process_bound):
+        thing.close(timeout=2.0)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_at_exit)

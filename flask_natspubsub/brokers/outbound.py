@@ -1,0 +1,325 @@
+"""Messages on their way to the stream: handed over by threads, sent and settled on the loop.
+
+Many publishes share one wake-up of the loop, one write and one reply inbox; each carries a
+token in its reply subject. What is in flight is bounded in count and bytes, so a slow server
+makes publishers wait instead of growing the process. Deadlines are kept by one sweep.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from ..errors import (
+    NoStreamForSubject,
+    NotConnected,
+    PayloadTooLarge,
+    PublishDenied,
+    PublishError,
+)
+from .base import OutgoingMessage, StoredAck, Ticket
+from .wire import STATUS, Outgoing, header_block
+
+IN_FLIGHT = 4_000
+IN_FLIGHT_BYTES = 32 * 1024 * 1024
+QUEUED = 10_000
+SWEEP = 0.05
+# "No responders" is also what a server says while a stream elects its leader (ADR-22), so
+# it is tried again after these seconds before it is an error.
+NO_RESPONDERS_WAITS = (0.05, 0.1, 0.2, 0.4)
+NO_RESPONDERS = "503"
+STREAM_MESSAGE_TOO_LARGE = 10054
+
+
+class OutboundLink(Protocol):
+    """What publishing needs of the connection; used on the loop's thread only."""
+
+    is_up: bool
+    refused: str
+    max_payload: int
+
+    def send(self, outgoing: Sequence[Outgoing]) -> None:
+        """Write messages to the socket."""
+
+    def describe_down(self) -> str:
+        """Say why there is no connection, without secrets."""
+
+    def wake(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` soon on the loop; any thread."""
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call ``callback`` on the loop after ``seconds``."""
+
+    def mend_streams(self) -> None:
+        """Look after the streams again: a subject has nobody who stores it."""
+
+
+class _PubAck(msgspec.Struct):
+    stream: str = ""
+    seq: int = 0
+    duplicate: bool = False
+    error: dict[str, object] | None = None
+
+
+_decode_ack = msgspec.json.Decoder(_PubAck).decode
+
+
+class _Item:
+    """One message and where its result belongs."""
+
+    __slots__ = ("block", "deadline", "due", "index", "message", "sent", "size", "ticket", "tries")
+
+    def __init__(
+        self, message: OutgoingMessage, ticket: Ticket, index: int, deadline: float
+    ) -> None:
+        self.message = message
+        self.block = header_block(message.headers)
+        self.size = len(self.block) + len(message.payload)
+        self.ticket = ticket
+        self.index = index
+        self.deadline = deadline
+        self.due = 0.0
+        self.sent = False
+        self.tries = 0
+
+    def settle(self, result: StoredAck | PublishError) -> None:
+        self.ticket.settle(self.index, result)
+
+
+class PublishWindow:
+    """The queue, and the window of what was sent and is not yet acknowledged."""
+
+    def __init__(self, link: OutboundLink, inbox: str) -> None:
+        self._link = link
+        self._prefix = inbox + "."
+        self._queue: deque[_Item] = deque()
+        self._delayed: list[_Item] = []
+        self._in_flight: dict[int, _Item] = {}
+        self._bytes = 0
+        self._token = 0
+        self._scheduled = False
+        self._sweeping = False
+        self._room = threading.Condition()
+        self._waiting = 0
+
+    # --- any thread
+
+    def submit(self, messages: Sequence[OutgoingMessage], timeout: float) -> Ticket:
+        """Queue messages; their results arrive in the ticket within ``timeout``."""
+        ticket = Ticket(len(messages))
+        deadline = time.monotonic() + timeout
+        items = [_Item(message, ticket, i, deadline) for i, message in enumerate(messages)]
+        if self._wait_for_room(deadline):
+            self._queue.extend(items)
+            self._wake()
+        else:
+            for item in items:
+                item.settle(
+                    PublishError(
+                        f"{QUEUED:,} messages are waiting to be sent already.",
+                        "The server is slower than this process; publish less at once.",
+                    )
+                )
+        return ticket
+
+    def _wait_for_room(self, deadline: float) -> bool:
+        if len(self._queue) < QUEUED:
+            return True
+        with self._room:
+            self._waiting += 1
+            try:
+                return self._room.wait_for(
+                    lambda: len(self._queue) < QUEUED, max(0.0, deadline - time.monotonic())
+                )
+            finally:
+                self._waiting -= 1
+
+    def _wake(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._link.wake(self._drain)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued or in flight."""
+        return not (self._queue or self._in_flight or self._delayed)
+
+    # --- the loop's thread
+
+    def _drain(self) -> None:
+        self._scheduled = False
+        if self._link.refused:
+            self.fail_all(NotConnected(self._link.refused))
+        elif self._link.is_up:
+            self._fill_window()
+        self._start_sweep()
+        if self._waiting:
+            with self._room:
+                self._room.notify_all()
+
+    def _fill_window(self) -> None:
+        out = []
+        limit = self._link.max_payload
+        while self._queue and len(self._in_flight) < IN_FLIGHT and self._bytes < IN_FLIGHT_BYTES:
+            item = self._queue.popleft()
+            if item.size > limit:
+                item.settle(_too_large(item, limit))
+                continue
+            self._token += 1
+            self._in_flight[self._token] = item
+            self._bytes += item.size
+            item.sent = True
+            out.append(
+                Outgoing(
+                    item.message.subject,
+                    f"{self._prefix}{self._token}",
+                    item.block,
+                    item.message.payload,
+                )
+            )
+        if out:
+            self._link.send(out)
+
+    def on_reply(self, subject: str, reply: str, headers: Mapping[str, str], data: bytes) -> None:
+        """Settle the message whose token is the last part of ``subject``."""
+        item = self._in_flight.pop(int(subject[len(self._prefix) :]), None)
+        if item is None:
+            return
+        self._bytes -= item.size
+        if headers.get(STATUS) == NO_RESPONDERS:
+            self._no_responders(item)
+        else:
+            item.settle(_result(item, data))
+        if self._queue:
+            self._wake()
+
+    def _no_responders(self, item: _Item) -> None:
+        now = time.monotonic()
+        if item.tries < len(NO_RESPONDERS_WAITS) and now < item.deadline:
+            item.due = now + NO_RESPONDERS_WAITS[item.tries]
+            item.tries += 1
+            self._delayed.append(item)
+            self._link.mend_streams()
+            return
+        item.settle(
+            NoStreamForSubject(
+                f"No stream stores the subject {item.message.subject!r}.",
+                "Run `flask natspubsub setup`, or turn NATSPUBSUB_AUTO_SETUP on.",
+            )
+        )
+
+    def on_up(self) -> None:
+        """Send what has been waiting for a connection."""
+        self._drain()
+
+    def on_down(self) -> None:
+        """Put what was in flight back in front: same id, so a second copy is not stored."""
+        self._queue.extendleft(reversed(self._in_flight.values()))
+        self._in_flight.clear()
+        self._bytes = 0
+
+    def on_denied(self, subject: str, why: str) -> None:
+        """Fail what was sent to ``subject``: the server reports this out of band."""
+        for token, item in list(self._in_flight.items()):
+            if item.message.subject == subject:
+                self._forget(token)
+                item.settle(
+                    PublishDenied(
+                        f"The server does not let this user publish to {subject!r} ({why}).",
+                        "Grant the permission, or check NATSPUBSUB_ENV and NATSPUBSUB_APP_NAME.",
+                    )
+                )
+
+    def fail_all(self, error: PublishError) -> None:
+        """Settle everything with ``error``; what was sent keeps an unknown outcome."""
+        items = [*self._in_flight.values(), *self._delayed, *self._queue]
+        self._in_flight.clear()
+        self._delayed.clear()
+        self._queue.clear()
+        self._bytes = 0
+        for item in items:
+            item.settle(_with_outcome(error, item))
+
+    def _forget(self, token: int) -> None:
+        self._bytes -= self._in_flight.pop(token).size
+
+    def _start_sweep(self) -> None:
+        if not self._sweeping and not self.idle:
+            self._sweeping = True
+            self._link.later(SWEEP, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeping = False
+        now = time.monotonic()
+        for token, item in list(self._in_flight.items()):
+            if item.deadline <= now:
+                self._forget(token)
+                item.settle(self._timed_out(item))
+        self._release_delayed(now)
+        if any(item.deadline <= now for item in self._queue):
+            waiting = list(self._queue)
+            self._queue.clear()
+            self._queue.extend(item for item in waiting if item.deadline > now)
+            for item in waiting:
+                if item.deadline <= now:
+                    item.settle(self._timed_out(item))
+        self._drain()
+
+    def _release_delayed(self, now: float) -> None:
+        due = [item for item in self._delayed if item.due <= now]
+        if due:
+            self._delayed = [item for item in self._delayed if item.due > now]
+            self._queue.extendleft(reversed(due))
+
+    def _timed_out(self, item: _Item) -> PublishError:
+        if not self._link.is_up:
+            return _with_outcome(NotConnected(self._link.describe_down()), item)
+        if not item.sent:
+            return PublishError(
+                "The message waited too long behind others and was not sent.",
+                "The server is slower than this process; publish less at once.",
+            )
+        return PublishError(
+            f"No acknowledgement for {item.message.subject!r} came in time; "
+            "it may or may not be stored.",
+            "Publish again with the same event_id: a second copy is not stored.",
+            outcome="unknown",
+        )
+
+
+def _with_outcome(error: PublishError, item: _Item) -> PublishError:
+    return type(error)(error.message, error.fix, outcome="unknown" if item.sent else "not_sent")
+
+
+def _too_large(item: _Item, limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        f"The message for {item.message.subject!r} has {item.size:,} bytes with its headers; "
+        f"the server takes {limit:,}.",
+        "Publish a reference to the data instead, or raise max_payload on the server.",
+        size=item.size,
+        limit=limit,
+    )
+
+
+def _result(item: _Item, data: bytes) -> StoredAck | PublishError:
+    try:
+        ack = _decode_ack(data)
+    except msgspec.MsgspecError:
+        return PublishError(
+            f"Something other than JetStream answered on {item.message.subject!r}.",
+            "Another service replies to this subject; it should not.",
+            outcome="unknown",
+        )
+    if ack.error is None:
+        return StoredAck(ack.stream, ack.seq, ack.duplicate)
+    text = f"The stream refused the message: {ack.error.get('description', ack.error)}."
+    if ack.error.get("err_code") == STREAM_MESSAGE_TOO_LARGE:
+        return PayloadTooLarge(text, "Raise max_msg_size of the stream.", size=item.size)
+    if ack.error.get("code") == 503:
+        return PublishError(text, "The stream may be full, or without a leader; try again later.")
+    return PublishDenied(text, "Compare the stream's settings with what is published.")

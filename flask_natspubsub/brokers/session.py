@@ -1,0 +1,279 @@
+"""JetStream behind the port: a thread, a link, and what is sent and pulled over it.
+
+A ``_Session`` is what one process holds. The broker makes it on the first call, makes a new
+one in a forked child or when its thread has died, and never shares one between processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ..errors import NotConnected, PublishError
+from ..settings import Settings
+from . import topology
+from .base import (
+    Broker,
+    Change,
+    ConsumerConfig,
+    ConsumerInfo,
+    Consumption,
+    CoreMessage,
+    CoreSubscription,
+    Delivery,
+    OutgoingMessage,
+    StoredMessage,
+    StreamConfig,
+    StreamInfo,
+    Ticket,
+)
+from .jetstream import JetStreamApi, consumer_info, stream_info
+from .link import DEFAULT_MAX_PAYLOAD, Dial, Link
+from .loop import BackgroundLoop, bind_to_process
+from .outbound import PublishWindow
+from .pull import Pull, ReplyWriter
+from .wire import Outgoing
+
+T = TypeVar("T")
+
+API_TIMEOUT = 5.0
+
+#: What a forked child inherited and must not touch: closing it, or letting it be collected,
+#: could disturb the parent, whose sockets and selector it shares.
+_abandoned: list[object] = []
+
+
+class _Session:
+    """The thread and the link of one process."""
+
+    def __init__(self, settings: Settings, dial: Dial) -> None:
+        self.loop = BackgroundLoop(f"natspubsub-{settings.app_name}")
+        self.link = Link(settings, self.loop, dial)
+        self.api = JetStreamApi(self._request)
+        self.writer = ReplyWriter(self.link)
+        inbox = self.link.new_inbox()
+        self.window = PublishWindow(self.link, inbox)
+        self.pulls: set[Pull] = set()
+        self.link.listeners.append(self)
+        self.link.on_denied = self.window.on_denied
+        if settings.auto_setup:
+            wanted = topology.wanted_streams(settings)
+            self.link.set_up = lambda: self._set_up(wanted)
+        self.loop.call(self._start(inbox), API_TIMEOUT)
+
+    async def _start(self, inbox: str) -> None:
+        await self.link.route(f"{inbox}.*", self.window.on_reply)
+        self.link.spawn(self.link.keep_up())
+
+    async def _request(self, subject: str, payload: bytes) -> bytes:
+        return await self.link.request(subject, payload, API_TIMEOUT)
+
+    async def _set_up(self, wanted: Sequence[StreamConfig]) -> None:
+        await self.api.setup(wanted, dry_run=False)
+
+    def on_up(self) -> None:
+        self.writer.flush()
+        self.window.on_up()
+        for pull in list(self.pulls):
+            pull.on_up()
+
+    def on_down(self) -> None:
+        self.window.on_down()
+        if self.link.refused:
+            self.window.fail_all(NotConnected(self.link.refused))
+
+    def close(self, timeout: float) -> None:
+        if self.loop.is_alive:
+            with contextlib.suppress(Exception):  # whatever state it is in, it ends here
+                self.loop.call(self._close(timeout), timeout + 1)
+        self.loop.stop()
+        self.window.fail_all(PublishError("The broker was closed before an answer came."))
+
+    async def _close(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        for pull in list(self.pulls):
+            await pull.close()
+        while self.link.is_up and not self.window.idle and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        self.writer.flush()
+        await self.link.close(max(0.1, deadline - time.monotonic()))
+
+
+class _PullHandle(Consumption):
+    """A pull, as the worker sees it."""
+
+    def __init__(self, session: _Session, pull: Pull) -> None:
+        self._session = session
+        self._pull = pull
+
+    def request(self, count: int) -> None:
+        self._pull.request(count)
+
+    @property
+    def is_healthy(self) -> bool:
+        return self._session.loop.is_alive and self._pull.is_healthy
+
+    def stop(self, timeout: float = 5.0) -> None:
+        self._session.pulls.discard(self._pull)
+        if self._session.loop.is_alive:
+            self._session.link.run(self._pull.close(), timeout)
+
+
+class _CoreHandle(CoreSubscription):
+    def __init__(self, session: _Session, key: int) -> None:
+        self._session = session
+        self._key = key
+
+    def stop(self) -> None:
+        if self._session.loop.is_alive:
+            self._session.link.run(self._session.link.unroute(self._key), API_TIMEOUT)
+
+
+class JetStreamBroker(Broker):
+    """See ``Broker``; ``dial`` makes the connections."""
+
+    def __init__(self, settings: Settings, dial: Dial) -> None:
+        self._settings = settings
+        self._dial = dial
+        self._lock = threading.Lock()
+        self._session: _Session | None = None
+        self._pid = os.getpid()
+        self._closed = False
+        bind_to_process(self)
+
+    def _live(self) -> _Session:
+        session = self._session
+        if session is not None and self._pid == os.getpid() and session.loop.is_alive:
+            return session
+        if self._pid != os.getpid():
+            self.abandon()
+        with self._lock:
+            if self._closed:
+                raise NotConnected("The broker is closed.", "Do not use it after shutdown().")
+            if self._session is not None and not self._session.loop.is_alive:
+                self._session.close(0)
+                self._session = None
+            if self._session is None:
+                self._session = _Session(self._settings, self._dial)
+            return self._session
+
+    def abandon(self) -> None:
+        """Forget what was inherited over a fork, without touching the parent's socket."""
+        if self._session is not None:
+            _abandoned.append(self._session)
+        self._session = None
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def _ask(self, make: Callable[[JetStreamApi], Coroutine[Any, Any, T]], timeout: float) -> T:
+        session = self._live()
+        return session.link.run(make(session.api), timeout)
+
+    @property
+    def is_connected(self) -> bool:  # noqa: D102 - documented in the port, as all below
+        session = self._session
+        alive = session is not None and self._pid == os.getpid() and session.loop.is_alive
+        return alive and session is not None and session.link.is_up
+
+    @property
+    def max_payload(self) -> int:  # noqa: D102
+        return self._session.link.max_payload if self._session else DEFAULT_MAX_PAYLOAD
+
+    def connect(self, timeout: float) -> None:  # noqa: D102
+        session = self._live()
+        session.link.run(session.link.wait_up(timeout), timeout + 1)
+
+    def close(self, timeout: float = 5.0) -> None:  # noqa: D102
+        with self._lock:
+            self._closed = True
+            session, self._session = self._session, None
+        if session is not None and self._pid == os.getpid():
+            session.close(timeout)
+
+    # --- publishing
+
+    def submit(self, messages: Sequence[OutgoingMessage], timeout: float) -> Ticket:  # noqa: D102
+        return self._live().window.submit(messages, timeout)
+
+    def send(self, subject: str, payload: bytes) -> None:  # noqa: D102
+        with contextlib.suppress(NotConnected):
+            link = self._live().link
+            link.wake(lambda: link.send([Outgoing(subject, payload=payload)]))
+
+    # --- consuming
+
+    def consume(  # noqa: D102
+        self, config: ConsumerConfig, deliver: Callable[[Delivery], None]
+    ) -> Consumption:
+        session = self._live()
+        pull = Pull(session.link, session.api, session.writer, config, deliver)
+        session.pulls.add(pull)
+        try:
+            session.link.run(self._open(session, pull), API_TIMEOUT * 3)
+        except BaseException:
+            session.pulls.discard(pull)
+            raise
+        return _PullHandle(session, pull)
+
+    async def _open(self, session: _Session, pull: Pull) -> None:
+        """Open now if there is a server; else the link opens it when there is one."""
+        with contextlib.suppress(NotConnected):
+            await session.link.wait_up(self._settings.connect_timeout)
+            await pull.open()
+
+    def listen(  # noqa: D102
+        self, subject: str, callback: Callable[[CoreMessage], None]
+    ) -> CoreSubscription:
+        session = self._live()
+
+        def route(at: str, reply: str, headers: Mapping[str, str], data: bytes) -> None:
+            callback(CoreMessage(at, headers, data))
+
+        return _CoreHandle(session, session.link.run(session.link.route(subject, route), 5.0))
+
+    # --- looking after streams
+
+    def setup(  # noqa: D102
+        self, streams: Sequence[StreamConfig], *, dry_run: bool = False
+    ) -> list[Change]:
+        return self._ask(lambda api: api.setup(streams, dry_run=dry_run), API_TIMEOUT * 6)
+
+    def stream_info(self, stream: str) -> StreamInfo | None:  # noqa: D102
+        report = self._ask(lambda api: api.stream(stream), API_TIMEOUT + 1)
+        return stream_info(report) if report else None
+
+    def consumer_info(self, stream: str, durable: str) -> ConsumerInfo | None:  # noqa: D102
+        report = self._ask(lambda api: api.consumer(stream, durable), API_TIMEOUT + 1)
+        return consumer_info(report) if report else None
+
+    def delete_consumer(self, stream: str, durable: str) -> bool:  # noqa: D102
+        return self._ask(lambda api: api.delete_consumer(stream, durable), API_TIMEOUT + 1)
+
+    def get_message(self, stream: str, sequence: int) -> StoredMessage | None:  # noqa: D102
+        return self._ask(lambda api: api.message(stream, {"seq": sequence}), API_TIMEOUT + 1)
+
+    def messages(  # noqa: D102
+        self, stream: str, subject: str = ">", *, after: int = 0
+    ) -> Iterator[StoredMessage]:
+        while True:
+            query = {"seq": after + 1, "next_by_subj": subject}
+            found = self._ask(lambda api, q=query: api.message(stream, q), API_TIMEOUT + 1)  # type: ignore[misc]
+            if found is None:
+                return
+            yield found
+            after = found.sequence
+
+    def last_message(self, stream: str, subject: str) -> StoredMessage | None:  # noqa: D102
+        query = {"last_by_subj": subject}
+        return self._ask(lambda api: api.message(stream, query), API_TIMEOUT + 1)
+
+    def delete_message(self, stream: str, sequence: int) -> bool:  # noqa: D102
+        return self._ask(lambda api: api.delete_message(stream, sequence), API_TIMEOUT + 1)
+
+    def now(self) -> float:  # noqa: D102
+        return time.time()

@@ -1,0 +1,119 @@
+"""Which streams an application needs, and what is missing for it. No I/O.
+
+The rules are those of the wire format: one main stream and one dead letter stream for all
+applications of an environment; an existing stream gets the missing subjects and nothing
+else is changed; another stream on the same subjects is an error that names both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from ..errors import TopologyError
+from ..messages.subjects import covers, overlaps
+from ..settings import Settings
+from .base import Change, StreamConfig, StreamInfo
+
+_DAY = 24 * 3600.0
+
+
+def wanted_streams(settings: Settings) -> list[StreamConfig]:
+    """Return the main stream, and the dead letter stream unless it is switched off."""
+    main = StreamConfig(
+        name=settings.stream,
+        subjects=(f"{settings.env}.events.>", f"{settings.env}.{settings.app_name}.>"),
+        max_age=7 * _DAY,
+    )
+    streams = [dataclasses.replace(main, **settings.stream_config)]
+    if settings.use_dlq:
+        streams.append(
+            StreamConfig(
+                name=settings.dead_letter_stream,
+                subjects=(f"{settings.env}.dlq.>",),
+                max_age=30 * _DAY,
+                storage=streams[0].storage,
+                replicas=streams[0].replicas,
+            )
+        )
+    return streams
+
+
+def plan(wanted: Sequence[StreamConfig], existing: Sequence[StreamInfo]) -> list[Change]:
+    """Compare what is wanted with what the server has.
+
+    A wanted stream whose subjects are all taken by another *wanted* stream that exists (the
+    peers' packages make a main stream that takes the dead letters too) is left out.
+
+    :returns: one or more changes a wanted stream, in the order they are to be made.
+    :raises TopologyError: a stream that is not ours has one of the subjects.
+    """
+    configs = {info.config.name: info.config for info in existing}
+    names = {stream.name for stream in wanted}
+    changes: list[Change] = []
+    for stream in wanted:
+        current = configs.get(stream.name)
+        missing = _uncovered(stream.subjects, current.subjects if current else ())
+        others = [config for config in configs.values() if config.name != stream.name]
+        host = _host(stream, [other for other in others if other.name in names])
+        if current is None and host is not None:
+            changes.append(Change("ok", host.name, f"keeps {', '.join(stream.subjects)} as well"))
+            continue
+        _refuse_overlap(stream.name, missing, others)
+        changes += _changes_for(stream, current, missing)
+    return changes
+
+
+def _changes_for(
+    stream: StreamConfig, current: StreamConfig | None, missing: tuple[str, ...]
+) -> list[Change]:
+    if current is None:
+        return [Change("create", stream.name, ", ".join(stream.subjects), stream)]
+    changes = []
+    if missing:
+        grown = dataclasses.replace(current, subjects=current.subjects + missing)
+        changes.append(Change("add_subjects", stream.name, ", ".join(missing), grown))
+    changes += [Change("differs", stream.name, text) for text in _differences(stream, current)]
+    return changes or [Change("ok", stream.name)]
+
+
+def _differences(wanted: StreamConfig, current: StreamConfig) -> Iterable[str]:
+    if current.retention != wanted.retention:
+        yield (
+            f"retention is {current.retention!r}, not {wanted.retention!r}: with a workqueue "
+            "stream (the Ruby package makes one) each message can be consumed once only, so "
+            "two subscribers cannot both get it, and it cannot be replayed"
+            if current.retention == "workqueue"
+            else f"retention is {current.retention!r}, not {wanted.retention!r}"
+        )
+    for name in ("storage", "replicas"):
+        have, want = getattr(current, name), getattr(wanted, name)
+        if have != want:
+            yield f"{name} is {have!r}, not {want!r}"
+
+
+def _uncovered(subjects: Iterable[str], by: Iterable[str]) -> tuple[str, ...]:
+    patterns = tuple(by)
+    return tuple(
+        subject for subject in subjects if not any(covers(pattern, subject) for pattern in patterns)
+    )
+
+
+def _host(stream: StreamConfig, candidates: Iterable[StreamConfig]) -> StreamConfig | None:
+    for candidate in candidates:
+        if not _uncovered(stream.subjects, candidate.subjects):
+            return candidate
+    return None
+
+
+def _refuse_overlap(name: str, subjects: Iterable[str], others: Iterable[StreamConfig]) -> None:
+    for other in others:
+        for subject in subjects:
+            taken = [own for own in other.subjects if overlaps(own, subject)]
+            if taken:
+                raise TopologyError(
+                    f"The stream {name!r} needs the subject {subject!r}, but the stream "
+                    f"{other.name!r} already takes {taken[0]!r}.",
+                    "Remove that subject from the other stream, or set NATSPUBSUB_STREAM_NAME "
+                    f"to {other.name!r} to use it.",
+                )

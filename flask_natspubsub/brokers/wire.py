@@ -1,0 +1,92 @@
+"""The bytes of the NATS client protocol that the hot paths write and read themselves.
+
+Source: the NATS protocol reference (PUB, HPUB) and ADR-4 (headers); the ack subject is
+described in ADR-15. Pure functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+HEADER_LINE = b"NATS/1.0"
+NO_HEADERS: Mapping[str, str] = {}
+STATUS = "Status"
+DESCRIPTION = "Description"
+
+#: Takes subject, reply, headers and data of a message as it arrives.
+Route = Callable[[str, str, Mapping[str, str], bytes], None]
+
+
+class Outgoing(NamedTuple):
+    """What one PUB or HPUB carries."""
+
+    subject: str
+    reply: str = ""
+    headers: bytes = b""
+    payload: bytes = b""
+
+
+def header_block(headers: Mapping[str, str]) -> bytes:
+    """Encode headers; empty when there are none. Their text must have been checked before."""
+    if not headers:
+        return b""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return b"%b\r\n%b\r\n" % (HEADER_LINE, lines.encode())
+
+
+def frame(out: Outgoing) -> bytes:
+    """Encode one message as the server reads it."""
+    if out.headers:
+        size = len(out.headers)
+        total = size + len(out.payload)
+        line = f"HPUB {out.subject} {out.reply} {size} {total}\r\n".encode()
+    else:
+        line = f"PUB {out.subject} {out.reply} {len(out.payload)}\r\n".encode()
+    return b"%b%b%b\r\n" % (line, out.headers, out.payload)
+
+
+def parse_headers(block: bytes) -> dict[str, str]:
+    """Decode a header block; an inline status becomes ``Status`` and ``Description``.
+
+    Never raises: lines that are no header are passed over, bytes that are no UTF-8 become
+    U+FFFD, as nats-py does.
+    """
+    first, *lines = block.split(b"\r\n")
+    headers: dict[str, str] = {}
+    status = first[len(HEADER_LINE) :].strip()
+    if status:
+        code, _, description = status.partition(b" ")
+        headers[STATUS] = code.decode("ascii", "replace")
+        headers[DESCRIPTION] = description.decode("utf-8", "replace")
+    for line in lines:
+        name, separator, value = line.partition(b":")
+        if separator and name:
+            headers[name.strip().decode("utf-8", "replace")] = value.strip().decode(
+                "utf-8", "replace"
+            )
+    return headers
+
+
+class AckSubject(NamedTuple):
+    """What the reply subject of a JetStream delivery says."""
+
+    stream: str
+    attempt: int
+    sequence: int
+    timestamp: float
+
+
+def parse_ack_subject(reply: str) -> AckSubject:
+    """Read ``$JS.ACK...`` in both forms; ValueError for anything else.
+
+    ``$JS.ACK.<stream>.<consumer>.<delivered>.<sseq>.<cseq>.<time>.<pending>``, and since
+    ADR-15 with ``<domain>.<account>`` before and a random token behind.
+    """
+    tokens = reply.split(".")
+    if len(tokens) < 9 or tokens[0] != "$JS" or tokens[1] != "ACK":
+        raise ValueError(f"{reply!r} is not the reply subject of a JetStream delivery")
+    at = 2 if len(tokens) == 9 else 4
+    return AckSubject(
+        tokens[at], int(tokens[at + 2]), int(tokens[at + 3]), int(tokens[at + 5]) / 1e9
+    )

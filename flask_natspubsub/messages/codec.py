@@ -1,0 +1,197 @@
+"""Messages to JSON and back.
+
+Encoding is strict (see ``plain``): what JSON cannot carry without loss is refused rather than
+sent as something else. Decoding takes any JSON object, and fits it to a handler's type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import msgspec
+import msgspec.inspect
+
+from ..errors import DecodingError, EncodingError, RegistrationError
+from .plain import MAX_DEPTH, one_line, step, to_plain
+
+_ENCODER = msgspec.json.Encoder()
+
+
+def encode_object(message: object) -> bytes:
+    """Encode a message as a compact JSON object in UTF-8.
+
+    :param message: a mapping, dataclass, msgspec Struct or pydantic model.
+    :raises EncodingError: it, or a part of it, has no JSON form; ``path`` says which.
+    """
+    plain = to_plain(message)
+    if type(plain) is not dict:
+        raise EncodingError(
+            f"A message is a JSON object; this {type(message).__name__} is none.",
+            "Publish a dict, dataclass, msgspec Struct or pydantic model.",
+        )
+    return _ENCODER.encode(plain)
+
+
+def message_type_of(message: object) -> str | None:
+    """Return the class name of a typed message; None for a dict or another mapping."""
+    return None if isinstance(message, Mapping) else type(message).__name__
+
+
+def encode_value(value: object) -> bytes:
+    """Encode what is not a message, such as a request to the server, as msgspec does.
+
+    :raises TypeError: a part of it has no JSON form.
+    """
+    return _ENCODER.encode(value)
+
+
+def decode_value(data: bytes | str) -> Any:
+    """Decode JSON of any kind.
+
+    :raises DecodingError: not JSON, not UTF-8, or nested too deeply to be read.
+    """
+    try:
+        return msgspec.json.decode(data)
+    except RecursionError:
+        raise DecodingError("The JSON is nested too deeply.") from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise DecodingError(f"The data is not valid JSON: {one_line(error)}.") from None
+
+
+def decode_object(data: bytes) -> dict[str, Any]:
+    """Decode a JSON object; of a key that occurs twice the last value counts.
+
+    :raises DecodingError: not UTF-8, not JSON, not an object, or nested deeper than
+        ``MAX_DEPTH`` levels; its reason is ``"malformed"``.
+    """
+    value = decode_value(data)
+    if type(value) is not dict:
+        raise DecodingError(f"The data is not a JSON object but {_json_kind(value)}.")
+    # Fewer brackets than levels allowed: no need to look how they are nested.
+    if data.count(b"{") + data.count(b"[") > MAX_DEPTH and _is_too_deep(value):
+        raise DecodingError(f"The JSON is nested deeper than {MAX_DEPTH} levels.")
+    return value
+
+
+def build_decoder(annotation: Any) -> Callable[[Any], Any]:
+    """Return the function that turns a decoded message into the type a handler asks for.
+
+    That function raises ``DecodingError`` (reason ``"schema"``) for a message that does not
+    fit. Without a type, and for ``dict``, ``Mapping`` and ``Any``, it returns the message.
+
+    :param annotation: of the handler's first parameter, with names resolved.
+    :raises RegistrationError: messages cannot be decoded into this type.
+    """
+    if annotation in (inspect.Parameter.empty, Any, object):
+        return _identity
+    kind = typing.get_origin(annotation) or annotation
+    if not isinstance(kind, type):
+        raise _unsupported(annotation)
+    if kind in (dict, Mapping, MutableMapping):
+        return _identity
+    if hasattr(kind, "model_validate_json"):
+        return _pydantic_decoder(kind)
+    if issubclass(kind, msgspec.Struct) or dataclasses.is_dataclass(kind):
+        return _msgspec_decoder(annotation)
+    if typing.is_typeddict(kind):
+        return _msgspec_decoder(annotation)
+    raise _unsupported(annotation)
+
+
+def _identity(message: Any) -> Any:
+    return message
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (item.values() if type(item) is dict else item for item in level)
+        level = [item for items in inner for item in items if type(item) in (dict, list)]
+        if not level:
+            return False
+    return True
+
+
+def _json_kind(value: object) -> str:
+    kinds = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _pydantic_decoder(model: Any) -> Callable[[Any], Any]:
+    try:
+        model.model_rebuild()
+    except Exception as error:
+        raise _unsupported(model, str(error)) from error
+
+    def decode(message: Any) -> Any:
+        try:
+            # As JSON: a strict model then still takes a datetime or UUID from its text.
+            return model.model_validate_json(_ENCODER.encode(message))
+        except (ValueError, TypeError) as error:
+            raise _does_not_fit(model, _pydantic_cause(error)) from None
+
+    return decode
+
+
+def _pydantic_cause(error: Exception) -> str:
+    if not hasattr(error, "errors"):
+        return str(error)
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{first['msg']} - at `${''.join(step(part) for part in first['loc'])}`"
+
+
+def _msgspec_decoder(annotation: Any) -> Callable[[Any], Any]:
+    try:
+        msgspec.json.Decoder(annotation)
+        info = msgspec.inspect.type_info(annotation)
+    except Exception as error:
+        raise _unsupported(annotation, str(error)) from error
+    if getattr(info, "array_like", False):
+        raise _unsupported(annotation, "it is array_like, and a message is an object")
+    for custom in _custom_types(info, set()):
+        raise _unsupported(annotation, f"it has a field of the type {custom!r}")
+
+    def decode(message: Any) -> Any:
+        try:
+            return msgspec.convert(message, annotation, str_keys=True)
+        except (msgspec.ValidationError, ValueError, TypeError) as error:
+            raise _does_not_fit(annotation, str(error)) from None
+
+    return decode
+
+
+def _custom_types(info: Any, seen: set[int]) -> Iterator[type]:
+    """Find the types msgspec knows nothing of; it would notice only when decoding."""
+    if id(info) in seen:
+        return
+    seen.add(id(info))
+    if isinstance(info, msgspec.inspect.CustomType):
+        yield info.cls
+    for name in info.__struct_fields__:
+        part = getattr(info, name)
+        for child in part if isinstance(part, tuple) else (part,):
+            if isinstance(child, (msgspec.inspect.Type, msgspec.inspect.Field)):
+                yield from _custom_types(child, seen)
+
+
+def _unsupported(annotation: Any, cause: str = "") -> RegistrationError:
+    because = f": {one_line(cause)}" if cause else ""
+    return RegistrationError(
+        f"Messages cannot be decoded into {_name(annotation)}{because}.",
+        "Annotate the handler's message with dict, a dataclass, msgspec Struct, TypedDict or "
+        "pydantic model, whose fields are of JSON types, datetime, UUID, Decimal or Enum.",
+    )
+
+
+def _does_not_fit(annotation: Any, cause: str) -> DecodingError:
+    return DecodingError(
+        f"The message does not fit {_name(annotation)}: {one_line(cause)}.", reason="schema"
+    )
+
+
+def _name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else repr(annotation)

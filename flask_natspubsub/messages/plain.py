@@ -1,0 +1,309 @@
+"""Anything a user may publish, as plain dicts, lists and scalars.
+
+msgspec alone would write NaN as null, bytes as base64 and a datetime without a zone as if it
+had one. So a message is walked first, and what JSON cannot carry without loss is refused,
+with the path of the bad value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import enum
+import math
+import re
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+from ..errors import EncodingError
+
+#: Deepest nesting of objects and arrays in an envelope; a message has one level less.
+MAX_DEPTH = 100
+
+_DEEPEST_MESSAGE = MAX_DEPTH - 1
+_INTEGER_LIMIT = 10**1000
+_PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+
+Converter = Callable[[Any, int], Any]
+
+
+def to_plain(value: object) -> Any:
+    """Return ``value`` as dicts, lists, strings, numbers, booleans and None only.
+
+    :raises EncodingError: it, or a part of it, has no JSON form; ``path`` says which.
+    """
+    try:
+        return _plain(value, 0)
+    except _NoJsonForm as error:
+        raise error.as_encoding_error() from None
+
+
+def step(key: object) -> str:
+    """Return one step of a path, as ``.price`` or ``[2]``."""
+    if isinstance(key, int):
+        return f"[{key}]"
+    text = str(key)
+    return f".{text}" if _PLAIN_KEY.fullmatch(text) else f"[{text!r:.80}]"
+
+
+def one_line(text: object) -> str:
+    """Return ``text`` as one line that is safe to log, of at most 200 characters."""
+    line = "".join(c if c.isprintable() else " " for c in str(text)[:201]).rstrip(". ")
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+class _NoJsonForm(Exception):
+    """A value that cannot be sent; picks up its path on the way out of the walk."""
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.fix = fix
+        self.path = ""
+
+    def inside(self, step: str) -> None:
+        self.path = step + self.path
+
+    def as_encoding_error(self) -> EncodingError:
+        path = "$" + (self.path if len(self.path) <= 200 else self.path[:200] + "...")
+        return EncodingError(f"The value at {path} {self.problem}.", self.fix, path=path)
+
+
+def _plain(value: Any, depth: int) -> Any:
+    kind = type(value)
+    return (_CONVERTERS.get(kind) or _converter_of(kind))(value, depth)
+
+
+def _object(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
+    _check_depth(depth)
+    plain = {}
+    for key, item in value.items():
+        name = key if type(key) is str and key.isascii() else _key(key)
+        kind = type(item)
+        if kind is str and item.isascii():  # the most frequent kind; saves two calls
+            plain[name] = item
+            continue
+        try:
+            plain[name] = (_CONVERTERS.get(kind) or _converter_of(kind))(item, depth + 1)
+        except _NoJsonForm as error:
+            error.inside(step(name))
+            raise
+    return plain
+
+
+def _key(key: object) -> str:
+    if not isinstance(key, str):
+        raise _NoJsonForm(f"has the key {key!r:.80}, which is not a string", "Use str(key).")
+    return _text(key)
+
+
+def _array(value: Iterable[Any], depth: int) -> list[Any]:
+    _check_depth(depth)
+    plain: list[Any] = []
+    for item in value:
+        try:
+            plain.append(_plain(item, depth + 1))
+        except _NoJsonForm as error:
+            error.inside(f"[{len(plain)}]")
+            raise
+    return plain
+
+
+def _set(value: Collection[Any], depth: int) -> list[Any]:
+    try:
+        members = sorted(value)
+    except TypeError:
+        raise _NoJsonForm("is a set whose members have no order", "Use a list.") from None
+    return _array(members, depth)
+
+
+def _check_depth(depth: int) -> None:
+    if depth >= _DEEPEST_MESSAGE:
+        raise _NoJsonForm(
+            f"is nested deeper than {_DEEPEST_MESSAGE} levels, or contains itself",
+            "Send a flatter message.",
+        )
+
+
+def _as_is(value: Any, _depth: int) -> Any:
+    return value
+
+
+def _text(value: str, _depth: int = 0) -> str:
+    text = str.__str__(value)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _NoJsonForm("has half of a surrogate pair, which is not Unicode text") from None
+    return text
+
+
+def _integer(value: int, _depth: int) -> int:
+    if not -_INTEGER_LIMIT < value < _INTEGER_LIMIT:
+        raise _NoJsonForm("has more than 1000 digits", "Send it as text.")
+    return int(value)
+
+
+def _float(value: float, _depth: int) -> float:
+    if not math.isfinite(value):
+        raise _NoJsonForm(f"is {float(value)}, which JSON cannot carry", "Send None or a text.")
+    return float(value)
+
+
+def _decimal(value: Decimal, _depth: int) -> str:
+    if not value.is_finite():
+        raise _NoJsonForm(f"is {value}, which JSON cannot carry", "Send None or a text.")
+    return str(value)
+
+
+def _datetime(value: dt.datetime, _depth: int) -> str:
+    if value.utcoffset() is None:
+        raise _NoJsonForm(
+            "is a datetime without a time zone", "Use one such as datetime.now(timezone.utc)."
+        )
+    try:
+        return value.astimezone(dt.UTC).isoformat().removesuffix("+00:00") + "Z"
+    except OverflowError:
+        raise _NoJsonForm("is a datetime out of range in UTC") from None
+
+
+def _iso(value: dt.date | dt.time, _depth: int) -> str:
+    return value.isoformat()
+
+
+def _duration(value: dt.timedelta, _depth: int) -> Any:
+    return msgspec.to_builtins(value)
+
+
+def _string_of(value: object, _depth: int) -> str:
+    return str(value)
+
+
+def _enum(value: enum.Enum, depth: int) -> Any:
+    return _plain(value.value, depth)
+
+
+def _refused_bytes(_value: object, _depth: int) -> Any:
+    raise _NoJsonForm("is bytes, which JSON cannot carry", "Send text, such as base64.")
+
+
+def _no_json_form(value: object, _depth: int) -> Any:
+    raise _NoJsonForm(
+        f"is a {type(value).__name__}, which has no JSON form",
+        "Use a dict, list, str, number, bool, None, datetime, date, UUID, Enum, Decimal, "
+        "dataclass, msgspec Struct or pydantic model.",
+    )
+
+
+def _dataclass(value: Any, depth: int) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(value)]
+    return _object({name: getattr(value, name) for name in names if hasattr(value, name)}, depth)
+
+
+def _struct(value: msgspec.Struct, depth: int) -> Any:
+    """Follow the Struct's own options: renaming, tags, omitted defaults, array form."""
+    config = value.__struct_config__
+    fields = value.__struct_fields__
+    items = [getattr(value, name) for name in fields]
+    if config.array_like:
+        return _array(items if config.tag is None else [config.tag, *items], depth)
+    defaults = (msgspec.NODEFAULT,) * len(fields) + value.__struct_defaults__
+    tag = {} if config.tag is None else {config.tag_field: config.tag}
+    pairs = zip(value.__struct_encode_fields__, items, defaults[-len(fields) :], strict=True)
+    return _object(
+        tag
+        | {
+            name: item
+            for name, item, default in pairs
+            if item is not msgspec.UNSET
+            and not (config.omit_defaults and _is_default(item, default))
+        },
+        depth,
+    )
+
+
+def _is_default(item: object, default: object) -> bool:
+    """Tell whether msgspec would omit ``item``: the default itself, or an empty new one."""
+    factory = getattr(default, "factory", None)
+    if factory in (list, dict, set):
+        return type(item) is factory and not item
+    return item is default
+
+
+def _model(value: Any, depth: int) -> Any:
+    try:
+        dumped = value.model_dump(mode="json", by_alias=True)
+        native = value.model_dump(by_alias=True)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _NoJsonForm(f"is a model that cannot be dumped ({one_line(error)})") from error
+    return _plain(_with_datetimes(dumped, native), depth)
+
+
+def _with_datetimes(dumped: Any, native: Any) -> Any:
+    """Put the datetimes back into a pydantic dump, which writes naive ones without a word."""
+    if isinstance(dumped, dict) and isinstance(native, dict) and len(dumped) == len(native):
+        pairs = zip(dumped.items(), native.values(), strict=True)
+        return {key: _with_datetimes(item, original) for (key, item), original in pairs}
+    if isinstance(dumped, list) and isinstance(native, (list, tuple)):
+        if len(dumped) == len(native):
+            return [_with_datetimes(*pair) for pair in zip(dumped, native, strict=True)]
+    elif isinstance(native, dt.datetime) and _is_iso_of(dumped, native):
+        return native
+    return dumped
+
+
+def _is_iso_of(dumped: object, native: dt.datetime) -> bool:
+    """Tell a plain dump from the format of a serializer that the model's author wrote."""
+    try:
+        return isinstance(dumped, str) and dt.datetime.fromisoformat(dumped) == native
+    except ValueError:
+        return False
+
+
+def _converter_of(kind: type) -> Converter:
+    """Find the converter of a type that is not in the table itself."""
+    if hasattr(kind, "model_dump"):
+        return _model
+    for base, converter in _BASES:
+        if issubclass(kind, base):
+            return converter
+    return _dataclass if dataclasses.is_dataclass(kind) else _no_json_form
+
+
+_CONVERTERS: dict[type, Converter] = {
+    dict: _object,
+    list: _array,
+    tuple: _array,
+    str: _text,
+    int: _integer,
+    float: _float,
+    bool: _as_is,
+    type(None): _as_is,
+    dt.datetime: _datetime,
+    dt.date: _iso,
+    uuid.UUID: _string_of,
+    Decimal: _decimal,
+}
+
+# In this order: an Enum may be a str as well, and a datetime is a date.
+_BASES: tuple[tuple[Any, Converter], ...] = (
+    (enum.Enum, _enum),
+    (msgspec.Struct, _struct),
+    (str, _text),
+    (int, _integer),
+    (float, _float),
+    (Decimal, _decimal),
+    (dt.datetime, _datetime),
+    ((dt.date, dt.time), _iso),
+    (dt.timedelta, _duration),
+    (uuid.UUID, _string_of),
+    ((bytes, bytearray, memoryview), _refused_bytes),
+    (Mapping, _object),
+    ((list, tuple), _array),
+    ((set, frozenset), _set),
+)

@@ -1,0 +1,184 @@
+"""Topics and subjects: how an application's names become NATS addresses.
+
+A topic is the application's word for a kind of event (``order.created``); its subject is
+``{env}.{app_name}.{topic}``. Matching is by token: ``*`` is exactly one token and ``>``,
+only at the end, is one or more.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from ..errors import InvalidTopic
+
+#: App names that would collide with subjects the streams use themselves.
+RESERVED_APP_NAMES = frozenset({"dlq", "events"})
+
+#: Longest subject that is used, in characters.
+MAX_SUBJECT_LENGTH = 255
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]+")
+_NOT_IN_TOKEN = re.compile(r"[^A-Za-z0-9_-]+")
+_NOT_IN_TOPIC = re.compile(r"[^a-z0-9_.-]")
+_NOT_IN_PATTERN = re.compile(r"[^a-z0-9_.*>-]")
+_NOT_IN_SUBJECT = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def slug(name: str) -> str:
+    """Turn any name into one valid token, as ``my.shop app`` into ``my_shop_app``.
+
+    Never empty: a name without a usable character becomes ``app``.
+    """
+    return _NOT_IN_TOKEN.sub("_", name).strip("_") or "app"
+
+
+def normalize_topic(topic: str, *, wildcards: bool = False) -> str:
+    """Return ``topic`` as it stands in a subject: lower case, other characters as ``_``.
+
+    :param wildcards: allow ``*`` and a last ``>`` as whole tokens, as subscriptions do.
+    :raises InvalidTopic: not text, blank, an empty token, or a wildcard out of place.
+    """
+    _check_text(topic)
+    if not topic.strip():
+        raise InvalidTopic("The topic is blank.", "Use a name such as 'order.created'.")
+    if _SURROGATE.search(topic):
+        raise _invalid("topic", topic, "is not valid Unicode text")
+    if not wildcards and ("*" in topic or ">" in topic):
+        raise _invalid("topic", topic, "has a wildcard; only subscriptions may have one")
+    unwanted = _NOT_IN_PATTERN if wildcards else _NOT_IN_TOPIC
+    normal = unwanted.sub("_", topic.lower())
+    _check_tokens("topic", normal)
+    return normal
+
+
+def subject_for(env: str, app_name: str, topic: str) -> str:
+    """Return the subject that a message about ``topic`` is published to.
+
+    :raises InvalidTopic: see ``normalize_topic``; also when the subject is too long.
+    """
+    _check_text(topic)
+    return _subject(env, app_name, topic, wildcards=False)
+
+
+def filter_for(env: str, producer: str, topic: str) -> str:
+    """Return the subject filter for messages of ``producer`` about ``topic``.
+
+    :param producer: an app name, or ``*`` for every app.
+    :param topic: may have wildcards.
+    :raises InvalidTopic: no such topic or producer, or the subject is too long.
+    """
+    if producer != "*":
+        _check_one_token("producer", producer)
+    _check_text(topic)
+    return _subject(env, producer, topic, wildcards=True)
+
+
+def dead_letter_subject(env: str, app_name: str, subscriber: str) -> str:
+    """Return the subject of messages that ``subscriber`` has given up.
+
+    :raises InvalidTopic: the subscriber's name is not one token.
+    """
+    _check_one_token("subscriber", subscriber)
+    return _checked_length(f"{env}.dlq.{app_name}.{subscriber}")
+
+
+def topic_of(subject: str) -> str:
+    """Return ``subject`` without its first two tokens, or all of it if there are no more."""
+    tokens = subject.split(".", 2)
+    return tokens[2] if len(tokens) == 3 else subject
+
+
+def check_filter(subject: str) -> str:
+    """Return ``subject``, a raw NATS subject to subscribe to, if NATS can address it.
+
+    :raises InvalidTopic: blanks, control characters, empty tokens, wildcards out of place.
+    """
+    _check_text(subject, "subject")
+    if _NOT_IN_SUBJECT.search(subject):
+        raise _invalid("subject", subject, "has a space or control character")
+    _check_tokens("subject", subject)
+    return _checked_length(subject)
+
+
+def matches(pattern: str, subject: str) -> bool:
+    """Tell whether ``pattern`` selects the concrete ``subject``."""
+    return covers(pattern, subject)
+
+
+def covers(pattern: str, other: str) -> bool:
+    """Tell whether ``pattern`` selects every subject that ``other`` selects."""
+    theirs = other.split(".")
+    ours = pattern.split(".")
+    for position, part in enumerate(ours):
+        if part == ">":
+            return len(theirs) > position
+        if position == len(theirs) or theirs[position] == ">":
+            return False
+        if part not in ("*", theirs[position]):
+            return False
+    return len(ours) == len(theirs)
+
+
+def overlaps(a: str, b: str) -> bool:
+    """Tell whether some subject is selected by both ``a`` and ``b``."""
+    ours, theirs = a.split("."), b.split(".")
+    for one, other in zip(ours, theirs, strict=False):
+        if ">" in (one, other):
+            return True
+        if one != other and "*" not in (one, other):
+            return False
+    return len(ours) == len(theirs)
+
+
+@lru_cache(maxsize=1024)
+def _subject(env: str, app_name: str, topic: str, *, wildcards: bool) -> str:
+    return _checked_length(f"{env}.{app_name}.{normalize_topic(topic, wildcards=wildcards)}")
+
+
+def _checked_length(subject: str) -> str:
+    if len(subject) > MAX_SUBJECT_LENGTH:
+        raise _invalid(
+            "subject", subject, f"has {len(subject)} characters; {MAX_SUBJECT_LENGTH} are allowed"
+        )
+    return subject
+
+
+def _check_text(name: object, what: str = "topic") -> None:
+    # Before the cache, too: what is not text may not even be hashable.
+    if not isinstance(name, str):
+        raise InvalidTopic(
+            f"A {what} is text, not {type(name).__name__}.", "Use a name such as 'order.created'."
+        )
+
+
+def _check_one_token(what: str, name: object) -> None:
+    if not isinstance(name, str) or not _TOKEN.fullmatch(name):
+        raise InvalidTopic(
+            f"The {what} {name!r:.80} cannot be part of a subject.",
+            "Use letters, digits, '_' and '-'.",
+        )
+
+
+def _check_tokens(what: str, name: str) -> None:
+    """Refuse empty tokens, and wildcards that are not tokens of their own."""
+    tokens = name.split(".")
+    if not all(tokens):
+        raise _invalid(what, name, "has an empty token")
+    for position, part in enumerate(tokens):
+        if part == ">" and position != len(tokens) - 1:
+            raise _invalid(what, name, "has a '>' that is not at its end")
+        if len(part) > 1 and ("*" in part or ">" in part):
+            raise _invalid(what, name, "has a wildcard inside a token")
+
+
+def _invalid(what: str, name: str, problem: str) -> InvalidTopic:
+    return InvalidTopic(
+        f"The {what} {_short(name)} {problem}.",
+        "Use tokens of letters, digits, '_' and '-' joined by dots, such as 'order.created'.",
+    )
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 80 else name[:77] + "...")

@@ -1,0 +1,43 @@
+"""Blinker signals the extension sends; the sender is always the Flask application object.
+
+Receivers run in the thread where it happened and should be quick. What a receiver
+raises is logged and goes no further: a message is never lost or repeated for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from blinker import NamedSignal, Namespace
+
+_log = logging.getLogger("flask_natspubsub")
+_signals = Namespace()
+
+#: A message was stored by the broker. ``receipt``
+message_published = _signals.signal("message-published")
+#: A message was decoded and is about to be handled. ``context``
+message_received = _signals.signal("message-received")
+#: A handler returned and the message was acknowledged. ``context``, ``seconds``
+message_handled = _signals.signal("message-handled")
+#: A message will be delivered again. ``context``, ``delay``, ``error``
+message_retried = _signals.signal("message-retried")
+#: A message was given up on. ``context`` (None if it could not be read), ``reason``, ``error``
+message_dead_lettered = _signals.signal("message-dead-lettered")
+#: The relay sent outbox rows. ``count``
+outbox_relayed = _signals.signal("outbox-relayed")
+#: A worker began to pull messages. ``worker``
+worker_started = _signals.signal("worker-started")
+#: A worker has stopped. ``worker``
+worker_stopped = _signals.signal("worker-stopped")
+
+
+def send(signal: NamedSignal, sender: Any, **arguments: Any) -> None:
+    """Send ``signal``; log what a receiver raises instead of passing it on."""
+    if not signal.receivers:
+        return
+    for receiver in signal.receivers_for(sender):
+        try:
+            receiver(sender, **arguments)
+        except Exception:
+            _log.exception("a receiver of the signal %r failed", signal.name)

@@ -1,0 +1,405 @@
+"""Messages given up on: keeping them, reading them, sending them again.
+
+A dead letter is the original message, byte for byte, with headers that say why and where
+from; see the wire format. It is stored before the original is terminated, so a message is in
+one place or the other whatever dies in between.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime as dt
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from ..brokers.base import Broker, Delivery, OutgoingMessage, StoredAck, StoredMessage
+from ..errors import BrokerError, DecodingError, PayloadTooLarge, PublishError
+from ..messages.codec import decode_object
+from ..messages.envelope import Received, read
+from ..messages.ids import now_timestamp
+from ..messages.subjects import dead_letter_subject, matches, normalize_topic, topic_of
+from ..settings import Settings
+from .retry import GiveUpReason, error_text
+from .subscriber import Subscription
+
+REPLAY_FOR = "x-replay-for"
+REPLAY_COUNT = "x-replay-count"
+_BODY_OMITTED = "x-dlq-body-omitted"
+_TRIAL = "trial"
+_OURS = re.compile(r"x-(dead-letter|dlq-|deliveries|event-id|trace-id|original-|subscriber)", re.I)
+_HEADER_NAME = re.compile(r"[!-9;-~]+")
+
+
+def store_one(broker: Broker, message: OutgoingMessage, timeout: float) -> StoredAck:
+    """Store one message and wait; the error of the publish if that fails."""
+    ticket = broker.submit([message], timeout)
+    if not ticket.wait(timeout + 1.0):
+        raise PublishError("The broker's thread did not answer.", outcome="unknown")
+    result = ticket.results[0]
+    if isinstance(result, PublishError):
+        raise result
+    return cast(StoredAck, result)
+
+
+class DeadLetterBox:
+    """Where a worker puts the messages of one application that it gives up on."""
+
+    def __init__(self, broker: Broker, settings: Settings) -> None:
+        self._broker = broker
+        self._settings = settings
+
+    def store(
+        self,
+        delivery: Delivery,
+        subscription: Subscription,
+        reason: GiveUpReason,
+        error: BaseException,
+    ) -> None:
+        """Store a dead letter; storing the same one twice stores it once.
+
+        A body that is too large together with these headers is left out: it stays in the
+        original stream, where ``DeadLetters`` finds it.
+
+        :raises PublishError: it could not be stored.
+        """
+        headers = _kept(delivery.headers) | self._headers(delivery, subscription, reason, error)
+        received = _try_read(delivery, delivery.subject)
+        if received is not None:
+            headers["x-event-id"] = received.event_id
+            if received.trace_id:
+                headers["x-trace-id"] = received.trace_id
+        subject = self._subject(subscription)
+        message = OutgoingMessage(subject, delivery.data, headers)
+        try:
+            store_one(self._broker, message, self._settings.publish_timeout)
+        except PayloadTooLarge:
+            bare = {name: value for name, value in headers.items() if name not in delivery.headers}
+            message = OutgoingMessage(subject, b"", bare | {_BODY_OMITTED: "true"})
+            store_one(self._broker, message, self._settings.publish_timeout)
+
+    def _headers(
+        self,
+        delivery: Delivery,
+        subscription: Subscription,
+        reason: GiveUpReason,
+        error: BaseException,
+    ) -> dict[str, str]:
+        place = f"{delivery.stream}:{delivery.sequence}"
+        return {
+            "x-dead-letter": "true",
+            "x-dlq-reason": reason,
+            "x-dlq-error": error_text(error),
+            "x-deliveries": str(delivery.attempt),
+            "x-original-subject": delivery.subject,
+            "x-original-stream": delivery.stream,
+            "x-original-sequence": str(delivery.sequence),
+            "x-subscriber": subscription.name,
+            "x-dead-lettered-at": now_timestamp(),
+            "Nats-Msg-Id": f"dlq:{subscription.name}:{place}",
+        }
+
+    def _subject(self, subscription: Subscription) -> str:
+        settings = self._settings
+        return dead_letter_subject(settings.env, settings.app_name, subscription.token)
+
+    # A message over its delivery limit that no handler refused was in hand whenever the
+    # process died: it is the culprit or a bystander. It is run once more alone, and a marker
+    # beside the dead letters says so first: if it is found at the next delivery, that run was
+    # not survived. The server's count cannot tell, it counts bystanders too.
+
+    def trial_was_started(self, delivery: Delivery, subscription: Subscription) -> bool:
+        """Whether this message was already being run alone when a process died."""
+        return self._trial_marker(delivery, subscription) is not None
+
+    def start_trial(self, delivery: Delivery, subscription: Subscription) -> None:
+        """Note that this message is about to be run alone."""
+        subject = self._trial_subject(delivery, subscription)
+        store_one(self._broker, OutgoingMessage(subject, b"", {}), self._settings.publish_timeout)
+
+    def end_trial(self, delivery: Delivery, subscription: Subscription) -> None:
+        """Forget the marker: the message's fate is settled."""
+        marker = self._trial_marker(delivery, subscription)
+        if marker is not None:
+            self._broker.delete_message(marker.stream, marker.sequence)
+
+    def _trial_subject(self, delivery: Delivery, subscription: Subscription) -> str:
+        return f"{self._subject(subscription)}.{_TRIAL}.{delivery.stream}.{delivery.sequence}"
+
+    def _trial_marker(self, delivery: Delivery, subscription: Subscription) -> StoredMessage | None:
+        subject = self._trial_subject(delivery, subscription)
+        for stream in (self._settings.dead_letter_stream, self._settings.stream):
+            found = self._broker.last_message(stream, subject)
+            if found is not None:
+                return found
+        return None
+
+
+def _kept(headers: Mapping[str, str]) -> dict[str, str]:
+    """Keep the original headers but those that make the server do something."""
+    return {
+        name: value
+        for name, value in headers.items()
+        if _HEADER_NAME.fullmatch(name)
+        and not name.lower().startswith("nats-")
+        and not _OURS.match(name)
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetterRecord:
+    """A dead letter as it is read; times are as written by whoever stored it.
+
+    :param id: names it in ``show``, ``replay`` and ``discard``.
+    :param data: the original bytes; empty if ``body_omitted``.
+    :param shape: who wrote it: ``"python"``, ``"javascript"`` or ``"ruby"``.
+    """
+
+    id: str
+    stream: str
+    sequence: int
+    subscriber: str
+    topic: str
+    reason: str
+    error: str
+    deliveries: int
+    event_id: str
+    trace_id: str | None
+    original_subject: str
+    original_stream: str
+    original_sequence: int | None
+    dead_lettered_at: str
+    stored_at: dt.datetime
+    headers: Mapping[str, str]
+    data: bytes
+    body_omitted: bool
+    shape: str
+
+
+class DeadLetters:
+    """Reads, replays and discards the dead letters of an environment."""
+
+    def __init__(self, broker: Broker, settings: Settings) -> None:
+        self._broker = broker
+        self._settings = settings
+
+    def __iter__(self) -> Iterator[DeadLetterRecord]:
+        return self.list()
+
+    def list(
+        self,
+        *,
+        subscriber: str | None = None,
+        topic: str | None = None,
+        older_than: float | None = None,
+        newer_than: float | None = None,
+        limit: int | None = None,
+    ) -> Iterator[DeadLetterRecord]:
+        """Read dead letters, oldest first.
+
+        :param topic: a topic, in which ``*`` and ``>`` may stand for tokens.
+        :param older_than: only what was stored longer ago than these seconds.
+        :param newer_than: only what was stored within these last seconds.
+        """
+        now = self._broker.now()
+        pattern = normalize_topic(topic, wildcards=True) if topic else None
+        found = 0
+        for record in self._all():
+            age = now - record.stored_at.timestamp()
+            fits = (
+                (subscriber is None or record.subscriber == subscriber)
+                and (pattern is None or _topic_fits(pattern, record))
+                and (older_than is None or age > older_than)
+                and (newer_than is None or age <= newer_than)
+            )
+            if not fits:
+                continue
+            if limit is not None and found >= limit:
+                return
+            found += 1
+            yield record
+
+    def get(self, record_id: str) -> DeadLetterRecord | None:
+        """Read one dead letter; None if there is none with this id."""
+        stream, _, sequence = record_id.rpartition(":")
+        if not sequence.isdigit():
+            return None
+        stored = self._broker.get_message(
+            stream or self._settings.dead_letter_stream, int(sequence)
+        )
+        if stored is None or not self._is_dead_letter(stored):
+            return None
+        return self._record(stored)
+
+    def replay(self, record: DeadLetterRecord) -> StoredAck:
+        """Send the message again, to the subscriber that failed only, and remove the dead letter.
+
+        It keeps its event id; other subscribers see that it is not for them and skip it.
+
+        :raises PublishError: it could not be stored; the dead letter stays.
+        :raises BrokerError: the body was left out and is no longer in the original stream.
+        """
+        headers = _kept(record.headers)
+        count = int(headers.get(REPLAY_COUNT, "0") or 0) + 1
+        headers |= {
+            "Nats-Msg-Id": f"{record.event_id}:replay:{count}",
+            REPLAY_FOR: record.subscriber,
+            REPLAY_COUNT: str(count),
+        }
+        message = OutgoingMessage(record.original_subject, self.body(record), headers)
+        ack = store_one(self._broker, message, self._settings.publish_timeout)
+        self.discard(record)
+        return ack
+
+    def discard(self, record: DeadLetterRecord) -> bool:
+        """Delete a dead letter for good; False if it was gone."""
+        return self._broker.delete_message(record.stream, record.sequence)
+
+    def body(self, record: DeadLetterRecord) -> bytes:
+        """Return the original bytes, from the original stream if they were left out."""
+        if not record.body_omitted:
+            return record.data
+        original = None
+        if record.original_sequence is not None:
+            original = self._broker.get_message(record.original_stream, record.original_sequence)
+        if original is None:
+            raise BrokerError(
+                f"The body of dead letter {record.id} was too large to be kept with it, and "
+                f"the original is no longer in {record.original_stream!r}.",
+            )
+        return original.data
+
+    def _all(self) -> Iterator[DeadLetterRecord]:
+        settings = self._settings
+        sources = [(settings.dead_letter_stream, ">")]
+        # The peers' packages keep theirs in the main stream.
+        sources += [
+            (settings.stream, f"{settings.env}.dlq.>"),
+            (settings.stream, f"{settings.env}.*.dlq"),
+        ]
+        for stream, subject in sources:
+            for stored in self._broker.messages(stream, subject):
+                if self._is_dead_letter(stored):
+                    yield self._record(stored)
+
+    def _is_dead_letter(self, stored: StoredMessage) -> bool:
+        tokens = stored.subject.split(".")
+        if len(tokens) > 4 and tokens[4] == _TRIAL:
+            return False
+        env = self._settings.env
+        return stored.stream == self._settings.dead_letter_stream or (
+            matches(f"{env}.dlq.>", stored.subject) or matches(f"{env}.*.dlq", stored.subject)
+        )
+
+    def _record(self, stored: StoredMessage) -> DeadLetterRecord:
+        own = stored.stream == self._settings.dead_letter_stream
+        record_id = str(stored.sequence) if own else f"{stored.stream}:{stored.sequence}"
+        values = _values(stored)
+        original_subject = str(values.get("original_subject") or stored.subject)
+        data = values["data"]
+        known = _try_read(stored, original_subject, data)
+        sequence = str(values.get("original_sequence") or "")
+        return DeadLetterRecord(
+            id=record_id,
+            stream=stored.stream,
+            sequence=stored.sequence,
+            subscriber=str(values.get("subscriber") or "?"),
+            topic=known.topic if known else topic_of(original_subject),
+            reason=str(values.get("reason") or "?"),
+            error=str(values.get("error") or ""),
+            deliveries=int(values.get("deliveries") or 0),
+            event_id=str(values.get("event_id") or (known.event_id if known else "")),
+            trace_id=values.get("trace_id") or (known.trace_id if known else None),
+            original_subject=original_subject,
+            original_stream=str(values.get("original_stream") or self._settings.stream),
+            original_sequence=int(sequence) if sequence.isdigit() else None,
+            dead_lettered_at=str(values.get("at") or ""),
+            stored_at=dt.datetime.fromtimestamp(stored.timestamp, dt.UTC),
+            headers=stored.headers,
+            data=data,
+            body_omitted=_BODY_OMITTED in stored.headers,
+            shape=values["shape"],
+        )
+
+
+def _topic_fits(pattern: str, record: DeadLetterRecord) -> bool:
+    return matches(pattern, record.topic) or matches(pattern, topic_of(record.original_subject))
+
+
+def _try_read(
+    source: Delivery | StoredMessage, subject: str, data: bytes | None = None
+) -> Received | None:
+    body = source.data if data is None else data
+    try:
+        return read(body, source.headers, subject, source.stream, source.sequence)
+    except DecodingError:
+        return None
+
+
+def _values(stored: StoredMessage) -> dict[str, Any]:
+    """Find who wrote a dead letter, and where it keeps what."""
+    headers = {name.lower(): value for name, value in stored.headers.items()}
+    if "x-dlq-context" in headers:
+        return _ruby_values(headers["x-dlq-context"], stored.data)
+    if "x-dead-letter" not in headers:
+        script = _javascript_values(stored.data)
+        if script is not None:
+            return script
+    return {
+        "shape": "python",
+        "data": stored.data,
+        "subscriber": headers.get("x-subscriber"),
+        "reason": headers.get("x-dlq-reason"),
+        "error": headers.get("x-dlq-error"),
+        "deliveries": _number(headers.get("x-deliveries")),
+        "event_id": headers.get("x-event-id"),
+        "trace_id": headers.get("x-trace-id"),
+        "original_subject": headers.get("x-original-subject"),
+        "original_stream": headers.get("x-original-stream"),
+        "original_sequence": headers.get("x-original-sequence"),
+        "at": headers.get("x-dead-lettered-at"),
+    }
+
+
+def _ruby_values(context: str, data: bytes) -> dict[str, Any]:
+    """Read the Ruby package's shape: the original body, one header with a JSON object."""
+    try:
+        values = decode_object(context.encode())
+    except DecodingError:
+        values = {}
+    return _common(values) | {"shape": "ruby", "data": data}
+
+
+def _javascript_values(data: bytes) -> dict[str, Any] | None:
+    """Read the JavaScript package's shape: a new JSON object around the original."""
+    try:
+        values = decode_object(data)
+        if "original_subject" not in values:
+            return None
+        raw = base64.b64decode(values.get("raw_base64") or "", validate=True)
+    except (DecodingError, binascii.Error, TypeError, ValueError):
+        return None
+    return _common(values) | {"shape": "javascript", "data": raw}
+
+
+def _common(values: Mapping[str, Any]) -> dict[str, Any]:
+    error = values.get("error")
+    return {
+        "subscriber": values.get("subscriber") or values.get("consumer"),
+        "reason": values.get("reason"),
+        "error": error.get("message") if isinstance(error, dict) else error,
+        "deliveries": _number(values.get("deliveries")),
+        "event_id": values.get("event_id"),
+        "trace_id": values.get("trace_id"),
+        "original_subject": values.get("original_subject"),
+        "original_stream": values.get("stream"),
+        "original_sequence": values.get("stream_sequence") or values.get("sequence"),
+        "at": values.get("published_at") or values.get("timestamp"),
+    }
+
+
+def _number(value: object) -> int:
+    text = str(value)
+    return int(text) if text.isdecimal() and len(text) < 10 else 0

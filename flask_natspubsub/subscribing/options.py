@@ -1,0 +1,150 @@
+"""The options of a subscriber: one table, checked where the subscriber is declared."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..brokers.base import DeliverPolicy
+from ..errors import RegistrationError
+from ..settings import backoff, seconds
+from .middleware import Middleware
+
+#: Turns a value into its final form; ValueError says what is allowed.
+_Parser = Callable[[Any], Any]
+
+
+def _option(parse: _Parser, default: Any = None) -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse})
+
+
+def _positive(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("a whole number, 1 or more")
+    return value
+
+
+def _positive_seconds(value: Any) -> float:
+    result = seconds(value)
+    if result == 0:
+        raise ValueError("a number of seconds, or a timedelta, greater than 0")
+    return result
+
+
+def _boolean(value: Any) -> bool:
+    if value is True or value is False:
+        return bool(value)
+    raise ValueError("True or False")
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not re.search(r"[A-Za-z0-9]", value):
+        raise ValueError("a text with at least one ASCII letter or digit")
+    return value
+
+
+def _producer(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"\*|[A-Za-z0-9_-]+", value):
+        raise ValueError("the name of an app (letters, digits, '_' and '-'), or '*' for any app")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a NATS subject such as 'production.billing.invoice.*'")
+    return value
+
+
+def _deliver_policy(value: Any) -> str:
+    if value not in ("all", "new", "last"):
+        raise ValueError("'all', 'new' or 'last'")
+    return str(value)
+
+
+def _middleware(value: Any) -> tuple[Middleware, ...]:
+    functions = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not all(callable(function) for function in functions):
+        raise ValueError("a function (context, call_next), or a list of them")
+    return functions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubscriberOptions:
+    """What a subscriber may set for itself; ``None`` is the application's setting.
+
+    :param name: names the subscriber, its durable consumer and its dead letters.
+    :param producer: the app whose events are received, ``"*"`` for any; default: this app.
+    :param subject: a raw NATS subject, instead of topics.
+    :param max_deliver: deliveries after which a message becomes a dead letter.
+    :param ack_wait: seconds after which the server redelivers what it hears nothing of.
+    :param backoff: seconds before each redelivery of a failed message; the last repeats.
+    :param concurrency: messages handled at once by one worker.
+    :param timeout: time limit of the handler in seconds.
+    :param inbox: whether the handler's database effects happen once.
+    :param ordered: one message at a time, in the order of the stream.
+    :param deliver_policy: where a new consumer starts: ``"all"``, ``"new"`` or ``"last"``.
+    :param dead_letter: whether messages given up on are kept.
+    :param middleware: functions around the handler, the first outermost.
+    """
+
+    name: str | None = _option(_name)
+    producer: str | None = _option(_producer)
+    subject: str | None = _option(_text)
+    max_deliver: int | None = _option(_positive)
+    ack_wait: float | None = _option(_positive_seconds)
+    backoff: tuple[float, ...] | None = _option(backoff)
+    concurrency: int | None = _option(_positive)
+    timeout: float | None = _option(_positive_seconds)
+    inbox: bool | None = _option(_boolean)
+    ordered: bool | None = _option(_boolean)
+    deliver_policy: DeliverPolicy | None = _option(_deliver_policy)  # noqa: RUF009 - a field
+    dead_letter: bool | None = _option(_boolean)
+    middleware: tuple[Middleware, ...] = _option(_middleware, ())
+
+    @classmethod
+    def parse(cls, who: str, given: Mapping[str, Any]) -> SubscriberOptions:
+        """Check ``given`` and turn it into options; a value of None counts as not given.
+
+        :param who: the subscriber, for errors.
+        :raises RegistrationError: an unknown option or a bad value.
+        """
+        parsers = {field.name: field.metadata["parse"] for field in dataclasses.fields(cls)}
+        values = {}
+        for option, value in given.items():
+            if option not in parsers:
+                raise _unknown_option(who, option)
+            if value is not None:
+                values[option] = _parse(who, option, value, parsers[option])
+        return cls(**values)
+
+    def with_defaults(self, defaults: SubscriberOptions) -> SubscriberOptions:
+        """Return these options with what is not set taken from ``defaults``."""
+        missing = [name for name in OPTION_NAMES if getattr(self, name) is None]
+        return dataclasses.replace(self, **{name: getattr(defaults, name) for name in missing})
+
+
+#: Every option, in the order of the table.
+OPTION_NAMES: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(SubscriberOptions))
+
+
+def nearest_option(name: str, cutoff: float = 0.6) -> str | None:
+    """Return the option, or ``topics``, that ``name`` was probably meant to be."""
+    near = difflib.get_close_matches(name, ("topics", *OPTION_NAMES), n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
+def _unknown_option(who: str, option: str) -> RegistrationError:
+    near = nearest_option(option)
+    fix = f"Did you mean {near!r}?" if near else f"Known options: {', '.join(OPTION_NAMES)}."
+    return RegistrationError(f"{who}: unknown option {option!r}.", fix)
+
+
+def _parse(who: str, option: str, value: Any, parse: _Parser) -> Any:
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise RegistrationError(f"{who}: {option} is {value!r}.", f"Allowed: {error}.") from None

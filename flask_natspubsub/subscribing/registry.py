@@ -1,0 +1,229 @@
+"""What an extension object knows of its subscribers, until an app asks for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ..errors import ConfigurationError, RegistrationError
+from ..settings import Settings
+from .handlers import AnyHandler
+from .middleware import Middleware
+from .options import SubscriberOptions
+from .subscriber import (
+    Declaration,
+    Subscriber,
+    Subscription,
+    declare_class,
+    declare_handler,
+    resolve,
+    unbound_classes,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Declarations:
+    """What Registry and SubscriberGroup share: handlers are declared to them."""
+
+    def __init__(self) -> None:
+        self._declared: dict[tuple[str, str, str], Declaration] = {}
+        self._middleware: list[Middleware] = []
+
+    def subscriber(self, *topics: str | Sequence[str], **options: Any) -> Callable[[F], F]:
+        """Declare the decorated function a subscriber; it can still be called as before.
+
+        :param topics: topics or lists of topics; ``*`` and ``>`` stand for tokens.
+        :param options: see ``SubscriberOptions``.
+        :raises RegistrationError: the subscriber cannot work as declared.
+        :raises InvalidTopic: a topic that NATS cannot address.
+        """
+        if topics and callable(topics[0]):
+            raise RegistrationError(
+                "The decorator 'subscriber' was used without topics.",
+                "Write @pubsub.subscriber('order.created'), with parentheses.",
+            )
+
+        def decorate(function: F) -> F:
+            self.add(function, *topics, **options)
+            return function
+
+        return decorate
+
+    def add(self, handler: AnyHandler, *topics: str | Sequence[str], **options: Any) -> None:
+        """Declare ``handler`` a subscriber; what the decorator ``subscriber`` does."""
+        self._keep(self._declare(handler, topics, options))
+
+    def _declare(
+        self, handler: AnyHandler, topics: Sequence[Any], options: Mapping[str, Any]
+    ) -> Declaration:
+        return declare_handler(handler, topics, options)
+
+    def _keep(self, declaration: Declaration) -> None:
+        older = self._declared.get(declaration.identity)
+        if older is not None:
+            _check_replaces(declaration, older, f"the name {declaration.name!r}")
+            del self._declared[declaration.identity]
+        self._declared[declaration.identity] = declaration
+
+    def _add_middleware(self, function: Middleware) -> None:
+        if not callable(function):
+            raise RegistrationError(
+                f"The middleware {function!r} is not a function.",
+                "A middleware takes (context, call_next).",
+            )
+        if function not in self._middleware:
+            self._middleware.append(function)
+
+
+class SubscriberGroup(_Declarations):
+    """Subscribers that share a prefix, middleware and options; as a blueprint is for views.
+
+    ::
+
+        orders = SubscriberGroup("orders", prefix="order", max_deliver=10)
+
+        @orders.subscriber("created")            # the topic order.created
+        def notify(message, context): ...        # the subscriber "orders-notify"
+
+    :param name: put before the names of its subscribers.
+    :param prefix: put before their topics, joined with a dot.
+    :param producer: the app whose events they receive, ``"*"`` for any.
+    :param middleware: functions around their handlers, inside the extension's.
+    :param options: defaults for their options; see ``SubscriberOptions``.
+    :raises RegistrationError: an unknown option or a bad value.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        prefix: str = "",
+        producer: str | None = None,
+        middleware: Middleware | Iterable[Middleware] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        who = f"Group {name!r}"
+        if "subject" in options:
+            raise RegistrationError(
+                f"{who}: unknown option 'subject'.", "Only subscribers have one."
+            )
+        parsed = SubscriberOptions.parse(
+            who, {"name": name, "producer": producer, "middleware": middleware, **options}
+        )
+        self.name = name
+        self.prefix = prefix
+        self._defaults = dataclasses.replace(parsed, name=None, middleware=())
+        self._middleware.extend(parsed.middleware)
+
+    def middleware(self, function: F) -> F:
+        """Put the decorated function around the handlers of this group."""
+        self._add_middleware(function)
+        return function
+
+    def declarations(self) -> Iterator[tuple[Declaration, tuple[Middleware, ...]]]:
+        """Yield each subscriber with the group's middleware."""
+        for declaration in self._declared.values():
+            yield declaration, tuple(self._middleware)
+
+    def _declare(
+        self, handler: AnyHandler, topics: Sequence[Any], options: Mapping[str, Any]
+    ) -> Declaration:
+        return declare_handler(
+            handler, topics, options, group=self.name, prefix=self.prefix, defaults=self._defaults
+        )
+
+
+class Registry(_Declarations):
+    """The subscribers, groups and middleware of one extension object.
+
+    Nothing in it belongs to an app: ``resolve`` makes an app's subscriptions of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._groups: list[SubscriberGroup] = []
+
+    def add_class(self, cls: type[Subscriber]) -> None:
+        """Bind a Subscriber class; ``class Audit(Subscriber, pubsub=pubsub)`` does it too."""
+        if not issubclass(cls, Subscriber):
+            raise RegistrationError(
+                f"{cls!r} is no subscriber class.", "Derive it from Subscriber."
+            )
+        self._keep(declare_class(cls))
+
+    def add_group(self, group: SubscriberGroup) -> None:
+        """Add a group; subscribers declared to it later count as well."""
+        if not isinstance(group, SubscriberGroup):
+            raise RegistrationError(f"{group!r} is no group.", "Pass a SubscriberGroup.")
+        if group not in self._groups:
+            self._groups.append(group)
+
+    def add_middleware(self, function: Middleware) -> None:
+        """Put ``function`` around all handlers, inside what was added before.
+
+        The same function object is added once only.
+        """
+        self._add_middleware(function)
+
+    def resolve(self, settings: Settings) -> list[Subscription]:
+        """Return the subscriptions of the app that has ``settings``, in order of declaration.
+
+        Each call makes new ones, with new instances of Subscriber classes: call it once
+        for an app and keep the result.
+
+        :raises RegistrationError: two subscribers with one durable name; a handler whose
+            message type cannot be found.
+        """
+        chosen: dict[str, tuple[Declaration, tuple[Middleware, ...]]] = {}
+        for declaration, around in sorted(self._all(), key=lambda pair: pair[0].order):
+            durable = declaration.durable(settings.app_name)
+            if durable in chosen:
+                older, _ = chosen.pop(durable)
+                _check_replaces(declaration, older, f"the durable name {durable!r}")
+            chosen[durable] = declaration, around
+        return [
+            resolve(declaration, settings, (*self._middleware, *around))
+            for declaration, around in chosen.values()
+        ]
+
+    def import_all(self, names: Iterable[str]) -> None:
+        """Import the modules in NATSPUBSUB_SUBSCRIBERS; of a package, all modules in it.
+
+        :raises ConfigurationError: an import failed; its cause is the ImportError.
+        """
+        for name in names:
+            try:
+                _import_tree(name)
+            except ImportError as error:
+                raise ConfigurationError(
+                    f"NATSPUBSUB_SUBSCRIBERS: {name!r} cannot be imported ({error}).",
+                    "Check its spelling, and that what it imports is installed.",
+                ) from error
+
+    def _all(self) -> Iterator[tuple[Declaration, tuple[Middleware, ...]]]:
+        for declaration in (*self._declared.values(), *unbound_classes()):
+            yield declaration, ()
+        for group in self._groups:
+            yield from group.declarations()
+
+
+def _check_replaces(newer: Declaration, older: Declaration, what: str) -> None:
+    """Tell a declaration made anew (a reload, a factory called twice) from a second one."""
+    stacked = newer.source == older.source and newer.filters != older.filters
+    if newer.identity == older.identity and not stacked:
+        return
+    raise RegistrationError(
+        f"{older.who} and {newer.who} both have {what}.",
+        "List all topics of one handler in one declaration, or give each its own name=...",
+    )
+
+
+def _import_tree(name: str) -> None:
+    module = importlib.import_module(name)
+    for found in pkgutil.iter_modules(getattr(module, "__path__", ()), f"{name}."):
+        if not found.name.endswith(".__main__"):
+            _import_tree(found.name)

@@ -1,0 +1,107 @@
+"""What becomes of a message whose handler raised. Pure: no clock, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import DeadLetter, DecodingError, Discard, Retry
+from ..settings import seconds
+
+#: Why a message was given up on; ``x-dlq-reason`` of its dead letter.
+GiveUpReason = Literal["malformed", "schema", "handler_error", "max_deliver_exceeded", "rejected"]
+
+#: A wait is this much longer or shorter at most, as a fraction of itself.
+JITTER = 0.2
+
+#: Bytes that ``error_text`` returns at most.
+ERROR_TEXT_LIMIT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RetryLater:
+    """Deliver the message again after ``delay`` seconds."""
+
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """The handler discarded the message: settle it and keep nothing."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Keep the message as a dead letter, with ``reason`` and ``error``."""
+
+    reason: GiveUpReason
+    error: BaseException
+
+
+Verdict = RetryLater | Drop | GiveUp
+
+
+def backoff_delay(attempt: int, delays: Sequence[float], random: Callable[[], float]) -> float:
+    """Return the seconds to wait after the failed delivery number ``attempt`` (1 is the first).
+
+    The last of ``delays`` repeats. Jitter of 20 % up or down keeps messages that failed
+    together from coming back together; a delay of 0 stays 0.
+
+    :param random: returns a number from 0 to 1, as ``random.random`` does.
+    """
+    delay = delays[min(max(attempt, 1), len(delays)) - 1]
+    return delay * (1 - JITTER + 2 * JITTER * random())
+
+
+def classify(
+    error: BaseException,
+    *,
+    attempt: int,
+    max_deliver: int,
+    backoff: Sequence[float],
+    random: Callable[[], float],
+) -> Verdict:
+    """Decide what becomes of a message whose delivery number ``attempt`` ended in ``error``.
+
+    A ``Retry`` is an ordinary failure with a delay of its own: it counts, and ends in a
+    dead letter at ``max_deliver`` too, or a handler could keep a message for ever.
+    """
+    if isinstance(error, Discard):
+        return Drop(str(error))
+    if isinstance(error, DeadLetter):
+        return GiveUp("rejected", error)
+    if isinstance(error, DecodingError):
+        return GiveUp(error.reason, error)
+    if attempt >= max_deliver:
+        return GiveUp("handler_error", error)
+    asked = _asked_delay(error)
+    return RetryLater(backoff_delay(attempt, backoff, random) if asked is None else asked)
+
+
+def _asked_delay(error: BaseException) -> float | None:
+    if not isinstance(error, Retry) or error.delay is None:
+        return None
+    try:
+        return seconds(error.delay)
+    except ValueError:  # not a time: a mistake in the handler must not stop the worker
+        return None
+
+
+def error_text(error: BaseException) -> str:
+    """Return class and message of ``error`` in one line of printable characters, 1 KiB at most."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - a broken __str__ must not hide the error itself
+        message = "(its message cannot be shown)"
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    line = "".join(_printable(character) for character in text[:ERROR_TEXT_LIMIT])
+    return line.encode()[:ERROR_TEXT_LIMIT].decode(errors="ignore")
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode("ascii")

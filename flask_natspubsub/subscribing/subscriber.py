@@ -1,0 +1,390 @@
+"""What a subscriber is: as declared (``Declaration``) and for one app (``Subscription``)."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import itertools
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from ..brokers.base import DeliverPolicy
+from ..errors import InvalidTopic, RegistrationError
+from ..messages import subjects
+from ..settings import Settings
+from . import handlers
+from .handlers import AnyHandler, Handler
+from .middleware import Middleware, is_async
+from .options import OPTION_NAMES, SubscriberOptions, nearest_option
+
+__all__ = [
+    "Declaration",
+    "Subscriber",
+    "SubscriberOptions",
+    "Subscription",
+    "declare_class",
+    "declare_handler",
+    "resolve",
+    "unbound_classes",
+]
+
+T = TypeVar("T")
+
+_order = itertools.count()
+
+
+class Subscriber:
+    """Base of subscribers written as classes; an instance is made for each app, without arguments.
+
+    ::
+
+        class Audit(Subscriber):
+            topics = ["order.*", "payment.>"]
+            max_deliver = 10
+
+            def handle(self, message, context): ...
+
+    A subclass is found once its module is imported, by every extension object of the
+    process; ``class Audit(Subscriber, pubsub=pubsub)`` binds it, and its subclasses, to one.
+    ``abstract = True`` in a class's own body makes it a mere base for others. The class
+    attributes are the options of ``SubscriberOptions``; its name defaults to ``audit``.
+    """
+
+    abstract: ClassVar[bool] = True
+
+    topics: ClassVar[str | Sequence[str]] = ()
+    name: ClassVar[str | None] = None
+    producer: ClassVar[str | None] = None
+    subject: ClassVar[str | None] = None
+    max_deliver: ClassVar[int | None] = None
+    ack_wait: ClassVar[Any] = None
+    backoff: ClassVar[Any] = None
+    concurrency: ClassVar[int | None] = None
+    timeout: ClassVar[Any] = None
+    inbox: ClassVar[bool | None] = None
+    ordered: ClassVar[bool | None] = None
+    deliver_policy: ClassVar[DeliverPolicy | None] = None
+    dead_letter: ClassVar[bool | None] = None
+    middleware: ClassVar[Any] = ()
+
+    _pubsub: ClassVar[Any] = None
+
+    def __init_subclass__(cls, *, pubsub: Any = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if pubsub is not None:
+            cls._pubsub = pubsub
+        if cls.__dict__.get("abstract", False):
+            return
+        _warn_near_misses(cls)
+        if cls._pubsub is not None:
+            cls._pubsub.registry.add_class(cls)
+        else:
+            _remember(cls)
+
+    # Any arguments, so that a subclass may take (message) alone and annotate it as it likes.
+    def handle(self, *args: Any, **kwargs: Any) -> Any:
+        """Handle one message: ``handle(self, message, context)``, plain or async."""
+        raise NotImplementedError
+
+
+#: Subclasses bound to no extension object, with their place in the order of declaration.
+_unbound: weakref.WeakKeyDictionary[type[Subscriber], int] = weakref.WeakKeyDictionary()
+
+
+def unbound_classes() -> Iterator[Declaration]:
+    """Yield the declarations of all live subclasses of Subscriber bound to no extension."""
+    if any("<locals>" in cls.__qualname__ for cls in list(_unbound)):
+        # A class defined in a function that has returned is a reference cycle: still
+        # there, but nobody's. Collecting it now keeps it from receiving messages.
+        gc.collect()
+    for cls, order in list(_unbound.items()):
+        yield declare_class(cls, order=order)
+
+
+def _remember(cls: type[Subscriber]) -> None:
+    declare_class(cls)  # for its checks: errors belong to the class statement
+    for other in list(_unbound):
+        if (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__):
+            del _unbound[other]
+    _unbound[cls] = next(_order)
+
+
+def _warn_near_misses(cls: type[Subscriber]) -> None:
+    known = {"topics", "abstract", *OPTION_NAMES}
+    for name, value in vars(cls).items():
+        if name.startswith("_") or name in known or callable(value):
+            continue
+        near = nearest_option(name, cutoff=0.85)
+        if near:
+            warnings.warn(
+                f"{cls.__qualname__}.{name} is no option of a subscriber; did you mean {near}?",
+                stacklevel=3,
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declaration:
+    """A subscriber as written, checked as far as it can be without an app's settings.
+
+    :param source: the handler, or the Subscriber class.
+    :param topics: as written, a group's prefix included; none if ``options.subject`` is set.
+    :param filters: the topics normalised, without those that another one covers.
+    :param order: grows with every declaration.
+    """
+
+    source: AnyHandler | type[Subscriber]
+    name: str
+    topics: tuple[str, ...]
+    filters: tuple[str, ...]
+    options: SubscriberOptions
+    order: int
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What a later declaration shares that is this one anew, after a reload."""
+        origin: Any = self.source
+        if not isinstance(origin, type):
+            origin = handlers.function_of(origin)
+        return origin.__module__, origin.__qualname__, self.name
+
+    @property
+    def who(self) -> str:
+        """The subscriber and the place of its code, for errors."""
+        return _who(self.name, self.source)
+
+    def durable(self, app_name: str) -> str:
+        """Return the name of the consumer, which must be this subscriber's alone."""
+        return f"{app_name}-{subjects.slug(self.name)}"
+
+
+def declare_class(cls: type[Subscriber], order: int | None = None) -> Declaration:
+    """Check a Subscriber class; see ``_declare`` for the errors."""
+    name = cls.name if isinstance(cls.name, str) else handlers.snake_case(cls.__name__)
+    who = _who(name, cls)
+    if cls.handle is Subscriber.handle:
+        raise RegistrationError(
+            f"{who} has no method handle(self, message, context).",
+            "Write it, or set abstract = True in the class if it is a base for others.",
+        )
+    static = isinstance(inspect.getattr_static(cls, "handle"), (staticmethod, classmethod))
+    handlers.check_shape(who, cls.handle if static else types.MethodType(cls.handle, cls))
+    given = {option: getattr(cls, option) for option in OPTION_NAMES}
+    return _declare(cls, name, _flatten(who, [cls.topics or ()]), given, order=order)
+
+
+def declare_handler(
+    handler: AnyHandler,
+    topics: Sequence[Any],
+    given: Mapping[str, Any],
+    *,
+    group: str = "",
+    prefix: str = "",
+    defaults: SubscriberOptions | None = None,
+) -> Declaration:
+    """Check a handler and what its decorator was given; see ``_declare`` for the errors.
+
+    :param topics: texts, and lists of them.
+    :param given: the options; ``topics`` may be among them.
+    :param group: the group's name, put before the subscriber's.
+    :param prefix: put before each topic.
+    """
+    who = _who(handlers.default_name(handler), handler)
+    if isinstance(handler, type) or not callable(handler):
+        raise RegistrationError(
+            f"{who} is not a function.", "Classes subscribe by deriving from Subscriber."
+        )
+    handlers.check_shape(who, handler)
+    given = dict(given)
+    written = _flatten(who, [*topics, given.pop("topics", None) or ()])
+    name = given.get("name") or handlers.default_name(handler)
+    if name == "<lambda>":
+        raise RegistrationError(f"{who} has no name of its own.", "Give it one with name=...")
+    return _declare(
+        handler,
+        f"{group}-{name}" if group else name,
+        tuple(f"{prefix}.{topic}" if prefix else topic for topic in written),
+        given,
+        defaults=defaults,
+    )
+
+
+def _declare(
+    source: AnyHandler | type[Subscriber],
+    name: str,
+    topics: tuple[str, ...],
+    given: Mapping[str, Any],
+    *,
+    defaults: SubscriberOptions | None = None,
+    order: int | None = None,
+) -> Declaration:
+    """Check topics and options.
+
+    :raises RegistrationError: an unknown option or a bad value; not exactly one of topics
+        and ``subject``; topics that overlap without one covering the other.
+    :raises InvalidTopic: a topic or subject that NATS cannot address.
+    """
+    who = _who(name, source)
+    options = SubscriberOptions.parse(who, given)
+    if bool(topics) == (options.subject is not None):
+        raise RegistrationError(
+            f"{who} has {'both topics and a subject' if topics else 'no topics'}.",
+            "Give either topics, such as 'order.created', or subject='a.raw.nats.subject'.",
+        )
+    return Declaration(
+        source=source,
+        name=name,
+        topics=topics,
+        filters=_filters(who, topics, options.subject),
+        options=options.with_defaults(defaults) if defaults else options,
+        order=next(_order) if order is None else order,
+    )
+
+
+def _flatten(who: str, topics: Sequence[Any]) -> tuple[str, ...]:
+    flat: list[Any] = []
+    for item in topics:
+        flat.extend(item if isinstance(item, (list, tuple)) else [item])
+    for topic in flat:
+        if not isinstance(topic, str):
+            raise RegistrationError(
+                f"{who}: a topic is {topic!r}.", "Allowed: a text such as 'order.created'."
+            )
+    return tuple(flat)
+
+
+def _filters(who: str, topics: tuple[str, ...], subject: str | None) -> tuple[str, ...]:
+    try:
+        if subject is not None:
+            return (subjects.check_filter(subject),)
+        normalized = [subjects.normalize_topic(topic, wildcards=True) for topic in topics]
+    except InvalidTopic as error:
+        raise InvalidTopic(f"{who}: {error.message}", error.fix) from error
+    return _disjoint(who, normalized)
+
+
+def _disjoint(who: str, filters: Sequence[str]) -> tuple[str, ...]:
+    """Drop filters that others cover: the server refuses a consumer whose filters overlap."""
+    kept = tuple(
+        one
+        for one in dict.fromkeys(filters)
+        if not any(subjects.covers(other, one) for other in filters if other != one)
+    )
+    for one, other in itertools.combinations(kept, 2):
+        if subjects.overlaps(one, other):
+            raise RegistrationError(
+                f"{who}: the topics {one!r} and {other!r} overlap, and the server refuses "
+                "that within one consumer.",
+                "Make two subscribers of them, or use one topic that covers both.",
+            )
+    return kept
+
+
+def _who(name: str, source: AnyHandler | type) -> str:
+    return f"Subscriber {name!r} ({handlers.place_of(source)})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subscription:
+    """A subscriber of one app, with every option settled; durations are seconds.
+
+    :param name: as declared; names it in logs, the inbox and dead letters.
+    :param durable: the name of its consumer.
+    :param topics: as declared; none if it subscribes to a raw subject.
+    :param filter_subjects: what its consumer receives; no two overlap.
+    :param handler: called with the decoded message and its context.
+    :param decode: turns the envelope's message into the type the handler asks for.
+    :param is_async: whether calling the handler in its middleware gives an awaitable.
+    :param middleware: all of it: global, the group's, its own; the first is outermost.
+    """
+
+    name: str
+    durable: str
+    topics: tuple[str, ...]
+    filter_subjects: tuple[str, ...]
+    handler: Handler
+    decode: Callable[[Any], Any]
+    is_async: bool
+    max_deliver: int
+    ack_wait: float
+    backoff: tuple[float, ...]
+    concurrency: int
+    timeout: float
+    inbox: bool
+    ordered: bool
+    deliver_policy: DeliverPolicy
+    dead_letter: bool
+    middleware: tuple[Middleware, ...]
+
+    @property
+    def token(self) -> str:
+        """The name as one token of a subject, for dead letters."""
+        return subjects.slug(self.name)
+
+    @property
+    def max_ack_pending(self) -> int:
+        """How many messages the server hands to all workers together before it waits."""
+        return 1 if self.ordered else max(1000, 200 * self.concurrency)
+
+
+def resolve(
+    declaration: Declaration, settings: Settings, around: Sequence[Middleware] = ()
+) -> Subscription:
+    """Settle a declaration for the app that has ``settings``.
+
+    :param around: the middleware outside the subscriber's own.
+    :raises RegistrationError: the handler's message type cannot be found or decoded into,
+        or the class cannot be instantiated.
+    """
+    options, who = declaration.options, declaration.who
+    handler = _handler(declaration)
+    middleware = (*around, *options.middleware)
+    return Subscription(
+        name=declaration.name,
+        durable=declaration.durable(settings.app_name),
+        topics=declaration.topics,
+        filter_subjects=_filter_subjects(declaration, settings),
+        handler=handlers.with_context(who, handler),
+        decode=handlers.message_decoder(who, handler),
+        is_async=is_async(handler) or any(map(is_async, middleware)),
+        max_deliver=_or(options.max_deliver, settings.max_deliver),
+        ack_wait=_or(options.ack_wait, settings.ack_wait),
+        backoff=_or(options.backoff, settings.backoff),
+        concurrency=1 if options.ordered else _or(options.concurrency, settings.concurrency),
+        timeout=_or(options.timeout, settings.handler_timeout),
+        inbox=_or(options.inbox, getattr(settings, "use_inbox", False)),
+        ordered=_or(options.ordered, False),
+        deliver_policy=_or(options.deliver_policy, "all"),
+        dead_letter=_or(options.dead_letter, settings.use_dlq),
+        middleware=middleware,
+    )
+
+
+def _handler(declaration: Declaration) -> AnyHandler:
+    source = declaration.source
+    if not isinstance(source, type):
+        return source
+    try:
+        handler: AnyHandler = source().handle
+        return handler
+    except TypeError as error:
+        raise RegistrationError(
+            f"{declaration.who} cannot be instantiated ({error}).",
+            "Its __init__ is called without arguments, once for each app.",
+        ) from error
+
+
+def _filter_subjects(declaration: Declaration, settings: Settings) -> tuple[str, ...]:
+    if declaration.options.subject is not None:
+        return declaration.filters
+    producer = declaration.options.producer or settings.app_name
+    return tuple(
+        subjects.filter_for(settings.env, producer, topic) for topic in declaration.filters
+    )
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
