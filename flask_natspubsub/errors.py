@@ -168,7 +168,7 @@ class CircuitOpen(PublishError):
     code = "circuit-open"
 
 
-class HandlerVerdict(Exception):  # noqa: N818 - a verdict, not an error
+class HandlerVerdict(Exception):
     """What a handler says about its message by raising; see the three below."""
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from flask import Blueprint, Flask, current_app
+from flask import Blueprint, Flask, current_app, has_app_context
 
 from .brokers import make_broker
-from .brokers.base import Broker
+from .brokers.base import Broker, StreamConfig
+from .brokers.topology import wanted_streams
 from .errors import ConfigurationError, PublishError
 from .observability import tracing
 from .observability.health import Check, make_blueprint
@@ -21,7 +22,7 @@ from .settings import Settings
 from .signals import message_published, send
 from .subscribing.middleware import Middleware, compose
 from .subscribing.registry import Registry, SubscriberGroup
-from .subscribing.subscriber import Subscription
+from .subscribing.subscription import Subscription
 
 if TYPE_CHECKING:
     from .subscribing.deadletters import DeadLetters
@@ -46,7 +47,8 @@ class AppState:
         self._app = weakref.ref(app)  # the app holds this state: no cycle to collect
         self._broker: Broker | None = None
         self._lock = threading.Lock()
-        self._subscriptions: list[Subscription] | None = None
+        self._subscriptions: list[Subscription] = []
+        self._declared: tuple[object, ...] = ()
         self.publisher = Publisher(settings, self.broker, extension._around, self._published)
 
     @property
@@ -63,6 +65,8 @@ class AppState:
             with self._lock:
                 if self._broker is None:
                     self._broker = make_broker(self.settings)
+                    if self.settings.auto_setup:
+                        self._broker.want(wanted_streams(self.settings))
         return self._broker
 
     def use_broker(self, broker: Broker) -> Broker | None:
@@ -70,6 +74,11 @@ class AppState:
         with self._lock:
             old, self._broker = self._broker, broker
         return old
+
+    def forget_broker(self) -> None:
+        """Let the next use make a new broker; the old one is the caller's to close."""
+        with self._lock:
+            self._broker = None
 
     @property
     def is_connected(self) -> bool:
@@ -83,12 +92,21 @@ class AppState:
         return True
 
     def subscriptions(self) -> list[Subscription]:
-        """Import ``NATSPUBSUB_SUBSCRIBERS`` and settle all subscribers for this app."""
-        if self._subscriptions is None:
-            registry = self.extension.registry
-            registry.import_all(self.settings.subscribers)
-            self._subscriptions = registry.resolve(self.settings)
+        """Import ``NATSPUBSUB_SUBSCRIBERS`` and settle all subscribers for this app.
+
+        Settled anew, with new instances of the classes, only when others were declared.
+        """
+        registry = self.extension.registry
+        registry.import_all(self.settings.subscribers)
+        declared = registry.fingerprint()
+        if declared != self._declared:
+            self._subscriptions, self._declared = registry.resolve(self.settings), declared
         return self._subscriptions
+
+    def streams(self) -> list[StreamConfig]:
+        """Return the streams that the app needs for what it publishes and subscribes to."""
+        filters = [name for one in self.subscriptions() for name in one.filter_subjects]
+        return wanted_streams(self.settings, filters)
 
     def emit(self, signal: Any, **arguments: Any) -> None:
         """Send one of the extension's signals for this application."""
@@ -104,7 +122,6 @@ class AppState:
             broker, self._broker = self._broker, None
         if broker is not None:
             broker.close(timeout)
-        self._subscriptions = None
 
 
 class NatsPubsub:
@@ -158,7 +175,7 @@ class NatsPubsub:
         :raises RuntimeError: no application can be meant, or it was not initialised.
         """
         if app is None:
-            app = current_app._get_current_object() if current_app else self._only_app()  # type: ignore[attr-defined]
+            app = current_app._get_current_object() if has_app_context() else self._only_app()  # type: ignore[attr-defined]  # a proxy
         state = app.extensions.get(EXTENSION)
         if not isinstance(state, AppState) or state.extension is not self:
             raise RuntimeError(
@@ -311,6 +328,8 @@ class NatsPubsub:
 
         state = self.state()
         subscriptions = choose(state.subscriptions(), only)
+        if state.settings.auto_setup:
+            state.broker().want(state.streams())
         return Worker(
             state.broker(),
             state.settings,

@@ -410,7 +410,7 @@ def _parse_one(name: str, value: Any) -> Any:
 def _warn_unknown_keys(config: Mapping[str, Any]) -> None:
     known = [PREFIX + field.name.upper() for field in table()]
     for key in config:
-        if not isinstance(key, str) or not key.startswith(PREFIX) or key in known:
+        if not key.startswith(PREFIX) or key in known:
             continue
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -39,5 +39,5 @@ def send(signal: NamedSignal, sender: Any, **arguments: Any) -> None:
     for receiver in signal.receivers_for(sender):
         try:
             receiver(sender, **arguments)
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever it is, it is logged
             _log.exception("a receiver of the signal %r failed", signal.name)

@@ -297,9 +297,7 @@ class Broker(ABC):
     # --- consuming
 
     @abstractmethod
-    def consume(
-        self, config: ConsumerConfig, deliver: Callable[[Delivery], None]
-    ) -> Consumption:
+    def consume(self, config: ConsumerConfig, deliver: Callable[[Delivery], None]) -> Consumption:
         """Create or update the durable consumer and start a pull on it.
 
         ``deliver`` is called in the broker's thread and must return quickly. A server that
@@ -313,6 +311,14 @@ class Broker(ABC):
         """Call ``callback`` (broker's thread) for every message sent to ``subject``."""
 
     # --- looking after streams
+
+    @abstractmethod
+    def want(self, streams: Sequence[StreamConfig]) -> None:
+        """Look after these streams, now and whenever there is a new connection.
+
+        Replaces what was wanted before. Does not wait for a server that is down; what cannot
+        be set up is logged, and shows as an error where it is needed.
+        """
 
     @abstractmethod
     def setup(self, streams: Sequence[StreamConfig], *, dry_run: bool = False) -> list[Change]:

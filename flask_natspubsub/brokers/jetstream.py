@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 from ..errors import BrokerError, TopologyError
 from ..messages.codec import decode_value, encode_value
 from ..messages.ids import parse_timestamp
-from ..messages.subjects import covers
+from ..messages.subjects import overlaps
 from . import topology
 from .base import (
     Change,
@@ -221,7 +221,7 @@ def _check_filters(config: ConsumerConfig, stream: Json | None) -> str:
         )
     subjects = stream["config"].get("subjects") or []
     for wanted in config.filter_subjects:
-        if not any(covers(subject, wanted) or covers(wanted, subject) for subject in subjects):
+        if not any(overlaps(subject, wanted) for subject in subjects):
             raise TopologyError(
                 f"The subscriber {config.durable!r} wants {wanted!r}, but the stream "
                 f"{config.stream!r} stores only {', '.join(subjects)}: it would get nothing.",

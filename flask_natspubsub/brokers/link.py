@@ -33,7 +33,7 @@ DEFAULT_MAX_PAYLOAD = 1024 * 1024
 T = TypeVar("T")
 
 
-class ConnectionRefused(Exception):  # noqa: N818 - it is the server that refuses
+class ConnectionRefused(Exception):
     """The server answered and does not want us: trying again soon cannot help."""
 
 
@@ -41,8 +41,14 @@ class Connection(Protocol):
     """One connection, up until ``closed`` is set."""
 
     closed: asyncio.Event
-    max_payload: int
-    servers: Sequence[str]
+
+    @property
+    def max_payload(self) -> int:
+        """Return how many bytes of payload and headers the server takes."""
+
+    @property
+    def servers(self) -> Sequence[str]:
+        """Return the URLs of further servers of the cluster."""
 
     def send(self, outgoing: Sequence[Outgoing]) -> None:
         """Write messages."""
@@ -70,7 +76,7 @@ class Listener(Protocol):
         """There is a connection."""
 
     def on_down(self) -> None:
-        """The connection is lost."""
+        """There is no connection any more."""
 
 
 Dial = Callable[[Settings, str, Callable[[str, str], None]], Awaitable[Connection]]
@@ -85,7 +91,7 @@ class Link:
         self.max_payload = DEFAULT_MAX_PAYLOAD
         self.listeners: list[Listener] = []
         self.on_denied: Callable[[str, str], None] = lambda subject, why: None
-        self.set_up: Callable[[], Awaitable[object]] | None = None
+        self.set_up: Callable[[], Coroutine[Any, Any, None]] = _nothing
         self._settings = settings
         self._loop = loop
         self._dial = dial
@@ -197,9 +203,9 @@ class Link:
     def mend_streams(self) -> None:
         """Look after the streams again, unless that was a moment ago."""
         now = time.monotonic()
-        if self.set_up is not None and now - self._mended > MEND_INTERVAL:
+        if now - self._mended > MEND_INTERVAL:
             self._mended = now
-            self.spawn(self._set_up())
+            self.spawn(self.set_up())
 
     async def reset(self, why: str) -> None:
         """Drop the connection and make a new one."""
@@ -262,8 +268,7 @@ class Link:
         self._connection = connection
         self.refused = ""
         self._notify()
-        if self.set_up is not None:
-            await self._set_up()
+        await self.set_up()
         _log.info("connected to NATS at %s", self._settings.safe_urls)
         self._logged = 0.0
         self.is_up = True
@@ -279,13 +284,6 @@ class Link:
         if not self._closing:
             _log.warning("lost the connection to NATS; reconnecting")
             await self._sleep(0.0)
-
-    async def _set_up(self) -> None:
-        assert self.set_up is not None
-        try:
-            await self.set_up()
-        except NatsPubsubError as error:
-            _log.error("the streams could not be set up: %s", error)
 
     def _fail(self, refusal: str) -> None:
         self.refused = refusal
@@ -316,6 +314,10 @@ class Link:
             async with asyncio.timeout(pause / 2 + random.uniform(0.0, max(pause, 0.05))):  # noqa: S311
                 while not self._closing:
                     await changed.wait()
+
+
+async def _nothing() -> None:
+    """Stand in until there are streams to look after."""
 
 
 def _one_line(error: BaseException) -> str:

@@ -166,6 +166,10 @@ class MemoryBroker(Broker):
 
     # --- looking after streams
 
+    def want(self, streams: Sequence[StreamConfig]) -> None:
+        """Set the streams up at once: nothing here is ever down."""
+        self.setup(streams)
+
     def setup(self, streams: Sequence[StreamConfig], *, dry_run: bool = False) -> list[Change]:
         """Create what is missing; see ``topology.plan`` for the rules."""
         with self._lock:

@@ -71,7 +71,7 @@ def _pass_on(
     """Call a route; an exception would end nats-py's read loop for good."""
     try:
         route(subject, reply, headers, data)
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever it is, it is logged
         _log.exception("a message on %r could not be passed on", subject)
 
 
@@ -136,9 +136,7 @@ class _Connection:
         self.closed.set()
 
 
-async def dial(
-    settings: Settings, url: str, on_denied: Callable[[str, str], None]
-) -> _Connection:
+async def dial(settings: Settings, url: str, on_denied: Callable[[str, str], None]) -> _Connection:
     """Connect to one server.
 
     :raises ConnectionRefused: wrong credentials, no TLS, a server that is too old.

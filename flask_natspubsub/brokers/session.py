@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ..errors import NotConnected, PublishError
+from ..errors import NatsPubsubError, NotConnected, PublishError
 from ..settings import Settings
-from . import topology
 from .base import (
     Broker,
     Change,
@@ -39,6 +39,8 @@ from .outbound import PublishWindow
 from .pull import Pull, ReplyWriter
 from .wire import Outgoing
 
+_log = logging.getLogger("flask_natspubsub.broker")
+
 T = TypeVar("T")
 
 API_TIMEOUT = 5.0
@@ -51,7 +53,7 @@ _abandoned: list[object] = []
 class _Session:
     """The thread and the link of one process."""
 
-    def __init__(self, settings: Settings, dial: Dial) -> None:
+    def __init__(self, settings: Settings, dial: Dial, wanted: Sequence[StreamConfig]) -> None:
         self.loop = BackgroundLoop(f"natspubsub-{settings.app_name}")
         self.link = Link(settings, self.loop, dial)
         self.api = JetStreamApi(self._request)
@@ -61,9 +63,8 @@ class _Session:
         self.pulls: set[Pull] = set()
         self.link.listeners.append(self)
         self.link.on_denied = self.window.on_denied
-        if settings.auto_setup:
-            wanted = topology.wanted_streams(settings)
-            self.link.set_up = lambda: self._set_up(wanted)
+        self.wanted = wanted
+        self.link.set_up = self.set_up
         self.loop.call(self._start(inbox), API_TIMEOUT)
 
     async def _start(self, inbox: str) -> None:
@@ -73,8 +74,13 @@ class _Session:
     async def _request(self, subject: str, payload: bytes) -> bytes:
         return await self.link.request(subject, payload, API_TIMEOUT)
 
-    async def _set_up(self, wanted: Sequence[StreamConfig]) -> None:
-        await self.api.setup(wanted, dry_run=False)
+    async def set_up(self) -> None:
+        """Look after the wanted streams; what goes wrong is logged."""
+        try:
+            if self.wanted:
+                await self.api.setup(self.wanted, dry_run=False)
+        except NatsPubsubError as error:
+            _log.error("the streams could not be set up: %s", error)
 
     def on_up(self) -> None:
         self.writer.flush()
@@ -98,7 +104,8 @@ class _Session:
         deadline = time.monotonic() + timeout
         for pull in list(self.pulls):
             await pull.close()
-        while self.link.is_up and not self.window.idle and time.monotonic() < deadline:
+        # Polled, at the end only: an event would cost something at each publish.
+        while self.link.is_up and not self.window.idle and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         self.writer.flush()
         await self.link.close(max(0.1, deadline - time.monotonic()))
@@ -142,6 +149,7 @@ class JetStreamBroker(Broker):
         self._dial = dial
         self._lock = threading.Lock()
         self._session: _Session | None = None
+        self._wanted: Sequence[StreamConfig] = ()
         self._pid = os.getpid()
         self._closed = False
         bind_to_process(self)
@@ -159,7 +167,7 @@ class JetStreamBroker(Broker):
                 self._session.close(0)
                 self._session = None
             if self._session is None:
-                self._session = _Session(self._settings, self._dial)
+                self._session = _Session(self._settings, self._dial, self._wanted)
             return self._session
 
     def abandon(self) -> None:
@@ -237,6 +245,15 @@ class JetStreamBroker(Broker):
         return _CoreHandle(session, session.link.run(session.link.route(subject, route), 5.0))
 
     # --- looking after streams
+
+    def want(self, streams: Sequence[StreamConfig]) -> None:  # noqa: D102
+        self._wanted = tuple(streams)
+        session = self._session
+        if session is not None and self.is_connected:
+            session.wanted = self._wanted
+            session.link.run(session.set_up(), API_TIMEOUT * 3)
+        elif session is not None:
+            session.wanted = self._wanted
 
     def setup(  # noqa: D102
         self, streams: Sequence[StreamConfig], *, dry_run: bool = False

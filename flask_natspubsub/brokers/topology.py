@@ -18,12 +18,20 @@ from .base import Change, StreamConfig, StreamInfo
 _DAY = 24 * 3600.0
 
 
-def wanted_streams(settings: Settings) -> list[StreamConfig]:
-    """Return the main stream, and the dead letter stream unless it is switched off."""
+def wanted_streams(settings: Settings, filters: Iterable[str] = ()) -> list[StreamConfig]:
+    """Return the main stream, and the dead letter stream unless it is switched off.
+
+    :param filters: what the application subscribes to: the events of another application are
+        stored from now on, even if that one has not been started yet.
+    """
+    subjects = [f"{settings.env}.events.>", f"{settings.env}.{settings.app_name}.>"]
+    for subject in filters:
+        env, _, rest = subject.partition(".")
+        producer = rest.partition(".")[0]
+        if env == settings.env and producer not in ("*", ">", "", "dlq"):
+            subjects.append(f"{env}.{producer}.>")
     main = StreamConfig(
-        name=settings.stream,
-        subjects=(f"{settings.env}.events.>", f"{settings.env}.{settings.app_name}.>"),
-        max_age=7 * _DAY,
+        name=settings.stream, subjects=tuple(dict.fromkeys(subjects)), max_age=7 * _DAY
     )
     streams = [dataclasses.replace(main, **settings.stream_config)]
     if settings.use_dlq:

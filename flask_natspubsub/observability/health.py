@@ -46,7 +46,7 @@ class Check:
         """
         try:
             answer = self.run()
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever it is, it is logged
             _log.exception("the health check %r failed", self.name)
             return Health(False, {})
         if isinstance(answer, Mapping):

@@ -14,10 +14,11 @@ from flask import Flask, Response, g, request
 
 from ..messages.lineage import Lineage, current_trace_id, enter, leave
 
-LONGEST = 128
-_ALLOWED = re.compile(r"[A-Za-z0-9._:/+=@-]{1,%d}" % LONGEST)
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-_TOKEN = "_natspubsub_lineage"
+_ALLOWED = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)
+_KEPT = "_natspubsub_lineage"
 
 
 class TraceIdFilter(logging.Filter):
@@ -54,7 +55,7 @@ def install(app: Flask, header: str) -> None:
     def before() -> None:
         get = request.headers.get
         token = enter(lineage_of_request(get(header), get("traceparent")))
-        setattr(g, _TOKEN, token)
+        setattr(g, _KEPT, token)
 
     def after(response: Response) -> Response:
         trace_id = current_trace_id()
@@ -63,7 +64,7 @@ def install(app: Flask, header: str) -> None:
         return response
 
     def teardown(error: BaseException | None) -> None:
-        token: Token[Lineage] | None = g.pop(_TOKEN, None)
+        token: Token[Lineage] | None = g.pop(_KEPT, None)
         if token is not None:
             try:
                 leave(token)

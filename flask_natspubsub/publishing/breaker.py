@@ -25,7 +25,7 @@ class CircuitBreaker:
     @property
     def is_open(self) -> bool:
         """Whether publishing is suspended."""
-        return self._failures >= self._threshold > 0
+        return 0 < self._threshold <= self._failures
 
     def check(self) -> None:
         """Raise ``CircuitOpen`` while the circuit is open; let one through at each reset."""
@@ -33,7 +33,7 @@ class CircuitBreaker:
             return
         with self._lock:
             now = time.monotonic()
-            if self.is_open and now < self._retry_at:
+            if now < self._retry_at:
                 raise CircuitOpen(
                     f"{self._failures} publishes in a row failed; not even trying for another "
                     f"{self._retry_at - now:.1f} s.",

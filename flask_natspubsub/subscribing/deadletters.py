@@ -23,7 +23,7 @@ from ..messages.ids import now_timestamp
 from ..messages.subjects import dead_letter_subject, matches, normalize_topic, topic_of
 from ..settings import Settings
 from .retry import GiveUpReason, error_text
-from .subscriber import Subscription
+from .subscription import Subscription
 
 REPLAY_FOR = "x-replay-for"
 REPLAY_COUNT = "x-replay-count"

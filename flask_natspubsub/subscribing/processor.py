@@ -33,7 +33,7 @@ from .context import MessageContext, handling
 from .deadletters import REPLAY_FOR, DeadLetterBox
 from .middleware import compose
 from .retry import Drop, GiveUp, GiveUpReason, RetryLater, backoff_delay, classify, error_text
-from .subscriber import Subscription
+from .subscription import Subscription
 
 _log = logging.getLogger("flask_natspubsub.worker")
 

@@ -16,12 +16,11 @@ from .options import SubscriberOptions
 from .subscriber import (
     Declaration,
     Subscriber,
-    Subscription,
     declare_class,
     declare_handler,
-    resolve,
     unbound_classes,
 )
+from .subscription import Subscription, resolve
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -189,6 +188,11 @@ class Registry(_Declarations):
             resolve(declaration, settings, (*self._middleware, *around))
             for declaration, around in chosen.values()
         ]
+
+    def fingerprint(self) -> tuple[object, ...]:
+        """Return what changes when something else is declared."""
+        declared = [(one.order, id(one.source), around) for one, around in self._all()]
+        return (*declared, *self._middleware)
 
     def import_all(self, names: Iterable[str]) -> None:
         """Import the modules in NATSPUBSUB_SUBSCRIBERS; of a package, all modules in it.

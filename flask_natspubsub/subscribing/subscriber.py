@@ -8,27 +8,23 @@ import itertools
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from ..brokers.base import DeliverPolicy
 from ..errors import InvalidTopic, RegistrationError
 from ..messages import subjects
-from ..settings import Settings
 from . import handlers
-from .handlers import AnyHandler, Handler
-from .middleware import Middleware, is_async
+from .handlers import AnyHandler
 from .options import OPTION_NAMES, SubscriberOptions, nearest_option
 
 __all__ = [
     "Declaration",
     "Subscriber",
     "SubscriberOptions",
-    "Subscription",
     "declare_class",
     "declare_handler",
-    "resolve",
     "unbound_classes",
 ]
 
@@ -285,106 +281,3 @@ def _disjoint(who: str, filters: Sequence[str]) -> tuple[str, ...]:
 
 def _who(name: str, source: AnyHandler | type) -> str:
     return f"Subscriber {name!r} ({handlers.place_of(source)})"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subscription:
-    """A subscriber of one app, with every option settled; durations are seconds.
-
-    :param name: as declared; names it in logs, the inbox and dead letters.
-    :param durable: the name of its consumer.
-    :param topics: as declared; none if it subscribes to a raw subject.
-    :param filter_subjects: what its consumer receives; no two overlap.
-    :param handler: called with the decoded message and its context.
-    :param decode: turns the envelope's message into the type the handler asks for.
-    :param is_async: whether calling the handler in its middleware gives an awaitable.
-    :param middleware: all of it: global, the group's, its own; the first is outermost.
-    """
-
-    name: str
-    durable: str
-    topics: tuple[str, ...]
-    filter_subjects: tuple[str, ...]
-    handler: Handler
-    decode: Callable[[Any], Any]
-    is_async: bool
-    max_deliver: int
-    ack_wait: float
-    backoff: tuple[float, ...]
-    concurrency: int
-    timeout: float
-    inbox: bool
-    ordered: bool
-    deliver_policy: DeliverPolicy
-    dead_letter: bool
-    middleware: tuple[Middleware, ...]
-
-    @property
-    def token(self) -> str:
-        """The name as one token of a subject, for dead letters."""
-        return subjects.slug(self.name)
-
-    @property
-    def max_ack_pending(self) -> int:
-        """How many messages the server hands to all workers together before it waits."""
-        return 1 if self.ordered else max(1000, 200 * self.concurrency)
-
-
-def resolve(
-    declaration: Declaration, settings: Settings, around: Sequence[Middleware] = ()
-) -> Subscription:
-    """Settle a declaration for the app that has ``settings``.
-
-    :param around: the middleware outside the subscriber's own.
-    :raises RegistrationError: the handler's message type cannot be found or decoded into,
-        or the class cannot be instantiated.
-    """
-    options, who = declaration.options, declaration.who
-    handler = _handler(declaration)
-    middleware = (*around, *options.middleware)
-    return Subscription(
-        name=declaration.name,
-        durable=declaration.durable(settings.app_name),
-        topics=declaration.topics,
-        filter_subjects=_filter_subjects(declaration, settings),
-        handler=handlers.with_context(who, handler),
-        decode=handlers.message_decoder(who, handler),
-        is_async=is_async(handler) or any(map(is_async, middleware)),
-        max_deliver=_or(options.max_deliver, settings.max_deliver),
-        ack_wait=_or(options.ack_wait, settings.ack_wait),
-        backoff=_or(options.backoff, settings.backoff),
-        concurrency=1 if options.ordered else _or(options.concurrency, settings.concurrency),
-        timeout=_or(options.timeout, settings.handler_timeout),
-        inbox=_or(options.inbox, getattr(settings, "use_inbox", False)),
-        ordered=_or(options.ordered, False),
-        deliver_policy=_or(options.deliver_policy, "all"),
-        dead_letter=_or(options.dead_letter, settings.use_dlq),
-        middleware=middleware,
-    )
-
-
-def _handler(declaration: Declaration) -> AnyHandler:
-    source = declaration.source
-    if not isinstance(source, type):
-        return source
-    try:
-        handler: AnyHandler = source().handle
-        return handler
-    except TypeError as error:
-        raise RegistrationError(
-            f"{declaration.who} cannot be instantiated ({error}).",
-            "Its __init__ is called without arguments, once for each app.",
-        ) from error
-
-
-def _filter_subjects(declaration: Declaration, settings: Settings) -> tuple[str, ...]:
-    if declaration.options.subject is not None:
-        return declaration.filters
-    producer = declaration.options.producer or settings.app_name
-    return tuple(
-        subjects.filter_for(settings.env, producer, topic) for topic in declaration.filters
-    )
-
-
-def _or(value: T | None, default: T) -> T:
-    return default if value is None else value

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from ..brokers.base import Broker, ConsumerConfig, Consumption, Delivery
+from ..brokers.base import Broker, Consumption, Delivery
 from ..errors import NatsPubsubError
 from ..subscribing.processor import Outcome, Processor
 
@@ -74,15 +74,7 @@ class SubscriberConsumer:
 
     def start(self) -> None:
         """Make the durable consumer and begin to pull; the errors of ``Broker.consume``."""
-        subscription = self.subscription
-        config = ConsumerConfig(
-            stream=self._stream,
-            durable=subscription.durable,
-            filter_subjects=subscription.filter_subjects,
-            ack_wait=subscription.ack_wait,
-            deliver_policy=subscription.deliver_policy,
-            max_ack_pending=subscription.max_ack_pending,
-        )
+        config = self.subscription.consumer_config(self._stream)
         self._consumption = self._broker.consume(config, self._deliver)
         self._top_up()
 
@@ -168,8 +160,8 @@ class SubscriberConsumer:
         workable = self.concurrency * min(HAND, self.subscription.ack_wait / 6)
         wanted = int(workable / max(self._average, 1e-6))
         wanted = min(wanted, self._limit * 2, MOST_IN_HAND)
-        self._limit = self.concurrency if self.subscription.ordered else max(
-            self.concurrency, wanted
+        self._limit = (
+            self.concurrency if self.subscription.ordered else max(self.concurrency, wanted)
         )
 
     def _top_up(self) -> None:

@@ -18,7 +18,7 @@ from ..settings import Settings
 from ..signals import worker_started, worker_stopped
 from ..subscribing.deadletters import DeadLetterBox
 from ..subscribing.processor import Emit, HandlerTimeout, Outcome, Processor
-from ..subscribing.subscriber import Subscription
+from ..subscribing.subscription import Subscription
 from .consumer import Job, SubscriberConsumer
 
 _log = logging.getLogger("flask_natspubsub.worker")

@@ -45,6 +45,10 @@ class Inbox:
         assert len(self.received) == count
         return self.received
 
+    def wait_for(self, payload: bytes, timeout: float = TIMEOUT) -> None:
+        """Wait for a delivery of ``payload``, whatever else arrives."""
+        eventually(lambda: payload in self.payloads, timeout, f"{payload!r} did not arrive")
+
     @property
     def payloads(self) -> list[bytes]:
         return [delivery.data for delivery in self.received]

@@ -330,14 +330,12 @@ def test_a_running_pull_is_healthy(place: Place) -> None:
 
 def test_a_pull_outlives_its_consumer(place: Place) -> None:
     inbox, _ = place.consume(then=ack, credits=100)
-    place.publish(b"before")
-    inbox.wait(1)
-    place.wait_until_settled()
 
-    assert place.broker.delete_consumer(place.stream, "mailer")
-    place.publish(b"after")
+    for payload in (b"1", b"2", b"3"):
+        assert place.broker.delete_consumer(place.stream, "mailer")
+        place.publish(payload)
 
-    eventually(lambda: b"after" in inbox.payloads, timeout=30)
+        inbox.wait_for(payload)
 
 
 def test_pulls_of_many_durables_work_side_by_side(place: Place) -> None:

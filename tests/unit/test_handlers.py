@@ -12,7 +12,7 @@ import pytest
 from flask_natspubsub.errors import DecodingError, RegistrationError
 from flask_natspubsub.settings import Settings
 from flask_natspubsub.subscribing.registry import Registry
-from flask_natspubsub.subscribing.subscriber import Subscription
+from flask_natspubsub.subscribing.subscription import Subscription
 
 if TYPE_CHECKING:
     from flask_natspubsub.subscribing.context import MessageContext

@@ -13,7 +13,8 @@ import pytest
 from flask_natspubsub.errors import InvalidTopic, RegistrationError
 from flask_natspubsub.settings import Settings
 from flask_natspubsub.subscribing.registry import Registry
-from flask_natspubsub.subscribing.subscriber import Subscriber, SubscriberOptions, Subscription
+from flask_natspubsub.subscribing.subscriber import Subscriber, SubscriberOptions
+from flask_natspubsub.subscribing.subscription import Subscription
 
 SETTINGS = Settings(env="test", app_name="shop")
 

@@ -12,7 +12,8 @@ import pytest
 from flask_natspubsub.errors import RegistrationError
 from flask_natspubsub.settings import Settings
 from flask_natspubsub.subscribing.registry import Registry
-from flask_natspubsub.subscribing.subscriber import Subscriber, Subscription
+from flask_natspubsub.subscribing.subscriber import Subscriber
+from flask_natspubsub.subscribing.subscription import Subscription
 
 if TYPE_CHECKING:
     from flask_natspubsub.subscribing.context import MessageContext
