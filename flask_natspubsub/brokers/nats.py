@@ -103,6 +103,9 @@ class _Connection:
             )
 
         subscription = await self._client.subscribe(subject, cb=long_way)
+        # nats-py queues the SUB, while send() writes at once: without this, a request could
+        # reach the server before the interest in its answer.
+        await self._client.flush(2)
         handle: int = subscription._id
         self._client.routes[handle] = route
         self._subscriptions[handle] = subscription
