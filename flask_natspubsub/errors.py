@@ -9,6 +9,8 @@
     ├── TopologyError             streams on the server that stand in the way
     ├── DecodingError             bytes that are not one of our messages
     ├── BrokerError               a call to the broker that failed
+    ├── DatabaseError             a transaction of the extension's own that failed
+    │   └── TablesMissing         the outbox and inbox tables have not been created
     └── PublishError              a message that was not (provably) stored
         ├── EncodingError         the message has no JSON form
         ├── PayloadTooLarge       more bytes than the server takes
@@ -92,6 +94,18 @@ class BrokerError(NatsPubsubError):
     """A call to the broker other than a publish failed or timed out."""
 
     code = "broker"
+
+
+class DatabaseError(NatsPubsubError):
+    """The database failed in a transaction of the relay, an inbox or a command."""
+
+    code = "database"
+
+
+class TablesMissing(DatabaseError):
+    """The tables of the outbox and the inbox are not in the database."""
+
+    code = "tables-missing"
 
 
 class PublishError(NatsPubsubError):

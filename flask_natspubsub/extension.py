@@ -318,10 +318,14 @@ class NatsPubsub:
         :param concurrency: handler threads; default ``NATSPUBSUB_CONCURRENCY``.
         :raises TopologyError: a stream is missing, or a subscriber would get nothing.
         """
-        return self.make_worker(only, concurrency=concurrency).start()
+        return self.make_worker(only, relay=relay, concurrency=concurrency).start()
 
     def make_worker(
-        self, only: Sequence[str] | None = None, *, concurrency: int | None = None
+        self,
+        only: Sequence[str] | None = None,
+        *,
+        relay: bool = True,
+        concurrency: int | None = None,
     ) -> Worker:
         """Make a worker without starting it."""
         from .worker.runner import Worker, choose  # brings asyncio: see brokers.make_broker

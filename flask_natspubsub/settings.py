@@ -7,181 +7,26 @@ config are not seen. The documentation's configuration page is generated from th
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import difflib
-import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
+from . import values
 from .errors import ConfigurationError
-from .messages.subjects import RESERVED_APP_NAMES, slug
+from .messages.subjects import slug
 
 PREFIX = "NATSPUBSUB_"
 MASK = "***"
 
-Parser = Callable[[Any], Any]
 
-
-class _Invalid(ValueError):
-    """What is allowed, in words; becomes a ConfigurationError with key and value."""
-
-
-def setting(default: Any, parse: Parser, help_text: str, *, secret: bool = False) -> Any:
+def setting(default: Any, parse: values.Parser, help_text: str, *, secret: bool = False) -> Any:
     """Declare one row of the table."""
     metadata = {"parse": parse, "help": help_text, "secret": secret}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-# --- what a value may be -----------------------------------------------------------------
-
-
-def _optional(parse: Parser) -> Parser:
-    return lambda value: None if value is None else parse(value)
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _Invalid("True or False")
-    return value
-
-
-def _integer(minimum: int) -> Parser:
-    def parse(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise _Invalid(f"a whole number, {minimum} or more")
-        return value
-
-    return parse
-
-
-def seconds(value: Any) -> float:
-    """Turn seconds (int or float) or a timedelta into seconds; ValueError if negative."""
-    if isinstance(value, dt.timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e10:
-        raise _Invalid("a number of seconds, or a timedelta, not negative")
-    return float(value)
-
-
-def _positive_seconds(value: Any) -> float:
-    result = seconds(value)
-    if result == 0:
-        raise _Invalid("a number of seconds, or a timedelta, greater than 0")
-    return result
-
-
-def backoff(value: Any) -> tuple[float, ...]:
-    """Turn a list of delays into seconds; the last one repeats."""
-    if isinstance(value, (int, float, dt.timedelta)) and not isinstance(value, bool):
-        value = [value]
-    if not isinstance(value, (list, tuple)) or not value:
-        raise _Invalid("a list of seconds (the last one repeats), such as [1, 5, 15]")
-    return tuple(seconds(item) for item in value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise _Invalid("a text, not empty")
-    return value
-
-
-def _token(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", value):
-        raise _Invalid("letters, digits, '_' and '-' (it becomes one token of a subject)")
-    return value
-
-
-def _app_name(value: Any) -> str:
-    name = _token(value)
-    if name.lower() in RESERVED_APP_NAMES:
-        raise _Invalid("any name but 'dlq' and 'events', which the streams use themselves")
-    return name
-
-
-def _header_name(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", value):
-        raise _Invalid("the name of an HTTP header")
-    return value
-
-
-def _url_prefix(value: Any) -> str:
-    if not isinstance(value, str) or not value.startswith("/") or value.rstrip("/") == "":
-        raise _Invalid("a path such as '/health'")
-    return value.rstrip("/")
-
-
-_SCHEMES = ("nats", "tls", "ws", "wss", "memory")
-
-
-def _urls(value: Any) -> tuple[str, ...]:
-    allowed = "a server's URL such as 'nats://127.0.0.1:4222', a list of them, or 'memory://'"
-    if isinstance(value, str):
-        value = value.split(",")
-    if not isinstance(value, (list, tuple)) or not value:
-        raise _Invalid(allowed)
-    urls = tuple(_url(item.strip() if isinstance(item, str) else item, allowed) for item in value)
-    if len({url.startswith("memory:") for url in urls}) > 1:
-        raise _Invalid("either 'memory://' or servers, not both")
-    return urls
-
-
-def _url(value: Any, allowed: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise _Invalid(allowed)
-    url = value if "://" in value else f"nats://{value}"
-    try:
-        parts = urlsplit(url)
-        known = parts.scheme in _SCHEMES and (parts.scheme == "memory" or parts.hostname)
-        _ = parts.port
-    except ValueError:
-        known = False
-    if not known:
-        raise _Invalid(allowed)
-    return url
-
-
-def _subscribers(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) and v for v in value):
-        raise _Invalid("a list of module names such as ['shop.subscribers']")
-    return tuple(value)
-
-
-_STREAM_KEYS: dict[str, Parser] = {
-    "max_msgs": _integer(-1),
-    "max_bytes": _integer(-1),
-    "max_age": seconds,
-    "storage": lambda value: _choice(value, ("file", "memory")),
-    "replicas": _integer(1),
-    "duplicate_window": seconds,
-    "discard": lambda value: _choice(value, ("old", "new")),
-}
-
-
-def _choice(value: Any, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise _Invalid(" or ".join(repr(choice) for choice in choices))
-    return str(value)
-
-
-def _stream_config(value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise _Invalid(f"a dict with keys from {', '.join(_STREAM_KEYS)}")
-    parsed = {}
-    for key, item in value.items():
-        if key not in _STREAM_KEYS:
-            raise _Invalid(f"keys from {', '.join(_STREAM_KEYS)}; not {key!r}")
-        try:
-            parsed[key] = _STREAM_KEYS[key](item)
-        except _Invalid as error:
-            raise _Invalid(f"{error} for {key!r}") from None
-    return parsed
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -193,11 +38,10 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "backoff": (0.01,),
         "shutdown_timeout": 5.0,
     },
-    "production": {"env": "production", "auto_setup": True},
+    "production": {"env": "production"},
 }
 
-_HOUR = 3600.0
-_DAY = 24 * _HOUR
+_DAY = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,98 +50,151 @@ class Settings:
 
     urls: tuple[str, ...] = setting(
         ("nats://127.0.0.1:4222",),
-        _urls,
+        values.urls,
         "Servers to connect to: a URL or a list of URLs. `memory://` is a broker inside the "
         "process, for tests and single-process demos.",
         secret=True,
     )
     env: str = setting(
-        "development", _token, "First token of every subject; keeps environments apart."
+        "development", values.token, "First token of every subject; keeps environments apart."
     )
     app_name: str = setting(
         "",
-        _app_name,
+        values.app_name,
         "Second token of every subject and the `producer` of messages. Default: the Flask "
         "app's name, slugged.",
     )
     preset: str | None = setting(
         None,
-        _optional(lambda value: _choice(value, tuple(_PRESETS))),
+        values.optional(lambda value: values.choice(value, tuple(_PRESETS))),
         "A set of defaults: `development`, `testing` (memory broker) or `production`. "
         "Keys set explicitly win.",
     )
-    user: str | None = setting(None, _optional(_text), "User name.")
-    password: str | None = setting(None, _optional(_text), "Password.", secret=True)
-    token: str | None = setting(None, _optional(_text), "Authentication token.", secret=True)
+    user: str | None = setting(None, values.optional(values.text), "User name.")
+    password: str | None = setting(None, values.optional(values.text), "Password.", secret=True)
+    token: str | None = setting(
+        None, values.optional(values.text), "Authentication token.", secret=True
+    )
     nkey_seed_file: str | None = setting(
-        None, _optional(_text), "File with an NKey seed (needs the extra `nkeys`)."
+        None, values.optional(values.text), "File with an NKey seed (needs the extra `nkeys`)."
     )
     credentials_file: str | None = setting(
-        None, _optional(_text), "Credentials file (JWT and seed; needs the extra `nkeys`)."
+        None,
+        values.optional(values.text),
+        "Credentials file (JWT and seed; needs the extra `nkeys`).",
     )
     tls_ca_file: str | None = setting(
-        None, _optional(_text), "CA certificates (PEM) to check the server with."
+        None, values.optional(values.text), "CA certificates (PEM) to check the server with."
     )
-    tls_cert_file: str | None = setting(None, _optional(_text), "Client certificate (PEM).")
-    tls_key_file: str | None = setting(None, _optional(_text), "Key of the client certificate.")
+    tls_cert_file: str | None = setting(
+        None, values.optional(values.text), "Client certificate (PEM)."
+    )
+    tls_key_file: str | None = setting(
+        None, values.optional(values.text), "Key of the client certificate."
+    )
     tls_hostname: str | None = setting(
-        None, _optional(_text), "Host name the server's certificate must carry, if not the URL's."
+        None,
+        values.optional(values.text),
+        "Host name the server's certificate must carry, if not the URL's.",
     )
     connect_timeout: float = setting(
-        2.0, _positive_seconds, "Longest wait for one server to accept a connection."
+        2.0, values.positive_seconds, "Longest wait for one server to accept a connection."
     )
     publish_timeout: float = setting(
-        5.0, _positive_seconds, "Longest wait for a direct publish to be stored."
+        5.0, values.positive_seconds, "Longest wait for a direct publish to be stored."
     )
     stream_name: str | None = setting(
-        None, _optional(_token), "Name of the main stream. Default: `{env}-events-stream`."
+        None,
+        values.optional(values.token),
+        "Name of the main stream. Default: `{env}-events-stream`.",
     )
     stream_config: Mapping[str, Any] = setting(
         {},
-        _stream_config,
+        values.stream_config,
         "How the main stream is created: max_msgs, max_bytes, max_age, storage, replicas, "
         "duplicate_window, discard. An existing stream is never changed by it.",
     )
     auto_setup: bool = setting(
-        True, _boolean, "Create missing streams and add missing subjects on first connect."
+        True, values.boolean, "Create missing streams and add missing subjects on first connect."
     )
     concurrency: int = setting(
-        10, _integer(1), "Handler threads of a worker; at most so many messages at once."
+        10, values.integer(1), "Handler threads of a worker; at most so many messages at once."
     )
     max_deliver: int = setting(
-        5, _integer(1), "Deliveries after which a message becomes a dead letter."
+        5, values.integer(1), "Deliveries after which a message becomes a dead letter."
     )
     ack_wait: float = setting(
         30.0,
-        _positive_seconds,
+        values.positive_seconds,
         "Time after which the server redelivers a message it hears nothing of.",
     )
     backoff: tuple[float, ...] = setting(
         (1.0, 5.0, 15.0, 30.0, 60.0),
-        backoff,
+        values.backoff,
         "Waits before the redeliveries of a failed message; the last repeats; jitter is added.",
     )
     handler_timeout: float = setting(
-        60.0, _positive_seconds, "Time limit of a handler; after it the message is retried."
+        60.0, values.positive_seconds, "Time limit of a handler; after it the message is retried."
     )
     shutdown_timeout: float = setting(
-        30.0, seconds, "How long a stopping worker waits for running handlers."
+        30.0, values.seconds, "How long a stopping worker waits for running handlers."
     )
-    use_dlq: bool = setting(True, _boolean, "Keep messages given up on in the dead letter stream.")
+    use_dlq: bool = setting(
+        True, values.boolean, "Keep messages given up on in the dead letter stream."
+    )
+    use_outbox: bool = setting(
+        False,
+        values.boolean,
+        "Publish through the outbox: a row in the caller's transaction, sent after its commit. "
+        "Needs a database.",
+    )
+    use_inbox: bool = setting(
+        False,
+        values.boolean,
+        "Handlers' database effects happen once, for all subscribers. Needs a database.",
+    )
+    outbox_retention: float = setting(
+        _DAY,
+        values.seconds,
+        "How long sent rows are kept: an acknowledgement of the stream is not yet on its disk, "
+        "and the row is the durable copy.",
+    )
+    outbox_batch_size: int = setting(500, values.integer(1), "Rows the relay sends together.")
+    outbox_poll_interval: float = setting(
+        1.0,
+        values.positive_seconds,
+        "How often an idle relay looks for rows that no hint told it of.",
+    )
+    outbox_partitions: int = setting(
+        1, values.integer(1), "Partitions of the outbox; each is relayed by one process at a time."
+    )
+    outbox_max_attempts: int = setting(
+        10, values.integer(1), "Refusals by the server after which a row is parked."
+    )
+    inbox_retention: float = setting(
+        7 * _DAY, values.seconds, "How long handled event ids are remembered."
+    )
+    bind_key: str | None = setting(
+        None,
+        values.optional(values.text),
+        "The Flask-SQLAlchemy bind of the outbox and inbox tables.",
+    )
     breaker_threshold: int = setting(
-        10, _integer(0), "Failed direct publishes in a row that open the circuit; 0: never."
+        10, values.integer(0), "Failed direct publishes in a row that open the circuit; 0: never."
     )
     breaker_reset: float = setting(
-        5.0, _positive_seconds, "Time after which an open circuit lets one publish try again."
+        5.0, values.positive_seconds, "Time after which an open circuit lets one publish try again."
     )
     subscribers: tuple[str, ...] = setting(
-        (), _subscribers, "Modules and packages to import for their subscribers."
+        (), values.subscribers, "Modules and packages to import for their subscribers."
     )
     trace_header: str = setting(
-        "X-Trace-ID", _header_name, "HTTP header that carries the trace id in and out."
+        "X-Trace-ID", values.header_name, "HTTP header that carries the trace id in and out."
     )
     health_url_prefix: str | None = setting(
-        None, _optional(_url_prefix), "Where to mount the health endpoints, such as `/health`."
+        None,
+        values.optional(values.url_prefix),
+        "Where to mount the health endpoints, such as `/health`.",
     )
 
     #: Where each value came from: ``"default"``, ``"preset NAME"`` or ``"config"``.
@@ -315,21 +212,21 @@ class Settings:
         _warn_unknown_keys(config)
         preset_name = _parse_one("preset", config.get(PREFIX + "PRESET"))
         preset = _PRESETS.get(preset_name or "", {})
-        values: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         sources: dict[str, str] = {}
         for field in table():
             key = PREFIX + field.name.upper()
             if config.get(key) is not None:
-                values[field.name] = _parse_one(field.name, config[key])
+                found[field.name] = _parse_one(field.name, config[key])
                 sources[field.name] = "config"
             elif field.name in preset:
-                values[field.name] = preset[field.name]
+                found[field.name] = preset[field.name]
                 sources[field.name] = f"preset {preset_name}"
             else:
                 sources[field.name] = "default"
-        if "app_name" not in values:
-            values["app_name"] = _parse_one("app_name", slug(app_import_name))
-        settings = cls(**values, sources=sources)
+        if "app_name" not in found:
+            found["app_name"] = _parse_one("app_name", slug(app_import_name))
+        settings = cls(**found, sources=sources)
         settings._check_together()
         return settings
 
@@ -386,22 +283,18 @@ def masked(field: dataclasses.Field[Any], value: Any) -> str:
 
 
 def mask_url(url: str) -> str:
-    """Return ``url`` with user information replaced."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return MASK
-    if "@" not in url:
+    """Return ``url`` with all before its last ``@`` masked; it need not be a valid URL."""
+    scheme, found, rest = url.rpartition("://") if url.count("://") == 1 else ("", "", url)
+    if "@" not in rest:
         return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{MASK}@{host}"))
+    return f"{scheme}{found}{MASK}@{rest.rpartition('@')[2]}"
 
 
 def _parse_one(name: str, value: Any) -> Any:
     field = next(field for field in table() if field.name == name)
     try:
         return field.metadata["parse"](value)
-    except _Invalid as error:
+    except values.Invalid as error:
         raise ConfigurationError(
             f"{PREFIX}{name.upper()} is {masked(field, value)}.", f"Allowed: {error}."
         ) from None

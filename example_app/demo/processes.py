@@ -133,6 +133,7 @@ class Processes:
         """Run ``flask --app example_app ...`` to its end and return what it prints.
 
         :raises Unfinished: it failed, or took longer than 30 seconds.
+        :raises Interrupted: a signal came, which may have ended it.
         """
         name = " ".join(("flask", *arguments))
         try:
@@ -147,6 +148,8 @@ class Processes:
             )
         except subprocess.TimeoutExpired:
             raise Unfinished(f"{name} (took longer than 30 s)") from None
+        if _signals_seen:
+            raise Interrupted
         if done.returncode != 0:
             raise Unfinished(f"{name} (exit code {done.returncode})\n{done.stderr}")
         return done.stdout

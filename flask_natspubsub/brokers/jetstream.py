@@ -109,7 +109,7 @@ class JetStreamApi:
 
     async def _existing(self, wanted: Sequence[StreamConfig]) -> list[StreamInfo]:
         """Look at the named streams only, and at all only if one has to change."""
-        named = [await self.stream(stream.name) for stream in wanted]
+        named = await asyncio.gather(*(self.stream(stream.name) for stream in wanted))
         infos = [stream_info(report) for report in named if report]
         settled = len(infos) == len(wanted) and not _writes(topology.plan(wanted, infos))
         return infos if settled else [stream_info(report) for report in await self.streams()]

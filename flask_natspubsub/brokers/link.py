@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ..errors import BrokerError, NatsPubsubError, NotConnected
-from ..settings import Settings, mask_url
+from ..settings import Settings
 from .loop import BackgroundLoop
 from .wire import Outgoing, Route
 
@@ -25,6 +25,7 @@ _log = logging.getLogger("flask_natspubsub.broker")
 
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 2.0
+STABLE = 5.0
 REFUSED_PAUSE = 30.0
 LOG_INTERVAL = 10.0
 MEND_INTERVAL = 1.0
@@ -90,7 +91,7 @@ class Link:
         self.refused = ""
         self.max_payload = DEFAULT_MAX_PAYLOAD
         self.listeners: list[Listener] = []
-        self.on_denied: Callable[[str, str], None] = lambda subject, why: None
+        self.on_denied: Callable[[str], None] = lambda subject: None
         self.set_up: Callable[[], Coroutine[Any, Any, None]] = _nothing
         self._settings = settings
         self._loop = loop
@@ -219,19 +220,22 @@ class Link:
         """Connect, and connect again, until ``close``."""
         pause = FIRST_PAUSE
         while not self._closing:
+            began = time.monotonic()
             try:
-                connection = await self._dial_any()
+                await self._serve(await self._dial_any())
             except ConnectionRefused as error:
-                self._fail(f"{mask_url(self._known[0])} refused the connection: {error}.")
+                self._fail(f"{self._settings.safe_urls} refused the connection: {error}.")
                 await self._sleep(REFUSED_PAUSE)
+                continue
             except (OSError, TimeoutError, NatsPubsubError) as error:
-                self._last_error = _one_line(error)
-                self._log_down()
-                await self._sleep(pause)
-                pause = min(pause * 2, LONGEST_PAUSE)
-            else:
+                self._down(_one_line(error))
+            except Exception as error:  # noqa: BLE001 - whatever it is, this task must live on
+                _log.exception("connecting to NATS failed in an unforeseen way")
+                self._down(type(error).__name__)
+            if time.monotonic() - began > STABLE:
                 pause = FIRST_PAUSE
-                await self._serve(connection)
+            await self._sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
 
     async def close(self, timeout: float) -> None:
         """Send what is buffered and close."""
@@ -243,47 +247,59 @@ class Link:
             await self._connection.close()
 
     async def _dial_any(self) -> Connection:
-        urls = random.sample(self._known, len(self._known))
-        last: Exception = OSError("no server")
-        for url in urls:
+        failures: list[Exception] = []
+        for url in random.sample(self._known, len(self._known)):
             try:
                 return await self._dial(self._settings, url, self._denied)
             except (OSError, TimeoutError, NatsPubsubError, ConnectionRefused) as error:
-                last = error
-        raise last
+                failures.append(error)
+        # Refused is only who was refused by all: the others may be back in a moment.
+        raise min(failures, key=lambda error: isinstance(error, ConnectionRefused))
 
     async def _serve(self, connection: Connection) -> None:
-        """Announce the connection, wait for its end, announce that."""
+        """Announce the connection, wait for its end, announce that.
+
+        :raises OSError: it broke before it could be used.
+        """
         try:
             for key, (subject, handler, _) in list(self._routes.items()):
                 handle = await connection.subscribe(subject, handler)
                 self._routes[key] = (subject, handler, handle)
             await connection.flush(self._settings.connect_timeout)
         except Exception as error:  # noqa: BLE001 - a connection that broke at once
-            self._last_error = _one_line(error)
             await connection.close()
-            return
+            raise OSError(_one_line(error)) from None
         self._known = [*dict.fromkeys([*self._settings.urls, *connection.servers])]
         self.max_payload = connection.max_payload
         self._connection = connection
         self.refused = ""
+        self._last_error = "connected, the streams are being looked after"
         self._notify()
-        await self.set_up()
+        try:
+            await self.set_up()
+            if not connection.closed.is_set():
+                self._on_up()
+                await connection.closed.wait()
+        finally:  # also when the loop is torn down: the socket must not outlive it
+            self._connection = None
+            self._on_down()
+            await connection.close()
+
+    def _on_up(self) -> None:
         _log.info("connected to NATS at %s", self._settings.safe_urls)
         self._logged = 0.0
         self.is_up = True
         self._notify()
         for listener in list(self.listeners):
             listener.on_up()
-        await connection.closed.wait()
-        self._connection = None
+
+    def _on_down(self) -> None:
         self.is_up = False
         self._last_error = "the connection was lost"
-        for listener in list(self.listeners):
-            listener.on_down()
         if not self._closing:
             _log.warning("lost the connection to NATS; reconnecting")
-            await self._sleep(0.0)
+        for listener in list(self.listeners):
+            listener.on_down()
 
     def _fail(self, refusal: str) -> None:
         self.refused = refusal
@@ -295,13 +311,15 @@ class Link:
 
     def _denied(self, subject: str, why: str) -> None:
         _log.error("permission denied by the server: %s", why)
-        self.on_denied(subject, why)
+        self.on_denied(subject)
 
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _log_down(self) -> None:
+    def _down(self, why: str) -> None:
+        self.refused = ""
+        self._last_error = why
         now = time.monotonic()
         if now - self._logged >= LOG_INTERVAL or not self._logged:
             self._logged = now

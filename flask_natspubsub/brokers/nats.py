@@ -8,13 +8,14 @@ Nothing starts before the first call, and a forked child starts afresh.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import nats.errors
 from nats.aio.client import Client
@@ -28,9 +29,13 @@ from .wire import NO_HEADERS, Outgoing, Route, frame, parse_headers
 
 _log = logging.getLogger("flask_natspubsub.broker")
 
+_BAD_CREDENTIALS = re.compile(r"authoriz|authentication (?!timeout)", re.I)
 OLDEST_SERVER = (2, 10)
-PING_INTERVAL = 10
-_DENIED = re.compile(r"permissions violation for publish to [\"'](?P<subject>[^\"']+)[\"']", re.I)
+# A link that has gone dead is given up at the third ping, so after 27 seconds at most.
+PING_INTERVAL = 9.0
+UNANSWERED_PINGS = 2
+CLOSE_TIMEOUT = 1.0
+_DENIED = re.compile(r"permissions violation(?: for publish to [\"'](?P<subject>[^\"']+))?", re.I)
 
 
 class _Client(Client):
@@ -41,10 +46,15 @@ class _Client(Client):
     call it, the callbacks given to ``subscribe`` get the messages the long way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_denied: Callable[[str, str], None]) -> None:
         super().__init__()
         self.routes: dict[int, Route] = {}
         self.needs_tls = False
+        self.lost = asyncio.Event()
+        self.last_problem: Exception | None = None
+        #: Requests under way, by what ends them early: the future's result says why.
+        self.asked: dict[asyncio.Future[str], str] = {}
+        self._on_denied = on_denied
 
     async def _process_msg(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
@@ -64,6 +74,47 @@ class _Client(Client):
             info["tls_required"] = True
         await super()._process_info(info, initial_connection)
 
+    async def _process_op_err(self, e: Exception) -> None:
+        """Say at once that the connection is gone.
+
+        nats-py says so after it has written what is buffered: never, if nobody reads it.
+        """
+        self.lose()
+        await super()._process_op_err(e)
+
+    def lose(self) -> None:
+        """Tell all who wait that nothing comes any more."""
+        self.lost.set()
+        self._end_requests("the connection was lost")
+
+    def _end_requests(self, why: str, subject: str | None = None) -> None:
+        for early_end, asked in self.asked.items():
+            if subject in (None, asked.lower()) and not early_end.done():
+                early_end.set_result(why)
+
+    async def on_error(self, error: Exception) -> None:
+        """Note what nats-py reports; a refused publish is reported here and nowhere else."""
+        self.last_problem = error
+        denied = _DENIED.search(str(error))
+        if denied:
+            subject = (denied["subject"] or "").lower()
+            self._end_requests("the server does not let this user send to it", subject)
+            self._on_denied(subject, _text_of(error))
+
+    async def on_closed(self) -> None:
+        """Hear from nats-py that it has closed the connection."""
+        self.lose()
+
+    async def end(self) -> None:
+        """Close within ``CLOSE_TIMEOUT`` seconds, whatever state it is in."""
+        self.lose()
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self.close()
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
 
 def _pass_on(
     route: Route, subject: str, reply: str, headers: Mapping[str, str], data: bytes
@@ -78,8 +129,8 @@ def _pass_on(
 class _Connection:
     """One connection made by nats-py; see ``link.Connection``."""
 
-    def __init__(self, client: _Client, closed: asyncio.Event) -> None:
-        self.closed = closed
+    def __init__(self, client: _Client) -> None:
+        self.closed = client.lost
         self._client = client
         self._subscriptions: dict[int, Any] = {}
 
@@ -122,21 +173,29 @@ class _Connection:
         await subscription.unsubscribe()
 
     async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
+        early_end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        answer = asyncio.ensure_future(self._client.request(subject, payload, timeout=timeout))
+        self._client.asked[early_end] = subject
         try:
-            return (await self._client.request(subject, payload, timeout=timeout)).data
+            await asyncio.wait((answer, early_end), return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result().data
+            raise BrokerError(f"No answer from {subject}: {early_end.result()}.")
         except nats.errors.NoRespondersError:
             raise LookupError(subject) from None
         except nats.errors.TimeoutError:
             raise TimeoutError from None
         except nats.errors.Error as error:
             raise BrokerError(f"The request to {subject} failed: {error}.") from None
+        finally:
+            del self._client.asked[early_end]
+            answer.cancel()
 
     async def flush(self, timeout: float) -> None:
         await self._client.flush(max(1, round(timeout)))
 
     async def close(self) -> None:
-        await self._client.close()
-        self.closed.set()
+        await self._client.end()
 
 
 async def dial(settings: Settings, url: str, on_denied: Callable[[str, str], None]) -> _Connection:
@@ -145,62 +204,76 @@ async def dial(settings: Settings, url: str, on_denied: Callable[[str, str], Non
     :raises ConnectionRefused: wrong credentials, no TLS, a server that is too old.
     :raises OSError: no server, or TimeoutError: one that does not answer.
     """
-    client, closed, errors = _Client(), asyncio.Event(), []
-    client.needs_tls = urlsplit(url).scheme in ("tls", "wss") or settings.tls_ca_file is not None
-
-    async def on_error(error: Exception) -> None:
-        errors.append(error)
-        del errors[:-1]
-        denied = _DENIED.search(str(error))
-        if denied:
-            on_denied(denied["subject"], str(error))
-
-    async def on_closed() -> None:
-        closed.set()
-
+    client = _Client(on_denied)
+    client.needs_tls = _wants_tls(settings, url)
     try:
         async with asyncio.timeout(settings.connect_timeout * 2 + 1):
             await client.connect(
                 [url],
-                error_cb=on_error,
-                closed_cb=on_closed,
+                error_cb=client.on_error,
+                closed_cb=client.on_closed,
                 allow_reconnect=False,
                 max_reconnect_attempts=1,
                 reconnect_time_wait=0,
-                ping_interval=PING_INTERVAL,
-                max_outstanding_pings=2,
+                ping_interval=PING_INTERVAL,  # type: ignore[arg-type]  # takes floats
+                max_outstanding_pings=UNANSWERED_PINGS,
                 name=f"{settings.app_name}-{os.getpid()}",
                 connect_timeout=settings.connect_timeout,  # type: ignore[arg-type]  # takes floats
                 **_credentials(settings, url),
             )
-    except (nats.errors.Error, ssl.SSLError) as error:
-        cause = errors[-1] if errors and isinstance(error, nats.errors.NoServersError) else error
-        await client.close()
-        raise _dial_error(cause) from None
-    except TimeoutError:
-        await client.close()
-        raise TimeoutError("it does not answer") from None
+        _check_version(client)
+    except Exception as error:  # noqa: BLE001 - _dial_error knows what to make of it
+        await client.end()
+        no_servers = isinstance(error, nats.errors.NoServersError)
+        raise _dial_error(client.last_problem if no_servers else error) from None
+    except BaseException:
+        await client.end()
+        raise
+    return _Connection(client)
+
+
+def _check_version(client: Client) -> None:
     version = client.connected_server_version
     if (version.major, version.minor) < OLDEST_SERVER:
-        await client.close()
         raise ConnectionRefused(f"nats-server {version} is too old, 2.10.23 or newer is needed")
-    return _Connection(client, closed)
 
 
-def _dial_error(error: Exception) -> Exception:
-    text = " ".join(str(error).removeprefix("nats: ").strip("'\"").split())
+def _dial_error(error: Exception | None) -> Exception:
+    """Tell what will not get better by itself from what may, and leave out what is secret."""
+    text = _text_of(error)
+    if isinstance(error, ConnectionRefused):
+        return error
+    if isinstance(error, TimeoutError):
+        return TimeoutError("it does not answer")
+    if isinstance(error, ConnectionRefusedError):
+        return OSError("nothing listens there")
+    if isinstance(error, ssl.SSLEOFError):
+        return OSError("it hung up during the TLS handshake")
     if isinstance(error, ssl.SSLError):
         return ConnectionRefused(f"TLS failed, {getattr(error, 'verify_message', '') or text}")
     if isinstance(error, nats.errors.SecureConnWantedError):
         return ConnectionRefused("it offers no TLS, and TLS is asked for")
-    if isinstance(error, nats.errors.AuthorizationError) or "authoriz" in text.lower():
+    if isinstance(error, nats.errors.AuthorizationError) or _BAD_CREDENTIALS.search(text):
         return ConnectionRefused("wrong or missing credentials")
-    if "maximum connections" in text.lower() or not isinstance(error, nats.errors.Error):
-        return OSError(text or type(error).__name__)
-    return OSError(text)
+    if error is None or isinstance(error, (OSError, nats.errors.Error, ImportError)):
+        return OSError(text)
+    # From reading the seed or the credentials file, most likely: its text might quote them.
+    return ConnectionRefused(f"signing in failed with {type(error).__name__}, check the key files")
+
+
+def _text_of(error: Exception | None) -> str:
+    text = " ".join(str(error or "").removeprefix("nats: ").strip("'\"").split())
+    return text or type(error).__name__
+
+
+def _wants_tls(settings: Settings, url: str) -> bool:
+    asked = settings.tls_ca_file or settings.tls_cert_file or settings.tls_hostname
+    return asked is not None or urlsplit(url).scheme in ("tls", "wss")
 
 
 def _credentials(settings: Settings, url: str) -> dict[str, Any]:
+    # What the server tells of the rest of its cluster are addresses: no names, no passwords.
+    told = urlsplit(url if url in settings.urls else settings.urls[0])
     options: dict[str, Any] = {
         "user": settings.user,
         "password": settings.password,
@@ -208,9 +281,13 @@ def _credentials(settings: Settings, url: str) -> dict[str, Any]:
         "nkeys_seed": settings.nkey_seed_file,
         "user_credentials": settings.credentials_file,
     }
-    if settings.tls_ca_file or settings.tls_cert_file or urlsplit(url).scheme in ("tls", "wss"):
+    if told.username and told.password:
+        options |= {"user": unquote(told.username), "password": unquote(told.password)}
+    elif told.username:
+        options["token"] = unquote(told.username)
+    if _wants_tls(settings, url):
         options["tls"] = _tls_context(settings)
-        options["tls_hostname"] = settings.tls_hostname or urlsplit(url).hostname
+        options["tls_hostname"] = settings.tls_hostname or told.hostname
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -28,6 +28,7 @@ from .wire import STATUS, Outgoing, header_block
 IN_FLIGHT = 4_000
 IN_FLIGHT_BYTES = 32 * 1024 * 1024
 QUEUED = 10_000
+QUEUED_BYTES = 64 * 1024 * 1024
 SWEEP = 0.05
 # "No responders" is also what a server says while a stream elects its leader (ADR-22), so
 # it is tried again after these seconds before it is an error.
@@ -91,20 +92,64 @@ class _Item:
         self.ticket.settle(self.index, result)
 
 
+class _Backlog:
+    """What waits to be sent, in order, and how much it is."""
+
+    def __init__(self) -> None:
+        self._items: deque[_Item] = deque()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, items: Iterable[_Item]) -> None:
+        for item in items:
+            self._items.append(item)
+            self.bytes += item.size
+
+    def put_back(self, items: Iterable[_Item]) -> None:
+        """Add in front of all others, in the order given."""
+        for item in reversed(list(items)):
+            self._items.appendleft(item)
+            self.bytes += item.size
+
+    def take(self) -> _Item:
+        item = self._items.popleft()
+        self.bytes -= item.size
+        return item
+
+    def take_all(self) -> list[_Item]:
+        items = list(self._items)
+        self._items.clear()
+        self.bytes = 0
+        return items
+
+    def take_overdue(self, now: float) -> list[_Item]:
+        overdue = [item for item in self._items if item.deadline <= now]
+        if overdue:
+            self._items = deque(item for item in self._items if item.deadline > now)
+            self.bytes -= sum(item.size for item in overdue)
+        return overdue
+
+
 class PublishWindow:
-    """The queue, and the window of what was sent and is not yet acknowledged."""
+    """The queue, and the window of what was sent and is not yet acknowledged.
+
+    Threads put messages into ``_arrived``, under the lock; all else is the loop's alone.
+    """
 
     def __init__(self, link: OutboundLink, inbox: str) -> None:
         self._link = link
         self._prefix = inbox + "."
-        self._queue: deque[_Item] = deque()
+        self._arrived = _Backlog()
+        self._queue = _Backlog()
         self._delayed: list[_Item] = []
         self._in_flight: dict[int, _Item] = {}
         self._bytes = 0
         self._token = 0
         self._scheduled = False
         self._sweeping = False
-        self._room = threading.Condition()
+        self._room = threading.Condition(threading.Lock())
         self._waiting = 0
 
     # --- any thread
@@ -114,30 +159,36 @@ class PublishWindow:
         ticket = Ticket(len(messages))
         deadline = time.monotonic() + timeout
         items = [_Item(message, ticket, i, deadline) for i, message in enumerate(messages)]
-        if self._wait_for_room(deadline):
-            self._queue.extend(items)
+        if self._arrive(items, deadline):
             self._wake()
         else:
             for item in items:
                 item.settle(
                     PublishError(
-                        f"{QUEUED:,} messages are waiting to be sent already.",
+                        f"{self._load():,} messages are waiting to be sent already.",
                         "The server is slower than this process; publish less at once.",
                     )
                 )
         return ticket
 
-    def _wait_for_room(self, deadline: float) -> bool:
-        if len(self._queue) < QUEUED:
-            return True
+    def _arrive(self, items: list[_Item], deadline: float) -> bool:
+        """Queue the items as soon as there is room; False if there is none in time."""
         with self._room:
-            self._waiting += 1
-            try:
-                return self._room.wait_for(
-                    lambda: len(self._queue) < QUEUED, max(0.0, deadline - time.monotonic())
-                )
-            finally:
-                self._waiting -= 1
+            if not self._has_room():
+                self._waiting += 1
+                try:
+                    if not self._room.wait_for(self._has_room, deadline - time.monotonic()):
+                        return False
+                finally:
+                    self._waiting -= 1
+            self._arrived.add(items)
+            return True
+
+    def _load(self) -> int:
+        return len(self._arrived) + len(self._queue)
+
+    def _has_room(self) -> bool:
+        return self._load() < QUEUED and self._arrived.bytes + self._queue.bytes < QUEUED_BYTES
 
     def _wake(self) -> None:
         if not self._scheduled:
@@ -147,12 +198,13 @@ class PublishWindow:
     @property
     def idle(self) -> bool:
         """Whether nothing is queued or in flight."""
-        return not (self._queue or self._in_flight or self._delayed)
+        return not (self._arrived or self._queue or self._in_flight or self._delayed)
 
     # --- the loop's thread
 
     def _drain(self) -> None:
         self._scheduled = False
+        self._take_in()
         if self._link.refused:
             self.fail_all(NotConnected(self._link.refused))
         elif self._link.is_up:
@@ -162,11 +214,15 @@ class PublishWindow:
             with self._room:
                 self._room.notify_all()
 
+    def _take_in(self) -> None:
+        with self._room:
+            self._queue.add(self._arrived.take_all())
+
     def _fill_window(self) -> None:
         out = []
         limit = self._link.max_payload
         while self._queue and len(self._in_flight) < IN_FLIGHT and self._bytes < IN_FLIGHT_BYTES:
-            item = self._queue.popleft()
+            item = self._queue.take()
             if item.size > limit:
                 item.settle(_too_large(item, limit))
                 continue
@@ -203,6 +259,7 @@ class PublishWindow:
         if item.tries < len(NO_RESPONDERS_WAITS) and now < item.deadline:
             item.due = now + NO_RESPONDERS_WAITS[item.tries]
             item.tries += 1
+            item.sent = False
             self._delayed.append(item)
             self._link.mend_streams()
             return
@@ -219,28 +276,31 @@ class PublishWindow:
 
     def on_down(self) -> None:
         """Put what was in flight back in front: same id, so a second copy is not stored."""
-        self._queue.extendleft(reversed(self._in_flight.values()))
+        self._queue.put_back(self._in_flight.values())
         self._in_flight.clear()
         self._bytes = 0
 
-    def on_denied(self, subject: str, why: str) -> None:
-        """Fail what was sent to ``subject``: the server reports this out of band."""
+    def on_denied(self, subject: str) -> None:
+        """Fail what was sent to ``subject``: the server reports this out of band.
+
+        nats-py turns the report into lower case.
+        """
         for token, item in list(self._in_flight.items()):
-            if item.message.subject == subject:
+            if item.message.subject.lower() == subject.lower():
                 self._forget(token)
                 item.settle(
                     PublishDenied(
-                        f"The server does not let this user publish to {subject!r} ({why}).",
+                        f"The server does not let this user publish to {item.message.subject!r}.",
                         "Grant the permission, or check NATSPUBSUB_ENV and NATSPUBSUB_APP_NAME.",
                     )
                 )
 
     def fail_all(self, error: PublishError) -> None:
         """Settle everything with ``error``; what was sent keeps an unknown outcome."""
-        items = [*self._in_flight.values(), *self._delayed, *self._queue]
+        self._take_in()
+        items = [*self._in_flight.values(), *self._delayed, *self._queue.take_all()]
         self._in_flight.clear()
         self._delayed.clear()
-        self._queue.clear()
         self._bytes = 0
         for item in items:
             item.settle(_with_outcome(error, item))
@@ -261,20 +321,15 @@ class PublishWindow:
                 self._forget(token)
                 item.settle(self._timed_out(item))
         self._release_delayed(now)
-        if any(item.deadline <= now for item in self._queue):
-            waiting = list(self._queue)
-            self._queue.clear()
-            self._queue.extend(item for item in waiting if item.deadline > now)
-            for item in waiting:
-                if item.deadline <= now:
-                    item.settle(self._timed_out(item))
+        for item in self._queue.take_overdue(now):
+            item.settle(self._timed_out(item))
         self._drain()
 
     def _release_delayed(self, now: float) -> None:
         due = [item for item in self._delayed if item.due <= now]
         if due:
             self._delayed = [item for item in self._delayed if item.due > now]
-            self._queue.extendleft(reversed(due))
+            self._queue.put_back(due)
 
     def _timed_out(self, item: _Item) -> PublishError:
         if not self._link.is_up:

@@ -160,6 +160,7 @@ class Pull(Consumption):
         self._floor_seen = 0.0
         self._misses = 0
         self._stopped = False
+        self._late: list[Delivery] = []
         self._stale = True
         self._opening = asyncio.Lock()
         self._reopening: asyncio.Task[None] | None = None
@@ -189,7 +190,6 @@ class Pull(Consumption):
             report = await self._api.ensure_consumer(self.config, after=self._floor)
             self._note_floor(report)
             await self._new_inbox()
-            self._stale = False
         if self._watching is None:
             self._watching = self._link.spawn(self._watch())
 
@@ -202,6 +202,9 @@ class Pull(Consumption):
         key, self._key = self._key, None
         if key is not None:
             await self._link.unroute(key, flush=True)
+        # Only now: the server would give what is handed back to a pull that is still open.
+        for delivery in self._late:
+            delivery.nak()
         self._writer.flush()
 
     def on_up(self) -> None:
@@ -213,7 +216,7 @@ class Pull(Consumption):
         self._pump()
 
     def _pump(self) -> None:
-        if not self._wanted or self._key is None or not self._link.is_up or self._stopped:
+        if not self._wanted or self._stale or not self._link.is_up or self._stopped:
             return
         if not self._outstanding:
             self._heard = time.monotonic()
@@ -237,7 +240,7 @@ class Pull(Consumption):
         self._outstanding = max(0, self._outstanding - 1)
         delivery = NatsDelivery(subject, reply, headers, data, self._writer)
         if self._stopped:
-            delivery.nak()
+            self._late.append(delivery)
         else:
             self._deliver(delivery)
 
@@ -266,7 +269,7 @@ class Pull(Consumption):
                 return  # on_up comes here again
             try:
                 await self.open()
-            except (NatsPubsubError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
                 _log.warning("cannot pull for %s yet: %s", self.config.durable, error)
                 delay = min(max(delay * 2, 0.25), 5.0)
                 continue
@@ -274,29 +277,37 @@ class Pull(Consumption):
             return
 
     async def _new_inbox(self) -> None:
-        """Ask on a fresh inbox: without interest in the old one, the server drops its pulls."""
-        old = self._key
-        self._key = None
-        self._inbox = self._link.new_inbox()
-        key = await self._link.route(self._inbox, self._on_message)
+        """Ask on a fresh inbox: without interest in the old one, the server drops its pulls.
+
+        What was on its way to the old one still arrives.
+        """
+        old, self._key = self._key, None
         if old is not None:
-            await self._link.unroute(old)
+            await self._link.unroute(old, flush=True)
+        self._inbox = self._link.new_inbox()
+        self._key = await self._link.route(self._inbox, self._on_message)
         self._wanted += self._outstanding
         self._outstanding = 0
         self._heard = time.monotonic()
-        self._key = key
+        self._stale = False
         self._pump()
 
     async def _watch(self) -> None:
         while not self._stopped:
             await asyncio.sleep(HEARTBEAT)
-            if not self._link.is_up:
-                continue
-            silent = time.monotonic() - self._heard > 2 * HEARTBEAT
-            if self._outstanding and silent:
-                await self._on_silence()
-            elif time.monotonic() - self._floor_seen > FLOOR_INTERVAL:
-                await self._refresh_floor()
+            try:
+                await self._look()
+            except Exception:  # noqa: BLE001 - nobody else would notice a silent pull
+                _log.exception("looking after the pull for %s failed", self.config.durable)
+
+    async def _look(self) -> None:
+        if not self._link.is_up:
+            return
+        silent = time.monotonic() - self._heard > 2 * HEARTBEAT
+        if self._outstanding and silent:
+            await self._on_silence()
+        elif time.monotonic() - self._floor_seen > FLOOR_INTERVAL:
+            await self._refresh_floor()
 
     async def _on_silence(self) -> None:
         self._misses += 1

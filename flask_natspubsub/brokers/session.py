@@ -69,7 +69,14 @@ class _Session:
 
     async def _start(self, inbox: str) -> None:
         await self.link.route(f"{inbox}.*", self.window.on_reply)
-        self.link.spawn(self.link.keep_up())
+        self.link.spawn(self._keep_up())
+
+    async def _keep_up(self) -> None:
+        try:
+            await self.link.keep_up()
+        finally:
+            # Also when the thread dies: whoever waits for an answer hears at once.
+            self.window.fail_all(PublishError("The broker was closed before an answer came."))
 
     async def _request(self, subject: str, payload: bytes) -> bytes:
         return await self.link.request(subject, payload, API_TIMEOUT)
@@ -81,6 +88,8 @@ class _Session:
                 await self.api.setup(self.wanted, dry_run=False)
         except NatsPubsubError as error:
             _log.error("the streams could not be set up: %s", error)
+        except Exception:  # noqa: BLE001 - an answer without sense must not stop the link
+            _log.exception("the streams could not be set up")
 
     def on_up(self) -> None:
         self.writer.flush()

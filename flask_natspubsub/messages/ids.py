@@ -111,3 +111,11 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def short_id(event_id: str) -> str:
+    """Return ``event_id`` in a form for a log line: the end of a UUID, else all of it.
+
+    The beginning of a version 7 UUID is the time: ids of one moment would look the same.
+    """
+    return event_id[-8:] if len(event_id) == 36 and event_id.count("-") == 4 else event_id[:40]

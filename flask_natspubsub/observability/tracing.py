@@ -8,17 +8,27 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+from collections.abc import Iterable, Iterator
 from contextvars import Token
+from typing import Any
 
-from flask import Flask, Response, g, request
+from flask import Flask, Response, request
 
-from ..messages.lineage import Lineage, current_trace_id, enter, leave
+from ..messages.lineage import (
+    Lineage,
+    current_lineage,
+    current_trace_id,
+    enter,
+    leave,
+    within,
+)
 
 _ALLOWED = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 )
-_KEPT = "_natspubsub_lineage"
+# In the request's own environment: ``g`` is shared by a request made inside another one.
+_KEPT = "flask_natspubsub.lineage"
 
 
 class TraceIdFilter(logging.Filter):
@@ -49,22 +59,45 @@ def lineage_of_request(trace_header: str | None, traceparent: str | None) -> Lin
     return Lineage(trace_id=trace_id, traceparent=traceparent if w3c else None)
 
 
+class _Streamed:
+    """The body of a streamed response, with the ids of its request, which is over by then."""
+
+    def __init__(self, lineage: Lineage, parts: Iterable[Any]) -> None:
+        self._lineage = lineage
+        self._parts = parts
+        self._iterator = iter(parts)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        with within(self._lineage):
+            return next(self._iterator)
+
+    def close(self) -> None:
+        with within(self._lineage):
+            if hasattr(self._parts, "close"):
+                self._parts.close()
+
+
 def install(app: Flask, header: str) -> None:
     """Add the request hooks to ``app``."""
 
     def before() -> None:
         get = request.headers.get
         token = enter(lineage_of_request(get(header), get("traceparent")))
-        setattr(g, _KEPT, token)
+        request.environ[_KEPT] = token
 
     def after(response: Response) -> Response:
-        trace_id = current_trace_id()
-        if trace_id is not None:
-            response.headers[header] = trace_id
+        lineage = current_lineage()
+        if lineage.trace_id is not None:
+            response.headers[header] = lineage.trace_id
+            if response.is_streamed and not response.direct_passthrough:
+                response.response = _Streamed(lineage, response.response)
         return response
 
     def teardown(error: BaseException | None) -> None:
-        token: Token[Lineage] | None = g.pop(_KEPT, None)
+        token: Token[Lineage] | None = request.environ.pop(_KEPT, None)
         if token is not None:
             try:
                 leave(token)

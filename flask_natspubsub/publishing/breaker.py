@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 from ..errors import CircuitOpen
 
 
 class CircuitBreaker:
-    """Counts failures in a row; thread-safe.
+    """Counts failures in a row.
+
+    Threads may use it at once, without a lock that a forked child could inherit locked: at
+    worst a failure is not counted, or a second caller tries.
 
     :param threshold: failures in a row that open the circuit; 0 for never.
     :param reset: seconds after which one caller may try again.
@@ -18,7 +20,6 @@ class CircuitBreaker:
     def __init__(self, threshold: int, reset: float) -> None:
         self._threshold = threshold
         self._reset = reset
-        self._lock = threading.Lock()
         self._failures = 0
         self._retry_at = 0.0
 
@@ -31,24 +32,20 @@ class CircuitBreaker:
         """Raise ``CircuitOpen`` while the circuit is open; let one through at each reset."""
         if not self.is_open:
             return
-        with self._lock:
-            now = time.monotonic()
-            if now < self._retry_at:
-                raise CircuitOpen(
-                    f"{self._failures} publishes in a row failed; not even trying for another "
-                    f"{self._retry_at - now:.1f} s.",
-                    "Check the connection to NATS; the outbox keeps events while it is down.",
-                )
-            self._retry_at = now + self._reset
+        now = time.monotonic()
+        if now < self._retry_at:
+            raise CircuitOpen(
+                f"{self._failures} publishes in a row failed; not even trying for another "
+                f"{self._retry_at - now:.1f} s.",
+                "Check the connection to NATS; the outbox keeps events while it is down.",
+            )
+        self._retry_at = now + self._reset
 
     def success(self) -> None:
         """Close the circuit."""
-        if self._failures:
-            with self._lock:
-                self._failures = 0
+        self._failures = 0
 
     def failure(self) -> None:
         """Count one failure."""
-        with self._lock:
-            self._failures += 1
-            self._retry_at = time.monotonic() + self._reset
+        self._failures += 1
+        self._retry_at = time.monotonic() + self._reset

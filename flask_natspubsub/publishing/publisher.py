@@ -19,6 +19,7 @@ from ..messages import codec
 from ..messages.envelope import Envelope, check_identifier, headers_for, resource_id_of
 from ..messages.ids import derived_event_id, format_timestamp, new_event_id, now_timestamp
 from ..messages.lineage import current_lineage
+from ..messages.plain import to_plain
 from ..messages.subjects import subject_for
 from ..settings import Settings
 from .breaker import CircuitBreaker
@@ -131,9 +132,9 @@ class Publisher:
 
     # --- drafts
 
-    def drafts(self, topics: str | Iterable[str], message: Any, **options: Any) -> list[Draft]:
-        """Make a draft for each topic; ids after the first are derived from a given one."""
-        names = [topics] if isinstance(topics, str) else list(topics)
+    def drafts(self, topics: Any, message: Any, **options: Any) -> list[Draft]:
+        """Make a draft for the topic or for each of a list; later ids derive from a given one."""
+        names = list(topics) if isinstance(topics, (list, tuple)) else [topics]
         if not names:
             raise InvalidTopic("The list of topics is empty.", "Give one topic or more.")
         drafts = [Draft(topic, message, **options) for topic in names]
@@ -161,7 +162,7 @@ class Publisher:
             domain=domain,
             resource=resource,
             action=action,
-            resource_id=resource_id_of(draft.message) if draft.event else None,
+            resource_id=resource_id_of(to_plain(draft.message)) if draft.event else None,
             correlation_id=_identifier(draft.correlation_id, "correlation_id")
             or lineage.correlation_id,
             causation_id=_identifier(draft.causation_id, "causation_id") or lineage.causation_id,
@@ -198,7 +199,7 @@ class Publisher:
         def done(ticket: Ticket) -> None:
             try:
                 future.set_result(self._receipts(prepared, ticket)[0])
-            except PublishError as error:
+            except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
                 future.set_exception(error)
 
         self._submit(prepared, self._timeout(timeout)).on_done(done)

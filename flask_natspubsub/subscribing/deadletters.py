@@ -7,26 +7,25 @@ one place or the other whatever dies in between.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import datetime as dt
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from ..brokers.base import Broker, Delivery, OutgoingMessage, StoredAck, StoredMessage
 from ..errors import BrokerError, DecodingError, PayloadTooLarge, PublishError
-from ..messages.codec import decode_object
 from ..messages.envelope import Received, read
 from ..messages.ids import now_timestamp
 from ..messages.subjects import dead_letter_subject, matches, normalize_topic, topic_of
 from ..settings import Settings
+from .deadletter_shapes import number, values_of
 from .retry import GiveUpReason, error_text
 from .subscription import Subscription
 
 REPLAY_FOR = "x-replay-for"
 REPLAY_COUNT = "x-replay-count"
+UNKNOWN = "?"
 _BODY_OMITTED = "x-dlq-body-omitted"
 _TRIAL = "trial"
 _OURS = re.compile(r"x-(dead-letter|dlq-|deliveries|event-id|trace-id|original-|subscriber)", re.I)
@@ -65,19 +64,13 @@ class DeadLetterBox:
 
         :raises PublishError: it could not be stored.
         """
-        headers = _kept(delivery.headers) | self._headers(delivery, subscription, reason, error)
-        received = _try_read(delivery, delivery.subject)
-        if received is not None:
-            headers["x-event-id"] = received.event_id
-            if received.trace_id:
-                headers["x-trace-id"] = received.trace_id
+        own = self._headers(delivery, subscription, reason, error)
         subject = self._subject(subscription)
-        message = OutgoingMessage(subject, delivery.data, headers)
+        message = OutgoingMessage(subject, delivery.data, _kept(delivery.headers) | own)
         try:
             store_one(self._broker, message, self._settings.publish_timeout)
         except PayloadTooLarge:
-            bare = {name: value for name, value in headers.items() if name not in delivery.headers}
-            message = OutgoingMessage(subject, b"", bare | {_BODY_OMITTED: "true"})
+            message = OutgoingMessage(subject, b"", own | {_BODY_OMITTED: "true"})
             store_one(self._broker, message, self._settings.publish_timeout)
 
     def _headers(
@@ -88,6 +81,11 @@ class DeadLetterBox:
         error: BaseException,
     ) -> dict[str, str]:
         place = f"{delivery.stream}:{delivery.sequence}"
+        received = _try_read(delivery, delivery.subject)
+        ids = {
+            "x-event-id": received.event_id if received else None,
+            "x-trace-id": received.trace_id if received else None,
+        }
         return {
             "x-dead-letter": "true",
             "x-dlq-reason": reason,
@@ -99,7 +97,7 @@ class DeadLetterBox:
             "x-subscriber": subscription.name,
             "x-dead-lettered-at": now_timestamp(),
             "Nats-Msg-Id": f"dlq:{subscription.name}:{place}",
-        }
+        } | {name: value for name, value in ids.items() if value}
 
     def _subject(self, subscription: Subscription) -> str:
         settings = self._settings
@@ -241,14 +239,14 @@ class DeadLetters:
         :raises PublishError: it could not be stored; the dead letter stays.
         :raises BrokerError: the body was left out and is no longer in the original stream.
         """
-        headers = _kept(record.headers)
-        count = int(headers.get(REPLAY_COUNT, "0") or 0) + 1
-        headers |= {
-            "Nats-Msg-Id": f"{record.event_id}:replay:{count}",
-            REPLAY_FOR: record.subscriber,
-            REPLAY_COUNT: str(count),
-        }
-        message = OutgoingMessage(record.original_subject, self.body(record), headers)
+        original = self._original(record)
+        headers = _kept(original.headers)
+        # The number tells this dead letter from those other subscribers have of the event.
+        headers["Nats-Msg-Id"] = f"{record.event_id}:replay:{record.sequence}"
+        headers[REPLAY_COUNT] = str(number(headers.get(REPLAY_COUNT)) + 1)
+        if record.subscriber != UNKNOWN:
+            headers[REPLAY_FOR] = record.subscriber
+        message = OutgoingMessage(record.original_subject, original.data, headers)
         ack = store_one(self._broker, message, self._settings.publish_timeout)
         self.discard(record)
         return ack
@@ -258,9 +256,16 @@ class DeadLetters:
         return self._broker.delete_message(record.stream, record.sequence)
 
     def body(self, record: DeadLetterRecord) -> bytes:
-        """Return the original bytes, from the original stream if they were left out."""
+        """Return the original bytes, from the original stream if they were left out.
+
+        :raises BrokerError: they are no longer there.
+        """
+        return self._original(record).data
+
+    def _original(self, record: DeadLetterRecord) -> DeadLetterRecord | StoredMessage:
+        """Return what has the original body and headers."""
         if not record.body_omitted:
-            return record.data
+            return record
         original = None
         if record.original_sequence is not None:
             original = self._broker.get_message(record.original_stream, record.original_sequence)
@@ -269,7 +274,7 @@ class DeadLetters:
                 f"The body of dead letter {record.id} was too large to be kept with it, and "
                 f"the original is no longer in {record.original_stream!r}.",
             )
-        return original.data
+        return original
 
     def _all(self) -> Iterator[DeadLetterRecord]:
         settings = self._settings
@@ -296,7 +301,7 @@ class DeadLetters:
     def _record(self, stored: StoredMessage) -> DeadLetterRecord:
         own = stored.stream == self._settings.dead_letter_stream
         record_id = str(stored.sequence) if own else f"{stored.stream}:{stored.sequence}"
-        values = _values(stored)
+        values = values_of(stored)
         original_subject = str(values.get("original_subject") or stored.subject)
         data = values["data"]
         known = _try_read(stored, original_subject, data)
@@ -305,13 +310,13 @@ class DeadLetters:
             id=record_id,
             stream=stored.stream,
             sequence=stored.sequence,
-            subscriber=str(values.get("subscriber") or "?"),
+            subscriber=str(values.get("subscriber") or UNKNOWN),
             topic=known.topic if known else topic_of(original_subject),
-            reason=str(values.get("reason") or "?"),
+            reason=str(values.get("reason") or UNKNOWN),
             error=str(values.get("error") or ""),
             deliveries=int(values.get("deliveries") or 0),
             event_id=str(values.get("event_id") or (known.event_id if known else "")),
-            trace_id=values.get("trace_id") or (known.trace_id if known else None),
+            trace_id=str(values.get("trace_id") or (known and known.trace_id) or "") or None,
             original_subject=original_subject,
             original_stream=str(values.get("original_stream") or self._settings.stream),
             original_sequence=int(sequence) if sequence.isdigit() else None,
@@ -336,70 +341,3 @@ def _try_read(
         return read(body, source.headers, subject, source.stream, source.sequence)
     except DecodingError:
         return None
-
-
-def _values(stored: StoredMessage) -> dict[str, Any]:
-    """Find who wrote a dead letter, and where it keeps what."""
-    headers = {name.lower(): value for name, value in stored.headers.items()}
-    if "x-dlq-context" in headers:
-        return _ruby_values(headers["x-dlq-context"], stored.data)
-    if "x-dead-letter" not in headers:
-        script = _javascript_values(stored.data)
-        if script is not None:
-            return script
-    return {
-        "shape": "python",
-        "data": stored.data,
-        "subscriber": headers.get("x-subscriber"),
-        "reason": headers.get("x-dlq-reason"),
-        "error": headers.get("x-dlq-error"),
-        "deliveries": _number(headers.get("x-deliveries")),
-        "event_id": headers.get("x-event-id"),
-        "trace_id": headers.get("x-trace-id"),
-        "original_subject": headers.get("x-original-subject"),
-        "original_stream": headers.get("x-original-stream"),
-        "original_sequence": headers.get("x-original-sequence"),
-        "at": headers.get("x-dead-lettered-at"),
-    }
-
-
-def _ruby_values(context: str, data: bytes) -> dict[str, Any]:
-    """Read the Ruby package's shape: the original body, one header with a JSON object."""
-    try:
-        values = decode_object(context.encode())
-    except DecodingError:
-        values = {}
-    return _common(values) | {"shape": "ruby", "data": data}
-
-
-def _javascript_values(data: bytes) -> dict[str, Any] | None:
-    """Read the JavaScript package's shape: a new JSON object around the original."""
-    try:
-        values = decode_object(data)
-        if "original_subject" not in values:
-            return None
-        raw = base64.b64decode(values.get("raw_base64") or "", validate=True)
-    except (DecodingError, binascii.Error, TypeError, ValueError):
-        return None
-    return _common(values) | {"shape": "javascript", "data": raw}
-
-
-def _common(values: Mapping[str, Any]) -> dict[str, Any]:
-    error = values.get("error")
-    return {
-        "subscriber": values.get("subscriber") or values.get("consumer"),
-        "reason": values.get("reason"),
-        "error": error.get("message") if isinstance(error, dict) else error,
-        "deliveries": _number(values.get("deliveries")),
-        "event_id": values.get("event_id"),
-        "trace_id": values.get("trace_id"),
-        "original_subject": values.get("original_subject"),
-        "original_stream": values.get("stream"),
-        "original_sequence": values.get("stream_sequence") or values.get("sequence"),
-        "at": values.get("published_at") or values.get("timestamp"),
-    }
-
-
-def _number(value: object) -> int:
-    text = str(value)
-    return int(text) if text.isdecimal() and len(text) < 10 else 0

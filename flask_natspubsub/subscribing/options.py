@@ -5,40 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..brokers.base import DeliverPolicy
 from ..errors import RegistrationError
-from ..settings import backoff, seconds
+from ..values import Parser, backoff, boolean, integer, positive_seconds
 from .middleware import Middleware
 
-#: Turns a value into its final form; ValueError says what is allowed.
-_Parser = Callable[[Any], Any]
 
-
-def _option(parse: _Parser, default: Any = None) -> Any:
+def _option(parse: Parser, default: Any = None) -> Any:
     return dataclasses.field(default=default, metadata={"parse": parse})
-
-
-def _positive(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError("a whole number, 1 or more")
-    return value
-
-
-def _positive_seconds(value: Any) -> float:
-    result = seconds(value)
-    if result == 0:
-        raise ValueError("a number of seconds, or a timedelta, greater than 0")
-    return result
-
-
-def _boolean(value: Any) -> bool:
-    if value is True or value is False:
-        return bool(value)
-    raise ValueError("True or False")
 
 
 def _name(value: Any) -> str:
@@ -94,15 +72,15 @@ class SubscriberOptions:
     name: str | None = _option(_name)
     producer: str | None = _option(_producer)
     subject: str | None = _option(_text)
-    max_deliver: int | None = _option(_positive)
-    ack_wait: float | None = _option(_positive_seconds)
+    max_deliver: int | None = _option(integer(1))
+    ack_wait: float | None = _option(positive_seconds)
     backoff: tuple[float, ...] | None = _option(backoff)
-    concurrency: int | None = _option(_positive)
-    timeout: float | None = _option(_positive_seconds)
-    inbox: bool | None = _option(_boolean)
-    ordered: bool | None = _option(_boolean)
+    concurrency: int | None = _option(integer(1))
+    timeout: float | None = _option(positive_seconds)
+    inbox: bool | None = _option(boolean)
+    ordered: bool | None = _option(boolean)
     deliver_policy: DeliverPolicy | None = _option(_deliver_policy)  # noqa: RUF009 - a field
-    dead_letter: bool | None = _option(_boolean)
+    dead_letter: bool | None = _option(boolean)
     middleware: tuple[Middleware, ...] = _option(_middleware, ())
 
     @classmethod
@@ -143,7 +121,7 @@ def _unknown_option(who: str, option: str) -> RegistrationError:
     return RegistrationError(f"{who}: unknown option {option!r}.", fix)
 
 
-def _parse(who: str, option: str, value: Any, parse: _Parser) -> Any:
+def _parse(who: str, option: str, value: Any, parse: Parser) -> Any:
     try:
         return parse(value)
     except ValueError as error:

@@ -92,21 +92,19 @@ class Processor:
         self._app_context = app_context
         self._emit = emit
         self._run_async = run_async
+        self._deciders: dict[Delivery, str] = {}
 
     # --- the straight path
 
-    def process(self, delivery: Delivery) -> Outcome:
-        """Handle one delivery and settle it. Never raises."""
+    def process(self, delivery: Delivery, failed: Callable[[], None] | None = None) -> Outcome:
+        """Handle one delivery and settle it. Never raises.
+
+        :param failed: called when the handler has raised, before the consequences.
+        """
         started = time.perf_counter()
         received: Received | None = None
         try:
-            received = read(
-                delivery.data,
-                delivery.headers,
-                delivery.subject,
-                delivery.stream,
-                delivery.sequence,
-            )
+            received = _read(delivery)
             if delivery.headers.get(REPLAY_FOR, self.subscription.name) != self.subscription.name:
                 delivery.ack()
                 result: Result = "skipped"
@@ -114,7 +112,11 @@ class Processor:
                 result = self._handle(delivery, received, started)
             detail = ""
         except BaseException as error:  # noqa: BLE001 - sys.exit() in a handler is a failure too
+            if failed is not None:
+                failed()
             result, detail = self._on_error(delivery, received, error)
+        finally:
+            self._deciders.pop(delivery, None)
         return Outcome(
             result,
             received.topic if received else topic_of(delivery.subject),
@@ -133,10 +135,11 @@ class Processor:
             delivery.headers.get("traceparent"),
         )
         with within(lineage), handling(context), self._app_context():
+            message = self.subscription.decode(received.message)
             self._emit(message_received, context=context)
-            self._call(context, self.subscription.decode(received.message))
-            if delivery.settled:
-                raise HandlerTimeout("The handler ended after its time limit.")
+            self._call(context, message)
+        if not self._decides(delivery, "handler"):
+            raise HandlerTimeout("The handler ended after its message was handed back.")
         delivery.ack()
         self._emit(message_handled, context=context, seconds=time.perf_counter() - started)
         return "handled"
@@ -175,7 +178,7 @@ class Processor:
     def _on_error(
         self, delivery: Delivery, received: Received | None, error: BaseException
     ) -> tuple[Result, str]:
-        if delivery.settled:
+        if not self._decides(delivery, "handler"):
             return "timed_out", error_text(error)
         verdict = classify(
             error,
@@ -190,20 +193,33 @@ class Processor:
         if not isinstance(error, DecodingError):
             _log.debug("handler %s failed", self.subscription.name, exc_info=error)
         if isinstance(verdict, GiveUp):
-            over = verdict.reason == "handler_error" and self.is_over_limit(delivery)
-            reason = "max_deliver_exceeded" if over else verdict.reason
+            failed = verdict.reason == "handler_error"
+            reason = self._reason(delivery) if failed else verdict.reason
             return self.give_up(delivery, received, reason, verdict.error)
         self._retry(delivery, received, verdict, error)
         return "retried", f"{error_text(error)}; again in {verdict.delay:.3g} s"
 
+    def _decides(self, delivery: Delivery, who: str) -> bool:
+        """Whether ``who`` decides on the delivery's fate: the first that asks does.
+
+        A handler may come to its end at the very moment its time limit runs out.
+        """
+        return not delivery.settled and self._deciders.setdefault(delivery, who) == who
+
+    def take_over(self, delivery: Delivery) -> bool:
+        """Let the time limit decide, not the handler; False if that one has just ended."""
+        return self._decides(delivery, "time limit")
+
     def time_out(self, delivery: Delivery) -> None:
-        """Hand a delivery back whose handler is still running after its time limit."""
+        """Hand a delivery back that was taken over: its handler is still running."""
         subscription = self.subscription
+        received = _try_read(delivery)
+        limit = HandlerTimeout(f"The handler ran longer than {subscription.timeout:g} s.")
         if delivery.attempt >= subscription.max_deliver:
-            limit = HandlerTimeout(f"The handler ran longer than {subscription.timeout:g} s.")
-            self.give_up(delivery, None, "handler_error", limit)
+            self.give_up(delivery, received, self._reason(delivery), limit)
         else:
-            delivery.nak(backoff_delay(delivery.attempt, subscription.backoff, random.random))
+            delay = backoff_delay(delivery.attempt, subscription.backoff, random.random)
+            self._retry(delivery, received, RetryLater(delay), limit)
 
     def _retry(
         self,
@@ -229,7 +245,7 @@ class Processor:
         if self.subscription.dead_letter:
             try:
                 self._dead_letters.store(delivery, self.subscription, reason, error)
-            except NatsPubsubError as failure:
+            except Exception as failure:  # noqa: BLE001 - whatever it is, the message is kept
                 delay = backoff_delay(delivery.attempt, self.subscription.backoff, random.random)
                 delivery.nak(max(delay, 1.0))
                 return "retried", f"{text}; the dead letter could not be stored: {failure}"
@@ -244,6 +260,9 @@ class Processor:
         """Whether the message was delivered more often than allowed without being refused."""
         return delivery.attempt > self.subscription.max_deliver
 
+    def _reason(self, delivery: Delivery) -> GiveUpReason:
+        return "max_deliver_exceeded" if self.is_over_limit(delivery) else "handler_error"
+
     def process_alone(self, delivery: Delivery) -> Outcome:
         """Process a message that is over its limit, while nothing else runs in this process.
 
@@ -254,26 +273,31 @@ class Processor:
         if not subscription.dead_letter:
             return self.process(delivery)
         try:
-            survived = not box.trial_was_started(delivery, subscription)
-            if survived:
+            died = box.trial_was_started(delivery, subscription)
+            if not died:
                 box.start_trial(delivery, subscription)
         except NatsPubsubError as error:
             delivery.nak(1.0)
             return self._outcome(delivery, "retried", str(error))
-        if survived:
-            outcome = self.process(delivery)
+        if died:
+            outcome = self._outcome(delivery, *self._give_up_untried(delivery))
         else:
-            died = NeverFinished(
-                f"{delivery.attempt} deliveries, and each time the worker died or was stopped; "
-                "the last time this message was the only one it had in hand."
-            )
-            outcome = self._outcome(
-                delivery, *self.give_up(delivery, None, "max_deliver_exceeded", died)
-            )
+            # The marker goes before a dead letter comes: it might take the last room there.
+            outcome = self.process(delivery, lambda: self._end_trial(delivery))
         if outcome.result != "retried":
-            with contextlib.suppress(NatsPubsubError):  # a marker left behind does no harm
-                box.end_trial(delivery, subscription)
+            self._end_trial(delivery)
         return outcome
+
+    def _give_up_untried(self, delivery: Delivery) -> tuple[Result, str]:
+        error = NeverFinished(
+            f"{delivery.attempt} deliveries, and each time the worker died or was stopped; "
+            "the last time this message was the only one it had in hand."
+        )
+        return self.give_up(delivery, _try_read(delivery), "max_deliver_exceeded", error)
+
+    def _end_trial(self, delivery: Delivery) -> None:
+        with contextlib.suppress(NatsPubsubError):  # a marker left behind does no harm
+            self._dead_letters.end_trial(delivery, self.subscription)
 
     def _outcome(self, delivery: Delivery, result: Result, detail: str) -> Outcome:
         return Outcome(
@@ -284,3 +308,16 @@ class Processor:
             0.0,
             detail,
         )
+
+
+def _read(delivery: Delivery) -> Received:
+    return read(
+        delivery.data, delivery.headers, delivery.subject, delivery.stream, delivery.sequence
+    )
+
+
+def _try_read(delivery: Delivery) -> Received | None:
+    try:
+        return _read(delivery)
+    except DecodingError:
+        return None

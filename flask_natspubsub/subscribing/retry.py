@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import DeadLetter, DecodingError, Discard, Retry
-from ..settings import seconds
+from ..values import seconds
 
 #: Why a message was given up on; ``x-dlq-reason`` of its dead letter.
 GiveUpReason = Literal["malformed", "schema", "handler_error", "max_deliver_exceeded", "rejected"]

@@ -15,7 +15,6 @@ from flask import Flask
 
 from ..brokers.base import OutgoingMessage, StoredMessage
 from ..brokers.clock import VirtualClock
-from ..brokers.loop import BackgroundLoop
 from ..brokers.memory import MemoryBroker
 from ..brokers.topology import wanted_streams
 from ..errors import DecodingError
@@ -25,6 +24,7 @@ from ..messages.subjects import matches, normalize_topic, subject_for, topic_of
 from ..publishing.publisher import Draft, Publisher
 from ..subscribing.deadletters import DeadLetterBox, DeadLetterRecord, DeadLetters
 from ..subscribing.processor import Outcome, Processor
+from ..worker.asynchronous import AsyncHandlers
 
 MOST_DELIVERIES = 10_000
 
@@ -67,7 +67,7 @@ class TestBroker:
         self._clock = VirtualClock()
         self._broker = MemoryBroker(self._clock)
         self._broker.want(wanted_streams(state.settings))
-        self._loop: BackgroundLoop | None = None
+        self._async = AsyncHandlers()
         #: What became of each delivery, in order.
         self.outcomes: list[Outcome] = []
         self._replaced = state.use_broker(self._broker)
@@ -80,8 +80,7 @@ class TestBroker:
         else:
             self._state.forget_broker()
         self._broker.close()
-        if self._loop is not None:
-            self._loop.stop()
+        self._async.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -211,7 +210,7 @@ class TestBroker:
             self._broker.add_consumer(subscription.consumer_config(self._state.settings.stream))
             processors.append(
                 Processor(
-                    subscription, box, self._app.app_context, self._state.emit, self._run_async
+                    subscription, box, self._app.app_context, self._state.emit, self._async.run
                 )
             )
         return processors
@@ -225,15 +224,6 @@ class TestBroker:
             self.outcomes.append(outcome)
             return 1
         return 0
-
-    def _run_async(self, awaitable: Any, timeout: float) -> Any:
-        if self._loop is None:
-            self._loop = BackgroundLoop("natspubsub-test-handlers")
-
-        async def run() -> Any:
-            return await awaitable
-
-        return self._loop.call(run(), timeout)
 
     # --- faults
 

@@ -21,6 +21,8 @@ _log = logging.getLogger("flask_natspubsub.worker")
 #: Messages in hand should be worked off in this many seconds.
 HAND = 0.5
 MOST_IN_HAND = 1_000
+#: Longest wait for the server when a pull is stopped.
+STOP_TIMEOUT = 5.0
 #: How fast the measured handler time follows: the weight of the newest message.
 NEWEST = 0.1
 
@@ -28,13 +30,14 @@ NEWEST = 0.1
 class Job:
     """A delivery in hand."""
 
-    __slots__ = ("consumer", "delivery", "expired", "renewed", "started")
+    __slots__ = ("consumer", "delivery", "expired", "renewed", "started", "thread")
 
     def __init__(self, consumer: SubscriberConsumer, delivery: Delivery) -> None:
         self.consumer = consumer
         self.delivery = delivery
         self.renewed = time.monotonic()
         self.started: float | None = None
+        self.thread: threading.Thread | None = None
         self.expired = False
 
 
@@ -75,27 +78,45 @@ class SubscriberConsumer:
     def start(self) -> None:
         """Make the durable consumer and begin to pull; the errors of ``Broker.consume``."""
         config = self.subscription.consumer_config(self._stream)
-        self._consumption = self._broker.consume(config, self._deliver)
-        self._top_up()
+        consumption = self._broker.consume(config, self._deliver)
+        with self._lock:
+            self._consumption = consumption
+            stopping = self._stopping
+        if stopping:
+            self._end(consumption, STOP_TIMEOUT)
+        else:
+            self._top_up()
 
-    def stop_pulling(self) -> None:
-        """Ask for no more, and hand back what has not been started."""
-        self._stopping = True
+    def halt(self) -> None:
+        """Begin no more handlers; ``stop_pulling`` is to follow."""
+        with self._lock:
+            self._stopping = True
+
+    def stop_pulling(self, timeout: float = STOP_TIMEOUT) -> None:
+        """Ask for no more, and hand back what no handler has begun with."""
+        self.halt()
         if self._consumption is not None:
-            try:
-                self._consumption.stop()
-            except NatsPubsubError as error:
-                _log.warning("%s: stopped without the server: %s", self.subscription.name, error)
+            self._end(self._consumption, timeout)
+        # Only now: while the pull was open, the server would have given it back to us at once.
         with self._lock:
-            waiting, self._backlog = list(self._backlog), deque()
+            waiting = [job for job in self._jobs if job.started is None]
+            self._jobs.difference_update(waiting)
+            self._backlog.clear()
         for job in waiting:
-            self.hand_back(job)
+            job.delivery.nak()
 
-    def hand_back(self, job: Job) -> None:
-        """Give back a job that was not started."""
-        job.delivery.nak()
+    def _end(self, consumption: Consumption, timeout: float) -> None:
+        try:
+            consumption.stop(timeout)
+        except NatsPubsubError as error:
+            _log.warning("%s: stopped without the server: %s", self.subscription.name, error)
+
+    def abandon(self) -> None:
+        """Give back all that is in hand, begun or not."""
         with self._lock:
-            self._jobs.discard(job)
+            jobs = list(self._jobs)
+        for job in jobs:
+            job.delivery.nak()
 
     @property
     def in_hand(self) -> int:
@@ -120,10 +141,9 @@ class SubscriberConsumer:
         job = Job(self, delivery)
         with self._lock:
             self._requested = max(0, self._requested - 1)
-            if self._stopping:
-                delivery.nak()
-                return
             self._jobs.add(job)
+            if self._stopping:
+                return
             if self._running >= self.concurrency:
                 self._backlog.append(job)
                 return
@@ -132,19 +152,32 @@ class SubscriberConsumer:
 
     # --- the handler threads
 
-    def run(self, job: Job, process: Callable[[Delivery], Outcome]) -> Outcome:
-        """Process a job, then pass on the next one and ask for more."""
-        job.started = time.monotonic()
-        outcome = process(job.delivery)
-        self._finished(job, time.monotonic() - job.started)
-        return outcome
+    def run(self, job: Job, process: Callable[[Delivery], Outcome]) -> Outcome | None:
+        """Process a job, then pass on the next one and ask for more.
+
+        :returns: None if the worker is stopping: the job is handed back instead.
+        """
+        with self._lock:
+            if self._stopping:
+                return None
+            job.thread = threading.current_thread()
+            job.started = started = time.monotonic()
+        try:
+            return process(job.delivery)
+        finally:
+            self._finished(job, time.monotonic() - started)
 
     def _finished(self, job: Job, seconds: float) -> None:
         with self._lock:
             self.handled += 1
+            if job.expired:
+                return  # its place was given away when its time ran out
             self._jobs.discard(job)
             self._measure(seconds)
-            following = self._next() if not job.expired else None
+            following = self._next()
+        self._go_on(following)
+
+    def _go_on(self, following: Job | None) -> None:
         if following is not None:
             self._dispatch(following)
         self._top_up()
@@ -165,10 +198,11 @@ class SubscriberConsumer:
         )
 
     def _top_up(self) -> None:
-        """Ask for more once half of what may be in hand is gone."""
+        """Ask for more once half of what may be in hand is gone, or a thread would be idle."""
         with self._lock:
             coming = len(self._jobs) + self._requested
-            if self._stopping or self._consumption is None or coming > self._limit // 2:
+            enough = max(self._limit // 2, self.concurrency - 1)
+            if self._stopping or self._consumption is None or coming > enough:
                 return
             more = self._limit - coming
             self._requested += more
@@ -182,21 +216,26 @@ class SubscriberConsumer:
         Their slots are free from here on: the worker starts a thread in place of each.
         """
         with self._lock:
-            jobs = [job for job in self._jobs if not job.expired]
-            late = [job for job in jobs if self._is_late(job, now)]
+            late = [job for job in self._jobs if self._is_late(job, now)]
             following = [self._expire(job) for job in late]
+            jobs = list(self._jobs)
         for job in jobs:
-            if not job.expired and now - job.renewed >= self.subscription.ack_wait / 3:
+            if now - job.renewed >= self.subscription.ack_wait / 3:
                 job.renewed = now
                 job.delivery.in_progress()
         for waiting in following:
-            if waiting is not None:
-                self._dispatch(waiting)
+            self._go_on(waiting)
         return late
 
     def _is_late(self, job: Job, now: float) -> bool:
-        return job.started is not None and now - job.started > self.subscription.timeout
+        """Whether the time is up, and the handler has not just come to its end."""
+        return (
+            job.started is not None
+            and now - job.started > self.subscription.timeout
+            and self.processor.take_over(job.delivery)
+        )
 
     def _expire(self, job: Job) -> Job | None:
         job.expired = True
+        self._jobs.discard(job)
         return self._next()

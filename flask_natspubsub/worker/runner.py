@@ -9,17 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Self, cast
 
 from ..brokers.base import Broker
-from ..brokers.loop import BackgroundLoop
-from ..errors import RegistrationError, TopologyError
+from ..errors import NatsPubsubError, RegistrationError
 from ..settings import Settings
 from ..signals import worker_started, worker_stopped
 from ..subscribing.deadletters import DeadLetterBox
-from ..subscribing.processor import Emit, HandlerTimeout, Outcome, Processor
+from ..subscribing.processor import Emit, Outcome, Processor
 from ..subscribing.subscription import Subscription
-from .consumer import Job, SubscriberConsumer
+from .asynchronous import AsyncHandlers
+from .consumer import STOP_TIMEOUT, Job, SubscriberConsumer
 
 _log = logging.getLogger("flask_natspubsub.worker")
 
@@ -28,39 +28,43 @@ IDLE_TICK = 0.2
 
 
 class Gate:
-    """Lets many in at once, or one alone."""
+    """Lets many in at once, or one alone; each says who it is."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._inside = 0
-        self._alone = False
+        self._inside: set[object] = set()
+        self._alone: object | None = None
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, who: object) -> Iterator[None]:
         """Enter with others; waits while somebody is, or wants to be, alone."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._alone)
-            self._inside += 1
+            self._changed.wait_for(lambda: self._alone is None)
+            self._inside.add(who)
         try:
             yield
         finally:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
+            self.leave(who)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self, who: object) -> Iterator[None]:
         """Keep others out, wait until all have left, be alone."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._alone)
-            self._alone = True
+            self._changed.wait_for(lambda: self._alone is None)
+            self._alone = who
             self._changed.wait_for(lambda: not self._inside)
         try:
             yield
         finally:
-            with self._changed:
-                self._alone = False
-                self._changed.notify_all()
+            self.leave(who)
+
+    def leave(self, who: object) -> None:
+        """Count ``who`` as gone, as one that hangs inside; leaving twice does no harm."""
+        with self._changed:
+            self._inside.discard(who)
+            if self._alone is who:
+                self._alone = None
+            self._changed.notify_all()
 
 
 class Worker:
@@ -92,7 +96,7 @@ class Worker:
         self._threads: set[threading.Thread] = set()
         self._monitor: threading.Thread | None = None
         self._wake_monitor = threading.Event()
-        self._async: BackgroundLoop | None = None
+        self._async = AsyncHandlers()
         self._state = "new"
         self._beat = 0.0
         self._life = threading.Lock()
@@ -100,7 +104,7 @@ class Worker:
         self._consumers = [
             SubscriberConsumer(
                 broker,
-                Processor(subscription, box, app_context, emit, self._run_async),
+                Processor(subscription, box, app_context, emit, self._async.run),
                 settings.stream,
                 self.concurrency,
                 self._queue.put,
@@ -110,11 +114,15 @@ class Worker:
 
     # --- life
 
-    def start(self) -> Self:
+    def start(self, stop: threading.Event | None = None) -> Self:
         """Start the threads and begin to pull.
 
-        :raises TopologyError: a stream is missing or does not cover a subscriber's subjects;
-            what was started is stopped again.
+        While the server is down this takes a moment for each subscriber.
+
+        :param stop: when it is set, those that have not begun to pull do not begin.
+        :raises TopologyError: a stream is missing or does not cover a subscriber's subjects.
+        :raises BrokerError: the server does not answer, or refuses. After an error what was
+            started is stopped again.
         """
         with self._life:
             if self._state != "new":
@@ -127,9 +135,11 @@ class Worker:
         self._monitor.start()
         try:
             for consumer in self._consumers:
+                if self._state != "running" or (stop is not None and stop.is_set()):
+                    break
                 consumer.start()
-        except TopologyError:
-            self.stop(0)
+        except BaseException:
+            self.stop()
             raise
         self._emit(worker_started, worker=self)
         return self
@@ -148,23 +158,36 @@ class Worker:
             self.settings.shutdown_timeout if timeout is None else timeout
         )
         for consumer in self._consumers:
-            consumer.stop_pulling()
-        self._hand_back_queued()
-        for _ in range(len(self._threads)):
-            self._queue.put(None)
-        for thread in list(self._threads):
-            thread.join(max(0.0, deadline - time.monotonic()))
-        clean = not any(thread.is_alive() for thread in self._threads)
+            consumer.halt()
+        for consumer in self._consumers:
+            consumer.stop_pulling(min(STOP_TIMEOUT, max(0.1, deadline - time.monotonic())))
+        self._queue.put(None)
+        clean = self._wait_for_handlers(deadline)
         if not clean:
             _log.warning("handlers are still running; their messages will be delivered again")
         self._state = "stopped"
         self._wake_monitor.set()
         if self._monitor is not None and self._monitor is not threading.current_thread():
             self._monitor.join(5)
-        if self._async is not None:
-            self._async.stop()
+        self._async.stop()
         self._emit(worker_stopped, worker=self)
         return clean
+
+    def _wait_for_handlers(self, deadline: float) -> bool:
+        """Wait for the threads, but for the caller's own and those whose time ran out."""
+        clean = True
+        for thread in self._threads - {threading.current_thread()}:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            clean = clean and not thread.is_alive()
+        return clean
+
+    def hand_back_all(self) -> None:
+        """Have everything in hand delivered again now, also what is being handled.
+
+        For the end of a process that will not wait for its handlers.
+        """
+        for consumer in self._consumers:
+            consumer.abandon()
 
     def __enter__(self) -> Self:
         return self.start() if self._state == "new" else self
@@ -191,8 +214,20 @@ class Worker:
         """Return when no subscriber has anything left to do, or ``stop`` is set."""
         stop = stop or threading.Event()
         while not stop.wait(IDLE_TICK):
-            if all(consumer.is_idle() for consumer in self._consumers):
+            if self._is_idle():
                 return
+
+    def _is_idle(self) -> bool:
+        """Look at all subscribers, and whether one handled something meanwhile.
+
+        That may have been a message for one that was looked at before.
+        """
+        handled = [consumer.handled for consumer in self._consumers]
+        try:
+            idle = all(consumer.is_idle() for consumer in self._consumers)
+        except NatsPubsubError:
+            return False  # nobody knows, so it is not the time to end
+        return idle and handled == [consumer.handled for consumer in self._consumers]
 
     # --- the handler threads
 
@@ -203,17 +238,23 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
-            outcome = self._run(job)
-            self._log(job, outcome)
+            try:
+                outcome = self._run(job)
+            except Exception:  # noqa: BLE001 - a fault of this package must not end the thread
+                _log.exception("%s: not processed", job.consumer.subscription.name)
+                outcome = None
+            if outcome is not None:
+                self._log(job, outcome)
             if job.expired:
-                break  # a fresh thread took this one's place when the time limit ran out
+                return  # a fresh thread took this one's place when the time limit ran out
+        self._queue.put(None)  # the next thread ends of it too
 
-    def _run(self, job: Job) -> Outcome:
+    def _run(self, job: Job) -> Outcome | None:
         processor = job.consumer.processor
         if processor.is_over_limit(job.delivery):
-            with self._gate.alone():
+            with self._gate.alone(job):
                 return job.consumer.run(job, processor.process_alone)
-        with self._gate.together():
+        with self._gate.together(job):
             return job.consumer.run(job, processor.process)
 
     def _log(self, job: Job, outcome: Outcome) -> None:
@@ -231,37 +272,24 @@ class Worker:
             extra={"event_id": outcome.event_id, "result": outcome.result},
         )
 
-    def _run_async(self, awaitable: Any, timeout: float) -> Any:
-        """Run an async handler on the loop of the async handlers, in this thread's context."""
-        try:
-            return self._handler_loop().call(_as_coroutine(awaitable), timeout)
-        except TimeoutError:
-            raise HandlerTimeout(f"The handler ran longer than {timeout:g} s.") from None
-
-    def _handler_loop(self) -> BackgroundLoop:
-        with self._life:
-            if self._async is None:
-                self._async = BackgroundLoop("natspubsub-handlers")
-            return self._async
-
-    def _hand_back_queued(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                job = self._queue.get_nowait()
-                if job is not None:
-                    job.consumer.hand_back(job)
-
     # --- the monitor
 
     def _watch(self) -> None:
         waits = [consumer.subscription.ack_wait for consumer in self._consumers]
         tick = min([TICK, *(wait / 6 for wait in waits)])
         while self._state != "stopped":
-            self._beat = time.monotonic()
-            for consumer in self._consumers:
-                for job in consumer.look_after(self._beat):
-                    self._expire(job)
+            try:
+                self._look_after_all()
+            except Exception:  # noqa: BLE001 - without renewals messages would come twice
+                _log.exception("looking after the handlers failed")
             self._wake_monitor.wait(tick)
+
+    def _look_after_all(self) -> None:
+        now = time.monotonic()
+        for consumer in self._consumers:
+            for job in consumer.look_after(now):
+                self._expire(job)
+        self._beat = now
 
     def _expire(self, job: Job) -> None:
         _log.error(
@@ -270,15 +298,13 @@ class Worker:
             job.consumer.subscription.name,
             job.consumer.subscription.timeout,
         )
+        self._threads.discard(cast(threading.Thread, job.thread))
         self._start_thread()
+        self._gate.leave(job)
         # Storing a dead letter may take a while; the monitor has others to renew.
         threading.Thread(
             target=job.consumer.processor.time_out, args=(job.delivery,), daemon=True
         ).start()
-
-
-async def _as_coroutine(awaitable: Any) -> Any:
-    return await awaitable
 
 
 def choose(subscriptions: Sequence[Subscription], only: Sequence[str] | None) -> list[Subscription]:

@@ -10,46 +10,61 @@ from pathlib import Path
 
 import pytest
 
-from example_app.demo.processes import free_port, is_listening, wait_for
+from ..waiting import eventually
 
 pytestmark = pytest.mark.real_server
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "example_app.demo"]
 
 
-def start(*arguments, **environment):
-    return subprocess.Popen(
-        [*COMMAND, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+class Demo:
+    """The demonstration as a process, with its temporary files in ``folder / "files"``."""
 
+    def __init__(self, folder, *arguments, **environment):
+        self.files = folder / "files"
+        self.files.mkdir()
+        self._output = folder / "output"
+        with self._output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "example_app.demo", *arguments],
+                cwd=ROOT,
+                env={**os.environ, "TMPDIR": str(self.files), **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
 
-def processes_in(folder):
-    """The processes that have something in ``folder`` on their command line or environment."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            seen = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if str(folder).encode() in seen and process.name != str(os.getpid()):
-            found.append(process.name)
-    return found
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def output(self):
+        return self._output.read_text()
+
+    def await_end(self):
+        """Return the exit code."""
+        return self.process.wait(100)
+
+    def leftovers(self):
+        """Return what it has left: files, and processes that know of its folder."""
+        left = list(self.files.iterdir())
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                known = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
+            except OSError:  # it has just ended, or is somebody else's
+                continue
+            if str(self.files).encode() in known:
+                left.append(process)
+        return left
 
 
 def test_the_demonstration_sees_every_step_and_leaves_nothing(tmp_path):
-    demo = start("--once", TMPDIR=str(tmp_path))
-    try:
-        output, _ = demo.communicate(timeout=100)
-    finally:
-        demo.kill()
+    with Demo(tmp_path, "--once") as demo:
+        assert demo.await_end() == 0, demo.output
 
-    assert demo.returncode == 0, output
     for step in (
         "12 of 12 accepted",
         "order.created",
@@ -57,40 +72,33 @@ def test_the_demonstration_sees_every_step_and_leaves_nothing(tmp_path):
         "order.confirmed",
         "order.rejected",
         "flask natspubsub dlq list",
+        "nobody knows which warehouse has 'Samovar'",
         "flask natspubsub dlq replay",
-        "steps were seen.",
+        "All 17 steps were seen.",
     ):
-        assert step in output
-    assert list(tmp_path.iterdir()) == []
-    assert processes_in(tmp_path) == []
+        assert step in demo.output
+    assert demo.leftovers() == []
 
 
 def test_the_demonstration_says_what_it_has_not_seen(tmp_path):
-    with_nobody_listening = {"FLASK_NATSPUBSUB_SUBSCRIBERS": "[]", "TMPDIR": str(tmp_path)}
-    demo = start("--once", STEP_TIMEOUT="2", **with_nobody_listening)
-    try:
-        output, _ = demo.communicate(timeout=100)
-    finally:
-        demo.kill()
+    nobody_listens = {"FLASK_NATSPUBSUB_SUBSCRIBERS": "[]", "STEP_TIMEOUT": "2"}
+    with Demo(tmp_path, "--once", **nobody_listens) as demo:
+        assert demo.await_end() == 1, demo.output
 
-    assert demo.returncode == 1, output
-    assert "Not seen: order " in output
-    assert "--- worker.log" in output
-    assert processes_in(tmp_path) == []
+    assert "Not seen: order " in demo.output
+    assert "--- worker.log" in demo.output
+    assert demo.leftovers() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_demonstration_and_all_it_started(tmp_path, number):
-    http_port = free_port()
-    demo = start(HTTP_PORT=str(http_port), TMPDIR=str(tmp_path))
-    try:
-        wait_for(lambda: is_listening(http_port), "the shop", within=30)
-        demo.send_signal(number)
-        output, _ = demo.communicate(timeout=60)
-    finally:
-        demo.kill()
+@pytest.mark.parametrize(
+    ("moment", "number"), [("gunicorn ", signal.SIGTERM), ("stays up until", signal.SIGINT)]
+)
+def test_a_signal_ends_the_demonstration_and_all_it_started(tmp_path, moment, number):
+    with Demo(tmp_path) as demo:
+        eventually(lambda: moment in demo.output, 60, f"never said: {moment}")
+        assert demo.leftovers()
+        demo.process.send_signal(number)
+        assert demo.await_end() == 0, demo.output
 
-    assert demo.returncode == 0, output
-    assert "Stopping." in output
-    assert list(tmp_path.iterdir()) == []
-    assert processes_in(tmp_path) == []
+    assert "Stopping." in demo.output
+    assert demo.leftovers() == []

@@ -70,10 +70,12 @@ class Site:
             assert Counter(future.result() for future in futures) == {202: count}
 
     def order(self, key):
-        answer = self.client.order_surely(
+        """Order, again and again until it is accepted; count what the shop says."""
+        status = self.client.order_surely(
             TEAPOT, QUANTITY, key, within=40, on_refusal=lambda a: self.statuses.update([a.status])
-        )
-        return answer.status
+        ).status
+        self.statuses[status] += 1
+        return status
 
     def query(self, sql):
         with closing(sqlite3.connect(self.folder / "shop.db")) as connection:
@@ -112,8 +114,10 @@ def test_killing_the_worker_loses_no_order(tmp_path):
 def test_an_outage_of_nats_loses_no_order(tmp_path):
     with Site(tmp_path) as site:
         site.start_worker()
-        with site.orders_arriving(1000):
-            eventually(lambda: site.settled() >= 100, 30, "no orders settled")
+        site.order("the first cart")
+        eventually(lambda: site.settled() == 1, 30, "the worker does not work")
+        with site.orders_arriving(999):
+            eventually(lambda: site.statuses[202] > 200, 30, "no orders accepted")
             site.nats.stop()
             eventually(lambda: site.statuses[503] > 0, 20, "every order was announced")
             site.nats.start()

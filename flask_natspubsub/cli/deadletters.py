@@ -1,0 +1,317 @@
+"""``dlq``: list, show, replay and discard dead letters."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import click
+
+from ..errors import DecodingError, NatsPubsubError, NotConnected
+from ..extension import AppState
+from ..messages.codec import decode_value
+from ..subscribing.deadletters import DeadLetterRecord, DeadLetters
+from .group import Misused, end, natspubsub, onlooker
+from .output import (
+    duration,
+    is_terminal,
+    json_option,
+    plain,
+    print_fields,
+    print_json,
+    print_table,
+)
+
+Command = Callable[..., Any]
+
+_FIELDS = (
+    "id",
+    "subscriber",
+    "topic",
+    "reason",
+    "error",
+    "deliveries",
+    "event_id",
+    "trace_id",
+    "original_subject",
+    "original_stream",
+    "original_sequence",
+    "dead_lettered_at",
+)
+
+
+@natspubsub.group("dlq", examples=["flask natspubsub dlq list --subscriber audit --newer-than 1h"])
+def dlq() -> None:
+    """Look after the messages that were given up on."""
+
+
+def _all_of(*options: Command) -> Command:
+    """Return one decorator for several options."""
+
+    def decorate(function: Command) -> Command:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_filters = _all_of(
+    click.option("--subscriber", metavar="NAME", help="Only those of this subscriber."),
+    click.option("--topic", help="Only those of this topic; may have wildcards."),
+    click.option("--older-than", type=duration, help="Only older ones, such as 10m."),
+    click.option("--newer-than", type=duration, help="Only newer ones, such as 2h."),
+    click.option(
+        "--limit",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="At most N, the oldest first.  [default: all]",
+    ),
+)
+
+
+@dlq.command("list", examples=["flask natspubsub dlq list --subscriber audit --newer-than 1h"])
+@_filters
+@json_option
+def list_command(state: AppState, as_json: bool, **filters: Any) -> None:
+    """List dead letters, oldest first."""
+    with onlooker(state):
+        records = list(state.extension.dead_letters.list(**filters))
+    if as_json:
+        print_json([_summary(record) for record in records])
+    elif not records:
+        click.echo("No dead letters.")
+    else:
+        _print_records(records)
+
+
+def _summary(record: DeadLetterRecord) -> dict[str, Any]:
+    fields = {name: getattr(record, name) for name in _FIELDS}
+    return {**fields, "stored_at": record.stored_at.isoformat(), "size": len(record.data)}
+
+
+def _print_records(records: Iterable[DeadLetterRecord]) -> None:
+    print_table(
+        ("ID", "SINCE (UTC)", "SUBSCRIBER", "TOPIC", "EVENT", "TRIES", "REASON", "ERROR"),
+        [
+            (
+                record.id,
+                f"{record.stored_at:%Y-%m-%d %H:%M:%S}",
+                record.subscriber,
+                record.topic,
+                record.event_id[-8:],  # as in the worker's log
+                record.deliveries,
+                record.reason,
+                record.error,
+            )
+            for record in records
+        ],
+    )
+
+
+@dlq.command(
+    "show",
+    examples=["flask natspubsub dlq show 12", "flask natspubsub dlq show 12 --raw > body.json"],
+)
+@click.argument("record_id", metavar="ID")
+@click.option("--raw", is_flag=True, help="Write the body only, byte for byte.")
+@json_option
+def show_command(state: AppState, record_id: str, raw: bool, as_json: bool) -> None:
+    """Show one dead letter: why it is here, its headers and its body."""
+    if raw and as_json:
+        raise Misused("--raw and --json exclude each other.")
+    with onlooker(state):
+        letters = state.extension.dead_letters
+        (record,) = _get(letters, [record_id])
+        body = letters.body(record)
+    if raw:
+        sys.stdout.buffer.write(body)
+    elif as_json:
+        headers = dict(record.headers)
+        print_json({**_summary(record), "headers": headers, **_json_body(body)})
+    else:
+        print_fields((name.replace("_", " "), value) for name, value in _summary(record).items())
+        click.echo("\nheaders")
+        print_fields(sorted(record.headers.items()), indent="  ")
+        click.echo(f"\nbody\n{_readable(body)}")
+
+
+def _get(letters: DeadLetters, ids: Iterable[str]) -> list[DeadLetterRecord]:
+    records = []
+    for record_id in dict.fromkeys(ids):
+        record = letters.get(record_id)
+        if record is None:
+            raise click.ClickException(
+                f"There is no dead letter {plain(record_id)!r}. 'dlq list' has their ids."
+            )
+        records.append(record)
+    return records
+
+
+def _json_body(body: bytes) -> dict[str, Any]:
+    try:
+        return {"body": decode_value(body), "body_base64": None}
+    except DecodingError:
+        return {"body": None, "body_base64": base64.b64encode(body).decode()}
+
+
+def _readable(body: bytes) -> str:
+    try:
+        text = json.dumps(decode_value(body), indent=2, ensure_ascii=False)
+    except DecodingError:
+        text = body.decode("utf-8", "backslashreplace")
+    return "\n".join(plain(line) for line in text.split("\n"))
+
+
+_bulk_options = _all_of(
+    click.argument("ids", nargs=-1, metavar="[ID]..."),
+    _filters,
+    click.option("--all", "everything", is_flag=True, help="All there are."),
+    click.option("--dry-run", is_flag=True, help="Only show which ones it would be."),
+    click.option("--yes", "-y", is_flag=True, help="Do not ask, however many they are."),
+    click.option(
+        "--rate",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="N",
+        help="At most N a second.  [default: no limit]",
+    ),
+    json_option,
+)
+
+
+@dlq.command(
+    "replay",
+    examples=[
+        "flask natspubsub dlq replay 12 13",
+        "flask natspubsub dlq replay --subscriber audit --newer-than 1h --rate 50",
+        "flask natspubsub dlq replay --all --yes",
+    ],
+)
+@_bulk_options
+def replay_command(state: AppState, **options: Any) -> None:
+    """Send dead letters again, each to the subscriber that gave it up, and remove them.
+
+    Which ones: their ids, or filters, or --all. What fails once more becomes a dead letter
+    again and is not replayed a second time by the same command.
+    """
+    _in_bulk(state, "replay", lambda letters, record: letters.replay(record), **options)
+
+
+@dlq.command(
+    "discard",
+    examples=[
+        "flask natspubsub dlq discard 12",
+        "flask natspubsub dlq discard --older-than 7d --dry-run",
+    ],
+)
+@_bulk_options
+def discard_command(state: AppState, **options: Any) -> None:
+    """Delete dead letters for good.
+
+    Which ones: their ids, or filters, or --all.
+    """
+    _in_bulk(state, "discard", lambda letters, record: letters.discard(record), **options)
+
+
+def _in_bulk(
+    state: AppState,
+    verb: str,
+    action: Callable[[DeadLetters, DeadLetterRecord], object],
+    *,
+    dry_run: bool,
+    yes: bool,
+    rate: float | None,
+    as_json: bool,
+    **which: Any,
+) -> None:
+    _check_choice(verb, **which)
+    with onlooker(state):
+        letters = state.extension.dead_letters
+        records = _chosen(letters, **which)
+        if dry_run:
+            _report_dry_run(verb, records, as_json)
+            return
+        _confirm(verb, len(records), yes)
+        failed = _apply(records, lambda record: action(letters, record), verb, rate)
+    _report(verb, records, failed, as_json)
+
+
+def _check_choice(verb: str, *, ids: tuple[str, ...], everything: bool, **filters: Any) -> None:
+    filtered = any(value is not None for value in filters.values())
+    if ids and (filtered or everything):
+        raise Misused("Give either ids or filters, not both.")
+    if not (ids or filtered or everything):
+        raise Misused(f"Which dead letters? Give ids, a filter, or --all to {verb} all of them.")
+
+
+def _chosen(
+    letters: DeadLetters, *, ids: tuple[str, ...], everything: bool, **filters: Any
+) -> list[DeadLetterRecord]:
+    """Return all of them at once: one that fails again meanwhile comes back as another."""
+    return _get(letters, ids) if ids else list(letters.list(**filters))
+
+
+def _confirm(verb: str, count: int, yes: bool) -> None:
+    if yes or count < 2:
+        return
+    if not is_terminal(sys.stdin):
+        raise Misused(f"This would {verb} {count} dead letters; add --yes to do it unasked.")
+    click.confirm(f"{verb.capitalize()} {count} dead letters?", abort=True, err=True)
+
+
+def _apply(
+    records: Sequence[DeadLetterRecord],
+    action: Callable[[DeadLetterRecord], object],
+    verb: str,
+    rate: float | None,
+) -> dict[str, str]:
+    """Apply ``action`` to each; return the error of each that failed, by id."""
+    failed: dict[str, str] = {}
+    visible = len(records) > 1 and is_terminal(sys.stderr)
+    progress: Any = (
+        click.progressbar(records, label=f"{verb}...", file=sys.stderr)
+        if visible
+        else contextlib.nullcontext(records)
+    )
+    with progress as bar:
+        for number, record in enumerate(bar):
+            if rate is not None and number:
+                time.sleep(1 / rate)
+            try:
+                action(record)
+            except NotConnected as error:
+                # So it would go with each of the others, after a long wait.
+                failed |= {left.id: str(error) for left in records[number:]}
+                break
+            except NatsPubsubError as error:
+                failed[record.id] = str(error)
+    return failed
+
+
+def _report_dry_run(verb: str, records: Sequence[DeadLetterRecord], as_json: bool) -> None:
+    if as_json:
+        print_json({"action": verb, "dry_run": True, "ids": [record.id for record in records]})
+        return
+    if records:
+        _print_records(records)
+    click.echo(f"Would {verb} {len(records)}; nothing was changed (--dry-run).")
+
+
+def _report(
+    verb: str, records: Sequence[DeadLetterRecord], failed: dict[str, str], as_json: bool
+) -> None:
+    past = {"replay": "replayed", "discard": "discarded"}[verb]
+    done = [record.id for record in records if record.id not in failed]
+    if as_json:
+        errors = [{"id": key, "error": error} for key, error in failed.items()]
+        print_json({"action": verb, "dry_run": False, "ids": done, "failed": errors})
+    else:
+        for key, error in failed.items():
+            click.echo(f"{plain(key)}: {plain(error)}", err=True)
+        click.echo(f"{past} {len(done)}, failed {len(failed)}")
+    end(1 if failed else 0)

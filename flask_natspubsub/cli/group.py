@@ -1,0 +1,106 @@
+"""The group of commands, and what all of them share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+from flask import current_app
+from flask.cli import AppGroup
+
+from ..brokers import make_broker
+from ..brokers.base import Broker
+from ..errors import NatsPubsubError
+from ..extension import EXTENSION, AppState
+
+Command = Callable[..., Any]
+
+
+class Misused(click.ClickException):
+    """The command cannot be run like this; exit code 2."""
+
+    exit_code = 2
+
+
+class Group(AppGroup):
+    """Commands that get the app's ``AppState`` as their first argument.
+
+    Errors of this package become one line on stderr and exit code 1.
+    """
+
+    def command(  # type: ignore[override]  # as in AppGroup
+        self, name: str, *, examples: Sequence[str]
+    ) -> Callable[[Command], click.Command]:
+        """Add the decorated function as a command; its help ends with the examples."""
+        decorate = super().command(name, epilog=_epilog(examples))
+        return lambda function: decorate(_with_state(function))
+
+    def group(  # type: ignore[override]  # as in AppGroup
+        self, name: str, *, examples: Sequence[str]
+    ) -> Callable[[Command], click.Group]:
+        """Add a group of such commands."""
+        return super().group(name, cls=Group, epilog=_epilog(examples))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run, with errors as one line."""
+        try:
+            return super().invoke(ctx)
+        except NatsPubsubError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def _epilog(examples: Sequence[str]) -> str:
+    title = "Example:" if len(examples) == 1 else "Examples:"
+    # \b keeps click from joining the lines.
+    return "\n  ".join([f"\b\n{title}", *examples])
+
+
+def _with_state(function: Command) -> Command:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        state = current_app.extensions.get(EXTENSION)
+        if not isinstance(state, AppState):
+            raise Misused(
+                f"The Flask app {current_app.name!r} has no NatsPubsub extension. Add "
+                "'NatsPubsub(app)', or call 'pubsub.init_app(app)' in your application factory."
+            )
+        return function(state, *args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def onlooker(state: AppState, *, connect: bool = True) -> Iterator[Broker]:
+    """Lend the app a broker that creates no streams by connecting: for commands that look.
+
+    A broker that the app has already (in a test) is used as it is.
+
+    :raises NotConnected: there is no server.
+    """
+    broker = make_broker(state.settings)
+    own = state.use_broker(broker)
+    if own is not None:
+        broker.close()
+        broker = own
+        state.use_broker(own)
+    try:
+        if connect:
+            broker.connect(state.settings.connect_timeout)
+        yield broker
+    finally:
+        if own is None:
+            state.forget_broker()
+            broker.close()
+
+
+def end(code: int) -> NoReturn:
+    """End the command with an exit code."""
+    raise click.exceptions.Exit(code)
+
+
+@click.group("natspubsub", cls=Group, epilog=_epilog(["flask --app shop natspubsub worker"]))
+def natspubsub() -> None:
+    """Publish and subscribe over NATS JetStream."""

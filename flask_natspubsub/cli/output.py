@@ -1,0 +1,102 @@
+"""How commands print: tables, JSON, durations, and nothing that could harm a terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)", re.ASCII)
+_LEVEL_COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
+
+
+def duration(text: str) -> float:
+    """Return the seconds of ``30s``, ``10m``, ``2h``, ``1d`` or ``1w``, or a plain number."""
+    found = _DURATION.fullmatch(text.strip())
+    if found is None:
+        raise click.BadParameter(f"{text!r} is no duration; use one such as 30s, 10m, 2h or 1d.")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def plain(text: object) -> str:
+    """Return ``text`` in one line, with all that is not printable escaped.
+
+    What others have sent could otherwise move the cursor, or do worse.
+    """
+    return "".join(char if char.isprintable() else _escape(char) for char in str(text))
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether somebody looks at ``stream``."""
+    return bool(stream.isatty())
+
+
+def width() -> int | None:
+    """Return the columns that stdout has; None if it is no terminal."""
+    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
+
+
+def cut(text: str, columns: int | None) -> str:
+    """Return ``text``, shortened to fit into ``columns``."""
+    if columns is None or len(text) <= columns:
+        return text
+    return text[: max(0, columns - 1)] + "…"
+
+
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Print one JSON value; in ASCII, so that it is safe for any terminal and encoding."""
+    click.echo(json.dumps(value, indent=indent))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; on a terminal its lines are cut to fit."""
+    lines = [list(columns), *([plain(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    for number, line in enumerate(lines):
+        padded = "  ".join(
+            cell.ljust(size) for cell, size in zip(line, widths, strict=True)
+        ).rstrip()
+        click.echo(click.style(cut(padded, width()), bold=number == 0))
+
+
+def print_fields(fields: Iterable[tuple[str, object]], indent: str = "") -> None:
+    """Print names and values, one pair a line."""
+    pairs = list(fields)
+    longest = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
+        text = "-" if value is None else plain(value)
+        click.echo(f"{indent}{name.ljust(longest)}  {text}".rstrip())
+
+
+def log_to_stderr(level: int) -> None:
+    """Show the logs of this package, unless the application has configured logging itself."""
+    logger = logging.getLogger("flask_natspubsub")
+    if logger.hasHandlers():
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LineFormatter("%(asctime)s %(levelname)-7s %(message)s"))
+    logger.addHandler(handler)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(level)
+
+
+class _LineFormatter(logging.Formatter):
+    default_msec_format = "%s.%03d"
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record)
+        colour = _LEVEL_COLOURS.get(record.levelname)
+        return click.style(line, fg=colour) if colour and is_terminal(sys.stderr) else line

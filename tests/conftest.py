@@ -1,0 +1,106 @@
+"""What all tests share: a server, a place of its own for each test, and a look for leftovers."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_natspubsub import NatsPubsub
+
+from .servers import NatsServer
+from .waiting import eventually
+
+MakePubsub = Callable[..., NatsPubsub]
+
+# Python's own helper of multiprocessing's "spawn", which lives as long as the interpreter.
+_ALLOWED_CHILDREN = ("multiprocessing.resource_tracker",)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """After the last test, this process has no children."""
+    yield
+    eventually(lambda: not _children(), 10, "processes were left running", 0.05)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """After each test, there is no thread that was not there before."""
+    before = set(threading.enumerate())
+
+    def left() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread not in before]
+
+    yield
+    try:
+        eventually(lambda: not left(), 5)
+    except AssertionError:
+        pytest.fail(f"threads were left running: {left()}")
+
+
+def _children() -> list[str]:
+    tasks = Path("/proc/self/task")  # elsewhere than on Linux, this looks for nothing
+    pids = [
+        pid
+        for task in (tasks.iterdir() if tasks.exists() else ())
+        for pid in (task / "children").read_text().split()
+    ]
+    commands = [_command(pid) for pid in pids]
+    return [
+        command for command in commands if not any(name in command for name in _ALLOWED_CHILDREN)
+    ]
+
+
+def _command(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") or f"ended process {pid}"
+    except OSError:
+        return f"process {pid}"
+
+
+@pytest.fixture(scope="session")
+def nats_server() -> Iterator[NatsServer]:
+    """A server that all tests share: it is never stopped, and holds every test's streams."""
+    with NatsServer() as server:
+        yield server
+
+
+@pytest.fixture
+def env() -> str:
+    """An environment (first token of all subjects) that no other test uses."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def make_pubsub(env: str) -> Iterator[MakePubsub]:
+    """Make extensions, each with an application of its own; shut down at the end.
+
+    Keyword arguments are settings: ``make_pubsub(publish_timeout=1)``.
+    """
+    made = []
+
+    def make(app_name: str = "shop", **settings: Any) -> NatsPubsub:
+        app = Flask(app_name)
+        app.config["NATSPUBSUB_ENV"] = env
+        app.config["NATSPUBSUB_APP_NAME"] = app_name
+        for key, value in settings.items():
+            app.config[f"NATSPUBSUB_{key.upper()}"] = value
+        pubsub = NatsPubsub(app)
+        made.append((pubsub, app))  # the extension alone would not keep the application alive
+        return pubsub
+
+    yield make
+    for pubsub, app in made:
+        pubsub.shutdown(app)
+
+
+@pytest.fixture
+def pubsub(make_pubsub: MakePubsub, nats_server: NatsServer) -> NatsPubsub:
+    """An extension connected to the shared server at its first use."""
+    return make_pubsub(urls=nats_server.url)

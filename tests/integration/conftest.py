@@ -1,0 +1,33 @@
+"""Apps on the shared server, with what their workers did written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from ..conftest import MakePubsub
+from ..servers import NatsServer
+from .shop import Shop
+
+MakeShop = Callable[..., Shop]
+
+
+@pytest.fixture
+def make_shop(make_pubsub: MakePubsub, nats_server: NatsServer) -> Iterator[MakeShop]:
+    """Make shops; keyword arguments are settings. Their workers are stopped at the end."""
+    with ExitStack() as stack:
+
+        def make(app_name: str = "shop", **settings: Any) -> Shop:
+            settings = {"urls": nats_server.url, "backoff": [0.05], **settings}
+            return stack.enter_context(Shop(make_pubsub(app_name, **settings)))
+
+        yield make
+
+
+@pytest.fixture
+def shop(make_shop: MakeShop) -> Shop:
+    """One shop on the shared server."""
+    return make_shop()

@@ -1,0 +1,70 @@
+"""What lands on a user's machine."""
+
+from __future__ import annotations
+
+import configparser
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import flask_natspubsub
+
+ROOT = Path(__file__).parents[1]
+HOUSE = ROOT / "flask_natspubsub"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def info(wheel, name):
+    (path,) = (path for path in wheel.namelist() if path.endswith(f".dist-info/{name}"))
+    return wheel.read(path).decode()
+
+
+def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel):
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for path in HOUSE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    packed = {path for path in wheel.namelist() if ".dist-info/" not in path}
+    assert "flask_natspubsub/py.typed" in packed
+    assert packed == wanted
+
+
+def test_the_wheel_says_who_it_is(wheel):
+    metadata = Parser().parsestr(info(wheel, "METADATA"))
+    assert metadata["Name"] == "Flask-NatsPubsub"
+    assert metadata["Version"] == flask_natspubsub.__version__
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata.get_payload().startswith("# Flask-NatsPubsub")
+
+
+def test_the_wheel_caps_no_dependency(wheel):
+    required = Parser().parsestr(info(wheel, "METADATA")).get_all("Requires-Dist")
+    assert [one for one in required if "<" in one or "==" in one.partition(";")[0]] == []
+
+
+def test_the_entry_points_lead_to_something(wheel):
+    points = configparser.ConfigParser(delimiters=["="])
+    points.read_string(info(wheel, "entry_points.txt"))
+    assert points["flask.commands"]["natspubsub"] == "flask_natspubsub.cli:natspubsub"
+    assert points["pytest11"]["flask_natspubsub"] == "flask_natspubsub.testing.plugin"
+    for section in points.sections():
+        for target in points[section].values():
+            module, _, attribute = target.partition(":")
+            found = __import__(module, fromlist=[attribute or "__name__"])
+            assert not attribute or hasattr(found, attribute)

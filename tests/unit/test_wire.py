@@ -1,0 +1,103 @@
+"""The bytes of the protocol that the hot paths write and read themselves."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flask_natspubsub.brokers.wire import (
+    AckSubject,
+    Outgoing,
+    frame,
+    header_block,
+    parse_ack_subject,
+    parse_headers,
+)
+
+
+def test_a_message_with_headers() -> None:
+    block = header_block({"topic": "order.created", "Nats-Msg-Id": "e1"})
+
+    assert block == b"NATS/1.0\r\ntopic: order.created\r\nNats-Msg-Id: e1\r\n\r\n"
+    assert frame(Outgoing("a.b", "_INBOX.1", block, b"{}")) == (
+        b"HPUB a.b _INBOX.1 %d %d\r\n" % (len(block), len(block) + 2) + block + b"{}\r\n"
+    )
+
+
+def test_a_message_without_headers() -> None:
+    assert header_block({}) == b""
+    assert frame(Outgoing("a.b", "r", b"", b"hello")) == b"PUB a.b r 5\r\nhello\r\n"
+    assert frame(Outgoing("a.b")) == b"PUB a.b  0\r\n\r\n"
+
+
+def test_sizes_are_counted_in_bytes() -> None:
+    block = header_block({"topic": "größe"})
+    size = len("NATS/1.0\r\ntopic: größe\r\n\r\n".encode())
+
+    assert frame(Outgoing("s", "r", block, "ü".encode())).startswith(
+        b"HPUB s r %d %d\r\n" % (size, size + 2)
+    )
+
+
+def test_headers_keep_their_order_and_text() -> None:
+    headers = {"b": "2", "a": "größe: x", "c": "with  spaces inside", "d": ""}
+
+    assert list(parse_headers(header_block(headers)).items()) == list(headers.items())
+
+
+NAMES = st.text(
+    st.characters(min_codepoint=33, max_codepoint=126, exclude_characters=":"), min_size=1
+)
+VALUES = st.text(st.characters(exclude_categories=["Cc", "Cs", "Z"]))
+
+
+@given(st.dictionaries(NAMES, VALUES))
+def test_headers_survive_the_way(headers: dict[str, str]) -> None:
+    assert parse_headers(header_block(headers) or b"NATS/1.0\r\n\r\n") == headers
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "description"),
+    [
+        (b"NATS/1.0 503", "503", ""),
+        (b"NATS/1.0 100 Idle Heartbeat", "100", "Idle Heartbeat"),
+        (b"NATS/1.0 409 Consumer Deleted", "409", "Consumer Deleted"),
+    ],
+)
+def test_a_status_line_becomes_two_headers(line: bytes, status: str, description: str) -> None:
+    headers = parse_headers(line + b"\r\nNats-Pending-Messages: 7\r\n\r\n")
+
+    assert headers == {
+        "Status": status,
+        "Description": description,
+        "Nats-Pending-Messages": "7",
+    }
+
+
+@given(st.binary())
+def test_reading_headers_never_raises(block: bytes) -> None:
+    parse_headers(block)
+
+
+def test_what_is_no_header_line_is_passed_over() -> None:
+    assert parse_headers(b"NATS/1.0\r\nno colon\r\n: no name\r\na:1\r\nb: \xff\r\n\r\n") == {
+        "a": "1",
+        "b": "\ufffd",
+    }
+
+
+def test_the_ack_subject_in_its_old_and_its_new_form() -> None:
+    told = AckSubject("events", 3, 12, 1_700_000_000.5)
+
+    assert parse_ack_subject("$JS.ACK.events.mailer.3.12.9.1700000000500000000.4") == told
+    assert parse_ack_subject("$JS.ACK._.acc.events.mailer.3.12.9.1700000000500000000.4.tok") == told
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["", "_INBOX.1", "$JS.ACK.a", "$JS.FC.events.mailer.3.12.9.17.4", "$JS.ACK.a.b.x.y.z.1.2"],
+)
+def test_another_reply_subject_is_refused(reply: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - of no text of its own
+        parse_ack_subject(reply)
