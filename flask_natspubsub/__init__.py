@@ -24,7 +24,8 @@ from .errors import (
 from .extension import NatsPubsub
 from .messages.lineage import current_trace_id
 from .observability.tracing import TraceIdFilter
-from .publishing.publisher import Draft, PartlyPublished, PublishReceipt
+from .publishing.draft import Draft, PublishReceipt
+from .publishing.publisher import PartlyPublished
 from .signals import (
     message_dead_lettered,
     message_handled,

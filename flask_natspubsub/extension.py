@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -10,118 +9,26 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from flask import Blueprint, Flask, current_app, has_app_context
 
-from .brokers import make_broker
-from .brokers.base import Broker, StreamConfig
-from .brokers.topology import wanted_streams
-from .errors import ConfigurationError, PublishError
+from .errors import ConfigurationError
 from .observability import tracing
 from .observability.health import Check, make_blueprint
 from .publishing.batch import Batch
-from .publishing.publisher import Draft, Publisher, PublishReceipt
+from .publishing.draft import Draft, PublishReceipt, make_drafts
+from .publishing.forwarding import Build, forward
 from .settings import Settings
-from .signals import message_published, send
+from .state import EXTENSION, AppState
 from .subscribing.middleware import Middleware, compose
 from .subscribing.registry import Registry, SubscriberGroup
-from .subscribing.subscription import Subscription
 
 if TYPE_CHECKING:
+    from blinker import Signal
+
+    from .publishing.changes import Change, ChangeFeed
+    from .publishing.relay import Relay
     from .subscribing.deadletters import DeadLetters
     from .worker.runner import Worker
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-EXTENSION = "natspubsub"
-
-
-class AppState:
-    """What belongs to one application; kept in ``app.extensions["natspubsub"]``.
-
-    Nothing here connects before it is asked to: the broker is made at its first use.
-    """
-
-    def __init__(self, extension: NatsPubsub, app: Flask, settings: Settings, db: Any) -> None:
-        self.extension = extension
-        self.settings = settings
-        self.db = db
-        self.checks: list[Check] = [Check("nats", lambda: self.is_connected)]
-        self._app = weakref.ref(app)  # the app holds this state: no cycle to collect
-        self._broker: Broker | None = None
-        self._lock = threading.Lock()
-        self._subscriptions: list[Subscription] = []
-        self._declared: tuple[object, ...] = ()
-        self.publisher = Publisher(settings, self.broker, extension._around, self._published)
-
-    @property
-    def app(self) -> Flask:
-        """The application."""
-        app = self._app()
-        if app is None:
-            raise RuntimeError("the Flask application of this state is gone")
-        return app
-
-    def broker(self) -> Broker:
-        """Return the broker, made at the first call."""
-        if self._broker is None:
-            with self._lock:
-                if self._broker is None:
-                    self._broker = make_broker(self.settings)
-                    if self.settings.auto_setup:
-                        self._broker.want(wanted_streams(self.settings))
-        return self._broker
-
-    def use_broker(self, broker: Broker) -> Broker | None:
-        """Replace the broker (for tests) and return the one there was."""
-        with self._lock:
-            old, self._broker = self._broker, broker
-        return old
-
-    def forget_broker(self) -> None:
-        """Let the next use make a new broker; the old one is the caller's to close."""
-        with self._lock:
-            self._broker = None
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether there is a live connection now; starts to connect if nothing has yet."""
-        broker = self.broker()
-        if not broker.is_connected:
-            try:
-                broker.connect(self.settings.connect_timeout)
-            except PublishError:
-                return False
-        return True
-
-    def subscriptions(self) -> list[Subscription]:
-        """Import ``NATSPUBSUB_SUBSCRIBERS`` and settle all subscribers for this app.
-
-        Settled anew, with new instances of the classes, only when others were declared.
-        """
-        registry = self.extension.registry
-        registry.import_all(self.settings.subscribers)
-        declared = registry.fingerprint()
-        if declared != self._declared:
-            self._subscriptions, self._declared = registry.resolve(self.settings), declared
-        return self._subscriptions
-
-    def streams(self) -> list[StreamConfig]:
-        """Return the streams that the app needs for what it publishes and subscribes to."""
-        filters = [name for one in self.subscriptions() for name in one.filter_subjects]
-        return wanted_streams(self.settings, filters)
-
-    def emit(self, signal: Any, **arguments: Any) -> None:
-        """Send one of the extension's signals for this application."""
-        send(signal, self.app, **arguments)
-
-    def _published(self, receipt: PublishReceipt) -> None:
-        if message_published.receivers:
-            self.emit(message_published, receipt=receipt)
-
-    def close(self, timeout: float) -> None:
-        """Close the broker; the next use makes a new one."""
-        with self._lock:
-            broker, self._broker = self._broker, None
-        if broker is not None:
-            broker.close(timeout)
 
 
 class NatsPubsub:
@@ -133,20 +40,24 @@ class NatsPubsub:
     :param app: initialise this application at once.
     :param db: the Flask-SQLAlchemy object, for the outbox and the inbox; default: whatever is
         in ``app.extensions["sqlalchemy"]``.
+    :param metadata: where the outbox and inbox tables are defined; default ``db.metadata``.
+        Flask-SQLAlchemy-Lite has none: pass that of your models.
     """
 
-    def __init__(self, app: Flask | None = None, db: Any = None) -> None:
+    def __init__(self, app: Flask | None = None, db: Any = None, metadata: Any = None) -> None:
         self.registry = Registry()
         self._publish_middleware: list[Middleware] = []
         self._checks: list[Check] = []
+        self._changes: ChangeFeed | None = None
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
         if app is not None:
-            self.init_app(app, db=db)
+            self.init_app(app, db, metadata)
 
-    def init_app(self, app: Flask, db: Any = None) -> None:
+    def init_app(self, app: Flask, db: Any = None, metadata: Any = None) -> None:
         """Read the settings and add the hooks. No I/O is done and no thread started.
 
-        :raises ConfigurationError: a bad ``NATSPUBSUB_*`` value, or a second call for ``app``.
+        :raises ConfigurationError: a bad ``NATSPUBSUB_*`` value, a second call for ``app``, or
+            an outbox or inbox without a database.
         """
         if EXTENSION in app.extensions:
             raise ConfigurationError(
@@ -154,7 +65,7 @@ class NatsPubsub:
                 "Import and use that one instead of calling init_app again.",
             )
         settings = Settings.from_config(app.config, app.name)
-        app.extensions[EXTENSION] = AppState(self, app, settings, db)
+        app.extensions[EXTENSION] = AppState(self, app, settings, self._around, db, metadata)
         self._apps.add(app)
         tracing.install(app, settings.trace_header)
         if settings.health_url_prefix is not None:
@@ -228,7 +139,7 @@ class NatsPubsub:
         :raises InvalidTopic: the topic cannot be addressed.
         """
         publisher = self.state().publisher
-        drafts = publisher.drafts(topic, message, **_draft_options(options))
+        drafts = make_drafts(topic, message, **_draft_options(options))
         if isinstance(topic, str):
             return publisher.publish(drafts[0], timeout)
         return publisher.publish_all(drafts, timeout)
@@ -252,7 +163,7 @@ class NatsPubsub:
         publisher = self.state().publisher
         drafts: list[Draft] = []
         for topic, message, *rest in items:
-            drafts += publisher.drafts(topic, message, **_draft_options(*rest))
+            drafts += make_drafts(topic, message, **_draft_options(*rest))
         return publisher.publish_all(drafts, timeout)
 
     def batch(self, *, timeout: float | None = None) -> Batch:
@@ -264,7 +175,7 @@ class NatsPubsub:
     ) -> Future[PublishReceipt]:
         """Publish without waiting; the future gives the receipt or the error."""
         publisher = self.state().publisher
-        (draft,) = publisher.drafts(topic, message, **_draft_options(options))
+        (draft,) = make_drafts(topic, message, **_draft_options(options))
         return publisher.publish_nowait(draft, timeout)
 
     async def publish_async(
@@ -288,6 +199,58 @@ class NatsPubsub:
 
     def _around(self, innermost: Callable[[Draft], Any]) -> Callable[[Draft], Any]:
         return compose(self._publish_middleware, innermost)
+
+    # --- signals and model changes
+
+    def forward_signal(
+        self,
+        signal: Signal,
+        topic: str,
+        message: Build | None = None,
+        *,
+        outbox: bool = True,
+        **options: Any,
+    ) -> None:
+        """Publish a message whenever ``signal`` is sent, in the sender's transaction.
+
+        :param message: makes the message of ``(sender, **arguments)``; None publishes nothing.
+            Default: the signal's arguments are the message.
+        :param outbox: False publishes directly, outside the transaction.
+        :param options: as for ``publish``.
+        """
+        options = _draft_options(options) | {"outbox": outbox}
+        forward(signal, message, lambda made: self.publish(topic, made, **options))
+
+    def forward(self, signal: Signal, topic: str, **options: Any) -> Callable[[F], F]:
+        """Publish what the decorated function makes of a signal; see ``forward_signal``."""
+
+        def decorate(function: F) -> F:
+            self.forward_signal(signal, topic, function, **options)
+            return function
+
+        return decorate
+
+    def publish_changes(self, model: type, topic: str, fields: Iterable[str] | None = None) -> None:
+        """Publish what happens to the rows of a model, in the flush that writes them.
+
+        Publishes ``{topic}.created``, ``.updated`` (with ``changed``, the names of the changed
+        columns) and ``.deleted``. Core and bulk statements fire no model events and are not
+        seen.
+
+        :param fields: the columns in the message; default: all but those that look like
+            secrets, such as password hashes and tokens.
+        """
+        if self._changes is None:
+            from .publishing.changes import ChangeFeed  # SQLAlchemy is an optional dependency
+
+            self._changes = ChangeFeed(self._publish_changes)
+        self._changes.watch(model, topic, fields)
+
+    def _publish_changes(self, session: Any, changes: Sequence[Change]) -> None:
+        state = self.state()
+        drafts = [Draft(change.topic, change.message, outbox=True) for change in changes]
+        prepared = state.publisher.prepare_all(drafts)
+        state.require_persistence().writer.insert(session, prepared)
 
     # --- subscribing
 
@@ -334,6 +297,7 @@ class NatsPubsub:
         subscriptions = choose(state.subscriptions(), only)
         if state.settings.auto_setup:
             state.broker().want(state.streams())
+        persistence = state.persistence_for(subscriptions)
         return Worker(
             state.broker(),
             state.settings,
@@ -341,7 +305,13 @@ class NatsPubsub:
             state.app.app_context,
             state.emit,
             concurrency,
+            persistence.inbox if persistence else None,
+            state.make_relay() if persistence and relay else None,
         )
+
+    def make_relay(self) -> Relay:
+        """Make a relay of the outbox without starting it."""
+        return self.state().make_relay()
 
     @property
     def dead_letters(self) -> DeadLetters:

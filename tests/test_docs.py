@@ -18,7 +18,7 @@ from flask import Flask
 
 import flask_natspubsub.cli
 from docs.generated import commands_text, presets_text, settings_text
-from flask_natspubsub import NatsPubsub, NatsPubsubError, extension, settings
+from flask_natspubsub import NatsPubsub, NatsPubsubError, settings, state
 from flask_natspubsub.brokers.memory import MemoryBroker
 from flask_natspubsub.subscribing.options import OPTION_NAMES
 
@@ -60,7 +60,7 @@ def namespace(monkeypatch, request):
         brokers.append(MemoryBroker())
         return brokers[-1]
 
-    monkeypatch.setattr(extension, "make_broker", make_broker)
+    monkeypatch.setattr(state, "make_broker", make_broker)
     module = types.ModuleType(f"page_{request.node.callspec.id}".replace(".", "_"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     app = Flask("shop")

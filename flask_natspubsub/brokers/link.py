@@ -88,6 +88,8 @@ class Link:
 
     def __init__(self, settings: Settings, loop: BackgroundLoop, dial: Dial) -> None:
         self.is_up = False
+        #: Whether the last try to connect has failed: not while the first is under way.
+        self.has_failed = False
         self.refused = ""
         self.max_payload = DEFAULT_MAX_PAYLOAD
         self.listeners: list[Listener] = []
@@ -289,6 +291,7 @@ class Link:
         _log.info("connected to NATS at %s", self._settings.safe_urls)
         self._logged = 0.0
         self.is_up = True
+        self.has_failed = False
         self._notify()
         for listener in list(self.listeners):
             listener.on_up()
@@ -302,6 +305,7 @@ class Link:
             listener.on_down()
 
     def _fail(self, refusal: str) -> None:
+        self.has_failed = True
         self.refused = refusal
         self._last_error = "refused"
         _log.error("%s Trying again every %g s.", refusal, REFUSED_PAUSE)
@@ -318,6 +322,7 @@ class Link:
         self._changed = asyncio.Event()
 
     def _down(self, why: str) -> None:
+        self.has_failed = True
         self.refused = ""
         self._last_error = why
         now = time.monotonic()

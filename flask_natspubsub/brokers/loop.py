@@ -20,6 +20,7 @@ class BackgroundLoop:
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._has_ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -28,6 +29,7 @@ class BackgroundLoop:
         try:
             self.loop.run_forever()
         finally:
+            self._has_ended = True
             for task in (pending := asyncio.all_tasks(self.loop)):
                 task.cancel()
             self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
@@ -37,7 +39,7 @@ class BackgroundLoop:
     @property
     def is_alive(self) -> bool:
         """Whether the thread runs; ``loop.is_running()`` would lie after a fork."""
-        return self._thread.is_alive()
+        return not self._has_ended and self._thread.is_alive()
 
     @property
     def is_current(self) -> bool:
@@ -65,10 +67,10 @@ class BackgroundLoop:
 
     def stop(self, timeout: float = 2.0) -> None:
         """Cancel all tasks and end the thread."""
-        if self._thread.is_alive():
+        if self.is_alive:
             self.loop.call_soon_threadsafe(self.loop.stop)
-            if not self.is_current:
-                self._thread.join(timeout)
+        if not self.is_current:
+            self._thread.join(timeout)
 
 
 class ProcessBound(Protocol):

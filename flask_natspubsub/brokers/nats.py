@@ -192,7 +192,7 @@ class _Connection:
             answer.cancel()
 
     async def flush(self, timeout: float) -> None:
-        await self._client.flush(max(1, round(timeout)))
+        await self._client.flush(timeout)  # type: ignore[arg-type]  # takes floats
 
     async def close(self) -> None:
         await self._client.end()
@@ -235,7 +235,8 @@ async def dial(settings: Settings, url: str, on_denied: Callable[[str, str], Non
 def _check_version(client: Client) -> None:
     version = client.connected_server_version
     if (version.major, version.minor) < OLDEST_SERVER:
-        raise ConnectionRefused(f"nats-server {version} is too old, 2.10.23 or newer is needed")
+        number = f"{version.major}.{version.minor}.{version.patch}"
+        raise ConnectionRefused(f"nats-server {number} is too old, 2.10.23 or newer is needed")
 
 
 def _dial_error(error: Exception | None) -> Exception:

@@ -151,6 +151,7 @@ class PublishWindow:
         self._sweeping = False
         self._room = threading.Condition(threading.Lock())
         self._waiting = 0
+        self._is_closed = False
 
     # --- any thread
 
@@ -159,35 +160,39 @@ class PublishWindow:
         ticket = Ticket(len(messages))
         deadline = time.monotonic() + timeout
         items = [_Item(message, ticket, i, deadline) for i, message in enumerate(messages)]
-        if self._arrive(items, deadline):
+        refusal = self._arrive(items, deadline)
+        if refusal is None:
             self._wake()
         else:
             for item in items:
-                item.settle(
-                    PublishError(
-                        f"{self._load():,} messages are waiting to be sent already.",
-                        "The server is slower than this process; publish less at once.",
-                    )
-                )
+                item.settle(refusal)
         return ticket
 
-    def _arrive(self, items: list[_Item], deadline: float) -> bool:
-        """Queue the items as soon as there is room; False if there is none in time."""
+    def _arrive(self, items: list[_Item], deadline: float) -> PublishError | None:
+        """Queue the items as soon as there is room; the error if there is none in time."""
         with self._room:
             if not self._has_room():
                 self._waiting += 1
                 try:
-                    if not self._room.wait_for(self._has_room, deadline - time.monotonic()):
-                        return False
+                    self._room.wait_for(self._has_room, deadline - time.monotonic())
                 finally:
                     self._waiting -= 1
+            if self._is_closed:
+                return _closed()
+            if not self._has_room():
+                return PublishError(
+                    f"{self._load():,} messages are waiting to be sent already.",
+                    "The server is slower than this process; publish less at once.",
+                )
             self._arrived.add(items)
-            return True
+            return None
 
     def _load(self) -> int:
         return len(self._arrived) + len(self._queue)
 
     def _has_room(self) -> bool:
+        if self._is_closed:
+            return True  # to be told so
         return self._load() < QUEUED and self._arrived.bytes + self._queue.bytes < QUEUED_BYTES
 
     def _wake(self) -> None:
@@ -305,6 +310,13 @@ class PublishWindow:
         for item in items:
             item.settle(_with_outcome(error, item))
 
+    def close(self) -> None:
+        """Settle everything, and whatever comes later, as closed."""
+        with self._room:
+            self._is_closed = True
+            self._room.notify_all()
+        self.fail_all(_closed())
+
     def _forget(self, token: int) -> None:
         self._bytes -= self._in_flight.pop(token).size
 
@@ -345,6 +357,10 @@ class PublishWindow:
             "Publish again with the same event_id: a second copy is not stored.",
             outcome="unknown",
         )
+
+
+def _closed() -> PublishError:
+    return PublishError("The broker was closed before an answer came.", "Publish again.")
 
 
 def _with_outcome(error: PublishError, item: _Item) -> PublishError:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ..errors import NatsPubsubError, NotConnected, PublishError
+from ..errors import NatsPubsubError, NotConnected
 from ..settings import Settings
 from .base import (
     Broker,
@@ -76,7 +76,7 @@ class _Session:
             await self.link.keep_up()
         finally:
             # Also when the thread dies: whoever waits for an answer hears at once.
-            self.window.fail_all(PublishError("The broker was closed before an answer came."))
+            self.window.close()
 
     async def _request(self, subject: str, payload: bytes) -> bytes:
         return await self.link.request(subject, payload, API_TIMEOUT)
@@ -107,14 +107,16 @@ class _Session:
             with contextlib.suppress(Exception):  # whatever state it is in, it ends here
                 self.loop.call(self._close(timeout), timeout + 1)
         self.loop.stop()
-        self.window.fail_all(PublishError("The broker was closed before an answer came."))
+        self.window.close()
 
     async def _close(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         for pull in list(self.pulls):
             await pull.close()
         # Polled, at the end only: an event would cost something at each publish.
-        while self.link.is_up and not self.window.idle and time.monotonic() < deadline:  # noqa: ASYNC110
+        while (  # noqa: ASYNC110
+            not self.link.has_failed and not self.window.idle and time.monotonic() < deadline
+        ):
             await asyncio.sleep(0.01)
         self.writer.flush()
         await self.link.close(max(0.1, deadline - time.monotonic()))

@@ -47,6 +47,11 @@ def wanted_streams(settings: Settings, filters: Iterable[str] = ()) -> list[Stre
     return streams
 
 
+def wakeup_subject(settings: Settings) -> str:
+    """Return the subject of the hint that outbox rows were committed; outside every stream."""
+    return f"natspubsub.wakeup.{settings.env}.{settings.app_name}"
+
+
 def plan(wanted: Sequence[StreamConfig], existing: Sequence[StreamInfo]) -> list[Change]:
     """Compare what is wanted with what the server has.
 

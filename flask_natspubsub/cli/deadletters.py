@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from ..errors import DecodingError, NatsPubsubError, NotConnected
-from ..extension import AppState
 from ..messages.codec import decode_value
+from ..state import AppState
 from ..subscribing.deadletters import DeadLetterRecord, DeadLetters
 from .group import Misused, end, natspubsub, onlooker
 from .output import (

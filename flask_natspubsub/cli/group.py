@@ -14,7 +14,7 @@ from flask.cli import AppGroup
 from ..brokers import make_broker
 from ..brokers.base import Broker
 from ..errors import NatsPubsubError
-from ..extension import EXTENSION, AppState
+from ..state import EXTENSION, AppState
 
 Command = Callable[..., Any]
 

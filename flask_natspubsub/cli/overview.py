@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..brokers.base import Broker, Change
-from ..extension import AppState
+from ..state import AppState
 from ..subscribing.subscription import Subscription
 from .group import natspubsub, onlooker
 from .output import json_option, plain, print_json, print_table

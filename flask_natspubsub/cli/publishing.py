@@ -15,10 +15,10 @@ import click
 
 from ..brokers.base import CoreMessage
 from ..errors import DecodingError
-from ..extension import AppState
 from ..messages.codec import decode_object, encode_value
 from ..messages.envelope import Received, read
 from ..messages.subjects import filter_for, topic_of
+from ..state import AppState
 from .group import natspubsub, onlooker
 from .output import cut, json_option, plain, print_fields, print_json, width
 

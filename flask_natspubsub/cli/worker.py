@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ..extension import AppState
+from ..state import AppState
 from ..subscribing.subscription import Subscription
 from ..worker.process import WorkerProcess
 from ..worker.supervisor import Reloader, in_child

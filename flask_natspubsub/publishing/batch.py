@@ -5,7 +5,8 @@ from __future__ import annotations
 import types
 from typing import Any, Self
 
-from .publisher import Prepared, Publisher, PublishReceipt
+from .draft import Prepared, PublishReceipt, make_drafts
+from .publisher import Publisher
 
 
 class Batch:
@@ -24,7 +25,7 @@ class Batch:
 
     def publish(self, topic: str | list[str], message: Any, **options: Any) -> None:
         """Add a message; takes what ``NatsPubsub.publish`` takes, but for ``timeout``."""
-        drafts = self._publisher.drafts(topic, message, **options)
+        drafts = make_drafts(topic, message, **options)
         self._prepared += self._publisher.prepare_all(drafts)
 
     def __len__(self) -> int:

@@ -1,49 +1,26 @@
-"""From what a view says to a stored message: draft, encode, hand over, wait.
+"""From what a view says to a stored message: prepare, hand over, wait.
 
 One path for all: a ``Draft`` goes through the publish middleware, becomes a ``Prepared``
-message (every error of the caller's making shows here), is handed to the broker together with
-others, and its ``StoredAck`` becomes the ``PublishReceipt``.
+message, and is either written to the outbox, in the caller's transaction, or handed to the
+broker together with others, whose ``StoredAck`` becomes the ``PublishReceipt``.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Protocol, cast
 
-from ..brokers.base import Broker, OutgoingMessage, StoredAck, Ticket
-from ..errors import InvalidTopic, PublishError
-from ..messages import codec
-from ..messages.envelope import Envelope, check_identifier, headers_for, resource_id_of
-from ..messages.ids import derived_event_id, format_timestamp, new_event_id, now_timestamp
-from ..messages.lineage import current_lineage
-from ..messages.plain import to_plain
-from ..messages.subjects import subject_for
+from ..brokers.base import Broker, StoredAck, Ticket
+from ..brokers.wire import header_block
+from ..errors import PayloadTooLarge, PublishError
 from ..settings import Settings
 from .breaker import CircuitBreaker
+from .draft import Draft, Prepared, PublishReceipt, prepare
 
 # The broker settles each message within its timeout and a half second; a wait that is longer
 # than this in addition means that the broker's thread itself is stuck.
 STUCK = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class PublishReceipt:
-    """What became of one published message.
-
-    ``stream`` and ``sequence`` say where it is stored (None while it is in the outbox);
-    ``duplicate`` is True when the stream had this ``event_id`` already.
-    """
-
-    event_id: str
-    topic: str
-    subject: str
-    stream: str | None
-    sequence: int | None
-    duplicate: bool
-    status: Literal["stored", "outbox"]
 
 
 class PartlyPublished(PublishError):
@@ -64,46 +41,11 @@ class PartlyPublished(PublishError):
         self.results = list(results)
 
 
-@dataclass(slots=True)
-class Draft:
-    """A message as its publisher gives it; publish middleware may change it.
+class Outbox(Protocol):
+    """What publishing needs of the outbox."""
 
-    :param topic: as the caller wrote it.
-    :param message: the payload: dict, dataclass, msgspec Struct or pydantic model.
-    :param event: domain, resource and action of the event form.
-    """
-
-    topic: str
-    message: Any
-    event_id: str | None = None
-    trace_id: str | None = None
-    occurred_at: dt.datetime | None = None
-    correlation_id: str | None = None
-    causation_id: str | None = None
-    message_type: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    event: tuple[str, str, str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A message that can be sent: checked and encoded."""
-
-    event_id: str
-    topic: str
-    outgoing: OutgoingMessage
-
-    def receipt(self, ack: StoredAck) -> PublishReceipt:
-        """Make the receipt of a stored message."""
-        return PublishReceipt(
-            self.event_id,
-            self.topic,
-            self.outgoing.subject,
-            ack.stream,
-            ack.sequence,
-            ack.duplicate,
-            "stored",
-        )
+    def add(self, prepared: Sequence[Prepared]) -> list[bool]:
+        """Add rows to the caller's transaction; whether each was there already."""
 
 
 Around = Callable[[Callable[[Draft], Any]], Callable[[Draft], Any]]
@@ -114,7 +56,9 @@ class Publisher:
 
     :param broker: returns the broker, making it at the first call.
     :param around: wraps a function of a draft in the publish middleware.
-    :param published: told of every receipt.
+    :param published: told of every message that was stored.
+    :param outbox: returns the outbox; ConfigurationError where there is no database.
+    :param before_direct: called before a publish that goes round the outbox.
     """
 
     def __init__(
@@ -123,53 +67,16 @@ class Publisher:
         broker: Callable[[], Broker],
         around: Around,
         published: Callable[[PublishReceipt], None],
+        outbox: Callable[[], Outbox],
+        before_direct: Callable[[], None],
     ) -> None:
         self.breaker = CircuitBreaker(settings.breaker_threshold, settings.breaker_reset)
         self._settings = settings
         self._broker = broker
         self._around = around
         self._published = published
-
-    # --- drafts
-
-    def drafts(self, topics: Any, message: Any, **options: Any) -> list[Draft]:
-        """Make a draft for the topic or for each of a list; later ids derive from a given one."""
-        names = list(topics) if isinstance(topics, (list, tuple)) else [topics]
-        if not names:
-            raise InvalidTopic("The list of topics is empty.", "Give one topic or more.")
-        drafts = [Draft(topic, message, **options) for topic in names]
-        for draft in drafts[1:]:
-            if draft.event_id is not None:
-                draft.event_id = derived_event_id(draft.event_id, draft.topic)
-        return drafts
-
-    def prepare(self, draft: Draft) -> Prepared:
-        """Check and encode; every error here is the caller's to mend, and nothing was sent."""
-        settings = self._settings
-        subject = subject_for(settings.env, settings.app_name, draft.topic)
-        lineage = current_lineage()
-        domain, resource, action = draft.event or (None, None, None)
-        envelope = Envelope(
-            event_id=_identifier(draft.event_id, "event_id") or new_event_id(),
-            topic=draft.topic,
-            producer=settings.app_name,
-            occurred_at=format_timestamp(draft.occurred_at)
-            if draft.occurred_at
-            else now_timestamp(),
-            message=codec.encode_object(draft.message),
-            message_type=draft.message_type or codec.message_type_of(draft.message),
-            trace_id=_identifier(draft.trace_id, "trace_id") or lineage.trace_id,
-            domain=domain,
-            resource=resource,
-            action=action,
-            resource_id=resource_id_of(to_plain(draft.message)) if draft.event else None,
-            correlation_id=_identifier(draft.correlation_id, "correlation_id")
-            or lineage.correlation_id,
-            causation_id=_identifier(draft.causation_id, "causation_id") or lineage.causation_id,
-        )
-        headers = headers_for(envelope, draft.headers, lineage.traceparent)
-        outgoing = OutgoingMessage(subject, envelope.encode(), headers)
-        return Prepared(envelope.event_id, draft.topic, outgoing)
+        self._outbox = outbox
+        self._before_direct = before_direct
 
     # --- publishing
 
@@ -177,7 +84,7 @@ class Publisher:
         """Publish one message and wait until it is stored."""
 
         def innermost(inner: Draft) -> PublishReceipt:
-            return self.send([self.prepare(inner)], timeout)[0]
+            return self.send([self._prepare(inner)], timeout)[0]
 
         receipt = self._around(innermost)(draft)
         if not isinstance(receipt, PublishReceipt):
@@ -195,6 +102,9 @@ class Publisher:
         prepared = self.prepare_all([draft])
         future: Future[PublishReceipt] = Future()
         future.set_running_or_notify_cancel()
+        if prepared[0].outbox:
+            future.set_result(self._write(prepared)[0])
+            return future
 
         def done(ticket: Ticket) -> None:
             try:
@@ -207,7 +117,7 @@ class Publisher:
 
     def prepare_all(self, drafts: Iterable[Draft]) -> list[Prepared]:
         """Run drafts through the middleware and encode them."""
-        wrapped = self._around(self.prepare)
+        wrapped = self._around(self._prepare)
         prepared = [wrapped(draft) for draft in drafts]
         for item in prepared:
             if not isinstance(item, Prepared):
@@ -217,9 +127,38 @@ class Publisher:
     def send(
         self, prepared: Sequence[Prepared], timeout: float | None = None
     ) -> list[PublishReceipt]:
-        """Send what ``prepare_all`` made, and wait until all of it is stored."""
+        """Send what ``prepare_all`` made, and wait until all of it is stored.
+
+        What goes through the outbox is written first; it is the caller's transaction that
+        keeps it or, if the rest fails and the caller rolls back, drops it.
+        """
+        rows = [item for item in prepared if item.outbox]
+        if not rows:
+            return self._send(prepared, timeout)
+        written = iter(self._write(rows))
+        sent = iter(self._send([item for item in prepared if not item.outbox], timeout))
+        return [next(written if item.outbox else sent) for item in prepared]
+
+    def _write(self, rows: Sequence[Prepared]) -> list[PublishReceipt]:
+        outbox = self._outbox()
+        limit = self._broker().max_payload
+        for row in rows:
+            size = len(header_block(row.outgoing.headers)) + len(row.outgoing.payload)
+            if size > limit:
+                raise PayloadTooLarge(
+                    f"The message for {row.topic!r} has {size:,} bytes with its headers; "
+                    f"the server takes {limit:,}.",
+                    "Publish a reference to the data instead, or raise max_payload there.",
+                    size=size,
+                    limit=limit,
+                )
+        known = outbox.add(rows)
+        return [row.outbox_receipt(duplicate=there) for row, there in zip(rows, known, strict=True)]
+
+    def _send(self, prepared: Sequence[Prepared], timeout: float | None) -> list[PublishReceipt]:
         if not prepared:
             return []
+        self._before_direct()
         seconds = self._timeout(timeout)
         ticket = self._submit(prepared, seconds)
         if not ticket.wait(seconds + STUCK):
@@ -253,12 +192,11 @@ class Publisher:
             raise PartlyPublished(results)
         raise errors[0]
 
+    def _prepare(self, draft: Draft) -> Prepared:
+        return prepare(draft, self._settings)
+
     def _timeout(self, timeout: float | None) -> float:
         return self._settings.publish_timeout if timeout is None else timeout
-
-
-def _identifier(value: str | None, name: str) -> str | None:
-    return None if value is None else check_identifier(value, name)
 
 
 def _no_result(got: object) -> PublishError:

@@ -25,6 +25,7 @@ from .subscription import Subscription
 
 REPLAY_FOR = "x-replay-for"
 REPLAY_COUNT = "x-replay-count"
+REPLAY_FORCE = "x-replay-force"
 UNKNOWN = "?"
 _BODY_OMITTED = "x-dlq-body-omitted"
 _TRIAL = "trial"

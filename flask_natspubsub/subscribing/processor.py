@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..brokers.base import Delivery
 from ..errors import DecodingError, NatsPubsubError
@@ -30,7 +30,7 @@ from ..signals import (
     message_retried,
 )
 from .context import MessageContext, handling
-from .deadletters import REPLAY_FOR, DeadLetterBox
+from .deadletters import REPLAY_FOR, REPLAY_FORCE, DeadLetterBox
 from .middleware import compose
 from .retry import Drop, GiveUp, GiveUpReason, RetryLater, backoff_delay, classify, error_text
 from .subscription import Subscription
@@ -70,6 +70,28 @@ class Outcome:
     detail: str = ""
 
 
+class Work(Protocol):
+    """What a handler does in the database, still open."""
+
+    def commit(self) -> None:
+        """Make it last."""
+
+
+class _NoWork:
+    def commit(self) -> None:
+        """Nothing is open."""
+
+
+_NO_WORK = _NoWork()
+
+
+class Transactions(Protocol):
+    """Opens the transaction that a handler works in; see ``inbox.Inbox``."""
+
+    def begin(self, event_id: str, subscriber: str, *, once: bool) -> Work | None:
+        """Begin; None if it must happen once only and has happened."""
+
+
 class Processor:
     """Processes the deliveries of one subscription; used by many threads at once.
 
@@ -77,6 +99,7 @@ class Processor:
     :param emit: sends a signal.
     :param run_async: runs the awaitable of an ``async def`` handler and waits for it at most
         so many seconds.
+    :param transactions: None where the application has no database for the inbox.
     """
 
     def __init__(
@@ -86,12 +109,14 @@ class Processor:
         app_context: Callable[[], AbstractContextManager[object]],
         emit: Emit,
         run_async: Callable[[Any, float], Any],
+        transactions: Transactions | None = None,
     ) -> None:
         self.subscription = subscription
         self._dead_letters = dead_letters
         self._app_context = app_context
         self._emit = emit
         self._run_async = run_async
+        self._transactions = transactions
         self._deciders: dict[Delivery, str] = {}
 
     # --- the straight path
@@ -135,14 +160,27 @@ class Processor:
             delivery.headers.get("traceparent"),
         )
         with within(lineage), handling(context), self._app_context():
+            work = self._begin(context)
+            if work is None:
+                delivery.ack()
+                return "skipped"
             message = self.subscription.decode(received.message)
             self._emit(message_received, context=context)
             self._call(context, message)
-        if not self._decides(delivery, "handler"):
-            raise HandlerTimeout("The handler ended after its message was handed back.")
+            if not self._decides(delivery, "handler"):
+                raise HandlerTimeout("The handler ended after its message was handed back.")
+            work.commit()
         delivery.ack()
         self._emit(message_handled, context=context, seconds=time.perf_counter() - started)
         return "handled"
+
+    def _begin(self, context: MessageContext) -> Work | None:
+        if self._transactions is None:
+            return _NO_WORK
+        forced = REPLAY_FORCE in context.headers
+        key = context.headers.get("Nats-Msg-Id", context.event_id) if forced else context.event_id
+        once = self.subscription.inbox
+        return self._transactions.begin(key, self.subscription.name, once=once)
 
     def _call(self, context: MessageContext, message: Any) -> None:
         subscription = self.subscription

@@ -97,7 +97,7 @@ def resolve(
         backoff=_or(options.backoff, settings.backoff),
         concurrency=1 if options.ordered else _or(options.concurrency, settings.concurrency),
         timeout=_or(options.timeout, settings.handler_timeout),
-        inbox=_or(options.inbox, getattr(settings, "use_inbox", False)),
+        inbox=_or(options.inbox, settings.use_inbox),
         ordered=_or(options.ordered, False),
         deliver_policy=_or(options.deliver_policy, "all"),
         dead_letter=_or(options.dead_letter, settings.use_dlq),

@@ -7,7 +7,8 @@ decoded, retried and dead-lettered, by the same code, in the calling thread.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,11 +18,11 @@ from ..brokers.base import OutgoingMessage, StoredMessage
 from ..brokers.clock import VirtualClock
 from ..brokers.memory import MemoryBroker
 from ..brokers.topology import wanted_streams
-from ..errors import DecodingError
-from ..extension import EXTENSION, AppState
+from ..errors import DecodingError, PublishError
 from ..messages.envelope import read
 from ..messages.subjects import matches, normalize_topic, subject_for, topic_of
-from ..publishing.publisher import Draft, Publisher
+from ..publishing.draft import Draft, prepare
+from ..state import EXTENSION, AppState
 from ..subscribing.deadletters import DeadLetterBox, DeadLetterRecord, DeadLetters
 from ..subscribing.processor import Outcome, Processor
 from ..worker.asynchronous import AsyncHandlers
@@ -92,11 +93,18 @@ class TestBroker:
 
     @property
     def published(self) -> list[Published]:
-        """Everything the streams of the application hold, oldest first, in its own form.
+        """What the application has published, oldest first; rows still in the outbox are last.
 
         Bytes that are no message (see ``deliver``) are not among them.
         """
-        stored = self._broker.messages(self._state.settings.stream)
+        with self._connected():
+            stored = list(self._broker.messages(self._state.settings.stream))
+        persistence = self._state.persistence
+        if persistence is not None:
+            rows = persistence.store.pending_messages()
+            stored += [
+                StoredMessage("", 0, row.subject, row.headers, row.payload, 0) for row in rows
+            ]
         return [found for found in map(_published, stored) if found is not None]
 
     def published_to(self, topic: str) -> list[Published]:
@@ -133,7 +141,8 @@ class TestBroker:
     @property
     def dead_letters(self) -> list[DeadLetterRecord]:
         """The messages given up on, oldest first."""
-        return list(DeadLetters(self._broker, self._state.settings))
+        with self._connected():
+            return list(DeadLetters(self._broker, self._state.settings))
 
     # --- delivering
 
@@ -156,17 +165,15 @@ class TestBroker:
         settings = dataclasses.replace(
             self._state.settings, app_name=producer or self._state.settings.app_name
         )
-        self._broker.want(wanted_streams(settings))
         if isinstance(message, bytes):
             subject = subject_for(settings.env, settings.app_name, topic)
             outgoing = OutgoingMessage(subject, message, dict(headers or {}))
         else:
-            publisher = Publisher(
-                settings, self._state.broker, lambda inner: inner, lambda _receipt: None
-            )
             draft = Draft(topic, message, headers=headers or {}, **envelope)
-            outgoing = publisher.prepare(draft).outgoing
-        (result,) = self._broker.submit([outgoing], 1.0).results
+            outgoing = prepare(draft, settings).outgoing
+        with self._connected():
+            self._broker.want(wanted_streams(settings))
+            (result,) = self._broker.submit([outgoing], 1.0).results
         if isinstance(result, Exception):
             raise result
         return self.drain()
@@ -177,14 +184,19 @@ class TestBroker:
         Handlers run in this thread, one message at a time, in application contexts of their
         own. What they publish is delivered too.
 
-        :returns: the number of deliveries made.
+        :returns: the number of deliveries made; 0 while disconnected.
         :raises AssertionError: it does not end: handlers keep publishing to each other.
         """
+        if not self._broker.is_connected:
+            return 0
         processors = self._prepare()
         stream, count = self._state.settings.stream, 0
         while self._broker.is_connected:
+            relayed = self._relay()
             round_count = sum(self._step(processor) for processor in processors)
             count += round_count
+            if relayed and not round_count:
+                continue
             if count > MOST_DELIVERIES:
                 raise AssertionError(
                     f"After {count} deliveries there are still more: do handlers publish what "
@@ -198,22 +210,39 @@ class TestBroker:
         return count
 
     def advance(self, seconds: float) -> None:
-        """Move the clock, by which retries and acknowledgement deadlines are kept."""
+        """Move the clock, by which retries, delays and acknowledgement deadlines are kept."""
         self._broker.advance(seconds)
+        if self._state.persistence is not None:
+            self._state.persistence.database.skew += seconds
 
     def _prepare(self) -> list[Processor]:
         """Make the consumers of all subscribers; a new one sees what is published from here on."""
         self._broker.want(self._state.streams())
+        persistence = self._state.persistence_for(self._state.subscriptions())
         box = DeadLetterBox(self._broker, self._state.settings)
         processors = []
         for subscription in self._state.subscriptions():
             self._broker.add_consumer(subscription.consumer_config(self._state.settings.stream))
             processors.append(
                 Processor(
-                    subscription, box, self._app.app_context, self._state.emit, self._async.run
+                    subscription,
+                    box,
+                    self._app.app_context,
+                    self._state.emit,
+                    self._async.run,
+                    persistence.inbox if persistence else None,
                 )
             )
         return processors
+
+    def _relay(self) -> int:
+        """Send what is due in the outbox; a publish that a fault makes fail is tried again."""
+        if self._state.persistence is None:
+            return 0
+        try:
+            return self._state.make_relay().run_once()
+        except PublishError:
+            return 1 if self._broker.is_connected else 0
 
     def _step(self, processor: Processor) -> int:
         """Process one delivery if there is one."""
@@ -246,6 +275,18 @@ class TestBroker:
     def reconnect(self) -> None:
         """Mend the connection."""
         self._broker.reconnect()
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Reach the streams, even while the application is cut off from them."""
+        cut_off = not self._broker.is_connected
+        if cut_off:
+            self._broker.reconnect()
+        try:
+            yield
+        finally:
+            if cut_off:
+                self._broker.disconnect()
 
 
 def _published(stored: StoredMessage) -> Published | None:

@@ -9,14 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Self, cast
+from typing import Protocol, Self, cast
 
 from ..brokers.base import Broker
 from ..errors import NatsPubsubError, RegistrationError
 from ..settings import Settings
 from ..signals import worker_started, worker_stopped
 from ..subscribing.deadletters import DeadLetterBox
-from ..subscribing.processor import Emit, Outcome, Processor
+from ..subscribing.processor import Emit, Outcome, Processor, Transactions
 from ..subscribing.subscription import Subscription
 from .asynchronous import AsyncHandlers
 from .consumer import STOP_TIMEOUT, Job, SubscriberConsumer
@@ -67,6 +67,23 @@ class Gate:
             self._changed.notify_all()
 
 
+class Relaying(Protocol):
+    """The relay of the outbox, as the worker sees it; see ``publishing.relay.Relay``."""
+
+    def run(self) -> None:
+        """Relay until ``stop``."""
+
+    def stop(self) -> None:
+        """Have ``run`` return soon."""
+
+    def is_idle(self) -> bool:
+        """Whether there is nothing to relay now."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether ``run`` goes round."""
+
+
 class Worker:
     """Runs subscribers in threads of this process.
 
@@ -76,6 +93,8 @@ class Worker:
     :param app_context: makes a fresh application context for each message.
     :param emit: sends a signal for the application.
     :param concurrency: handler threads, shared by all subscribers.
+    :param transactions: opens the transactions of handlers; None without a database.
+    :param relay: relays the outbox in a thread of its own.
     """
 
     def __init__(
@@ -86,6 +105,8 @@ class Worker:
         app_context: Callable[[], AbstractContextManager[object]],
         emit: Emit,
         concurrency: int | None = None,
+        transactions: Transactions | None = None,
+        relay: Relaying | None = None,
     ) -> None:
         self.settings = settings
         self.concurrency = concurrency or settings.concurrency
@@ -97,6 +118,8 @@ class Worker:
         self._monitor: threading.Thread | None = None
         self._wake_monitor = threading.Event()
         self._async = AsyncHandlers()
+        self._relay = relay
+        self._relay_thread: threading.Thread | None = None
         self._state = "new"
         self._beat = 0.0
         self._life = threading.Lock()
@@ -104,7 +127,7 @@ class Worker:
         self._consumers = [
             SubscriberConsumer(
                 broker,
-                Processor(subscription, box, app_context, emit, self._async.run),
+                Processor(subscription, box, app_context, emit, self._async.run, transactions),
                 settings.stream,
                 self.concurrency,
                 self._queue.put,
@@ -133,6 +156,11 @@ class Worker:
         self._beat = time.monotonic()
         self._monitor = threading.Thread(target=self._watch, name="natspubsub-monitor", daemon=True)
         self._monitor.start()
+        if self._relay is not None:
+            self._relay_thread = threading.Thread(
+                target=self._relay.run, name="natspubsub-relay", daemon=True
+            )
+            self._relay_thread.start()
         try:
             for consumer in self._consumers:
                 if self._state != "running" or (stop is not None and stop.is_set()):
@@ -170,16 +198,21 @@ class Worker:
         if self._monitor is not None and self._monitor is not threading.current_thread():
             self._monitor.join(5)
         self._async.stop()
+        self._stop_relay(max(1.0, deadline - time.monotonic()))
         self._emit(worker_stopped, worker=self)
         return clean
 
     def _wait_for_handlers(self, deadline: float) -> bool:
-        """Wait for the threads, but for the caller's own and those whose time ran out."""
-        clean = True
-        for thread in self._threads - {threading.current_thread()}:
-            thread.join(max(0.0, deadline - time.monotonic()))
-            clean = clean and not thread.is_alive()
-        return clean
+        """Wait for the threads, but for the caller's own and those whose time runs out."""
+        while waiting := [thread for thread in list(self._threads) if self._is_busy(thread)]:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            waiting[0].join(min(left, TICK))
+        return True
+
+    def _is_busy(self, thread: threading.Thread) -> bool:
+        return thread.is_alive() and thread is not threading.current_thread()
 
     def hand_back_all(self) -> None:
         """Have everything in hand delivered again now, also what is being handled.
@@ -202,6 +235,7 @@ class Worker:
             self._state == "running"
             and time.monotonic() - self._beat < 20 * TICK
             and self._broker.is_connected
+            and (self._relay is None or self._relay.is_alive)
             and all(consumer.is_healthy for consumer in self._consumers)
         )
 
@@ -217,6 +251,12 @@ class Worker:
             if self._is_idle():
                 return
 
+    def _stop_relay(self, timeout: float) -> None:
+        """Stop it last: the handlers that have just ended may have written to the outbox."""
+        if self._relay is not None and self._relay_thread is not None:
+            self._relay.stop()
+            self._relay_thread.join(timeout)
+
     def _is_idle(self) -> bool:
         """Look at all subscribers, and whether one handled something meanwhile.
 
@@ -224,7 +264,8 @@ class Worker:
         """
         handled = [consumer.handled for consumer in self._consumers]
         try:
-            idle = all(consumer.is_idle() for consumer in self._consumers)
+            idle = self._relay is None or self._relay.is_idle()
+            idle = idle and all(consumer.is_idle() for consumer in self._consumers)
         except NatsPubsubError:
             return False  # nobody knows, so it is not the time to end
         return idle and handled == [consumer.handled for consumer in self._consumers]

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def test_pauses_between_tries_grow_and_differ(
     pubsub.publish_nowait("a", {}, timeout=0.1)
     eventually(lambda: len(times) >= 6)
 
-    pauses = [after - before for before, after in zip(times, times[1:], strict=False)]
+    pauses = [after - before for before, after in pairwise(times)]
     assert len(times) < 20
     assert pauses[4] > 2 * pauses[0]
     assert all(pause < 1.5 * link.LONGEST_PAUSE + 0.5 for pause in pauses)
@@ -336,22 +337,23 @@ def operator_mode() -> tuple[str, str]:
         signed = f"{head}.{text(json.dumps(body).encode())}"
         return f"{signed}.{text(signer.sign(signed.encode()))}"
 
-    operator, account = pair(nkeys.PREFIX_BYTE_OPERATOR), pair(nkeys.PREFIX_BYTE_ACCOUNT)
+    operator = pair(nkeys.PREFIX_BYTE_OPERATOR)
+    account, system = pair(nkeys.PREFIX_BYTE_ACCOUNT), pair(nkeys.PREFIX_BYTE_ACCOUNT)
     seed = bytes(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER))
     user = nkeys.from_seed(bytearray(seed))
-    unlimited = dict.fromkeys(
-        ("subs", "data", "payload", "imports", "exports", "conn", "leaf", "mem_storage")
-        + ("disk_storage", "streams", "consumer"),
-        -1,
-    )
-    account_jwt = jwt(
-        operator, account, {"type": "account", "limits": {**unlimited, "wildcards": True}}
-    )
+    limits = dict.fromkeys(["subs", "data", "payload", "imports", "exports", "conn", "leaf"], -1)
+    limits |= dict.fromkeys(["mem_storage", "disk_storage", "streams", "consumer"], -1)
+    account_claims = {"type": "account", "limits": {**limits, "wildcards": True}}
+    system_claims = {"type": "account", "limits": {**limits, "mem_storage": 0, "disk_storage": 0}}
     user_jwt = jwt(account, user, {"type": "user", "subs": -1, "data": -1, "payload": -1})
     operator_jwt = jwt(operator, operator, {"type": "operator"})
+    preload = "\n".join(
+        f"{one.public_key.decode()}: {jwt(operator, one, claims)}"
+        for one, claims in ((account, account_claims), (system, system_claims))
+    )
     config = (
-        f"operator: {operator_jwt}\nresolver: MEMORY\n"
-        f"resolver_preload: {{ {account.public_key.decode()}: {account_jwt} }}\n"
+        f"operator: {operator_jwt}\nsystem_account: {system.public_key.decode()}\n"
+        f"resolver: MEMORY\nresolver_preload: {{\n{preload}\n}}\n"
     )
     credentials = (
         f"-----BEGIN NATS USER JWT-----\n{user_jwt}\n------END NATS USER JWT------\n\n"
@@ -714,7 +716,7 @@ def test_a_dead_loop_fails_what_waits_and_is_replaced(
     loop = broker._session.loop
     nats_server.pause()
     try:
-        waiting = [pubsub.publish_nowait("a", {}, event_id=f"e{n}", timeout=30) for n in range(10)]
+        waiting = [pubsub.publish_nowait("a", {}, event_id=f"e{n}", timeout=30) for n in range(5)]
         loop.loop.call_soon_threadsafe(loop.loop.stop)
         with at_most(3):
             wait(waiting, 5)
@@ -724,7 +726,7 @@ def test_a_dead_loop_fails_what_waits_and_is_replaced(
     assert {type(future.exception(0)) for future in waiting} == {PublishError}
     assert not up(pubsub)
     with at_most(1):
-        assert pubsub.publish("a", {}, event_id="e10").stream
+        assert pubsub.publish("a", {}, event_id="e5").stream
     assert up(pubsub)
     assert broker._session.loop is not loop
 

@@ -1,0 +1,88 @@
+"""The outbox and the inbox of one application, put together over its database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sqlalchemy as sa
+from flask import Flask
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from .brokers.base import Broker
+from .database import Database
+from .errors import ConfigurationError
+from .observability.health import Check
+from .publishing.outbox import OutboxWriter, define_tables
+from .publishing.relay import Relay
+from .publishing.store import OutboxStore
+from .settings import Settings
+from .subscribing.inbox import Inbox, define_table
+
+DIALECTS = ("sqlite", "postgresql", "mysql", "mariadb")
+
+
+class Persistence:
+    """Everything of an application that needs its database.
+
+    :param committed: called after a transaction with outbox rows has been committed.
+    """
+
+    def __init__(
+        self,
+        app: Flask,
+        db: Any,
+        metadata: sa.MetaData | None,
+        settings: Settings,
+        committed: Callable[[], None],
+    ) -> None:
+        self.database = Database(app, db, metadata, settings.bind_key)
+        self.tables = define_tables(self.database.metadata)
+        self.inbox = Inbox(self.database, define_table(self.database.metadata))
+        self.store = OutboxStore(self.database, self.tables)
+        self.writer = OutboxWriter(
+            self.database, self.tables, settings.outbox_partitions, committed
+        )
+        self._settings = settings
+
+    def make_relay(self, broker: Broker, relayed: Callable[[int], None]) -> Relay:
+        """Make a relay for the outbox; it is not started."""
+        retention = self._settings.inbox_retention
+        return Relay(
+            self.store, broker, self._settings, relayed, lambda: self.inbox.purge(retention)
+        )
+
+    def ddl(self, dialect: str | None = None) -> str:
+        """Return the SQL that creates the tables.
+
+        :param dialect: one of ``DIALECTS``; default: the database's own.
+        :raises ConfigurationError: another one.
+        """
+        name = dialect or self.database.dialect
+        if name not in DIALECTS:
+            raise ConfigurationError(f"Unknown dialect {name!r}.", f"Known: {', '.join(DIALECTS)}.")
+        target = sa.engine.url.URL.create(name).get_dialect()()
+        statements: list[CreateTable | CreateIndex] = []
+        for table in (self.tables.outbox, self.tables.lease, self.inbox.table):
+            statements.append(CreateTable(table))
+            statements += [CreateIndex(index) for index in sorted(table.indexes, key=_name)]
+        return "\n\n".join(f"{str(one.compile(dialect=target)).strip()};" for one in statements)
+
+    def health_checks(self) -> list[Check]:
+        """Return the checks of the database and the outbox."""
+        return [
+            Check("database", self._ping),
+            Check("outbox", self._outbox_health, required=False),
+        ]
+
+    def _ping(self) -> None:
+        with self.database.begin() as connection:
+            connection.execute(sa.select(1))
+
+    def _outbox_health(self) -> dict[str, Any]:
+        age = self.store.oldest_pending_age()
+        return {"ok": age is None or age < 60, "oldest_pending_seconds": age}
+
+
+def _name(index: sa.Index) -> str:
+    return str(index.name)

@@ -1,0 +1,328 @@
+"""A pull on a durable consumer, against a link that only writes down what it is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+
+import pytest
+
+from flask_natspubsub.brokers import pull as module
+from flask_natspubsub.brokers.base import ConsumerConfig
+from flask_natspubsub.brokers.pull import Pull, ReplyWriter
+
+CONFIG = ConsumerConfig(stream="events", durable="mailer", filter_subjects=("shop.>",))
+
+
+class FakeLink:
+    """A connection to a server that is the test."""
+
+    def __init__(self):
+        self.is_up = True
+        self.log = []
+        self.routes = {}
+        self.while_unrouting = lambda: None
+        self.tasks = []
+        self._number = 0
+
+    def send(self, outgoing):
+        for one in outgoing:
+            kind = "pull" if one.subject.startswith("$JS.API") else "reply"
+            detail = one.reply if kind == "pull" else one.payload.split()[0]
+            self.log.append((kind, detail))
+            if kind == "pull":
+                self.asked = getattr(self, "asked", 0) + json.loads(one.payload)["batch"]
+
+    def wake(self, callback):
+        callback()
+
+    def new_inbox(self):
+        self._number += 1
+        return f"_INBOX.{self._number}"
+
+    async def route(self, subject, handler):
+        self.routes[self._number] = handler
+        self.log.append(("route", subject))
+        return self._number
+
+    async def unroute(self, key, *, flush=False):
+        await asyncio.sleep(0)
+        self.log.append(("unroute", f"_INBOX.{key}", flush))
+        self.while_unrouting()
+        self.routes.pop(key, None)
+
+    def spawn(self, coroutine):
+        self.tasks.append(asyncio.create_task(coroutine))
+        return self.tasks[-1]
+
+    def run(self, coroutine, timeout):
+        raise AssertionError("not used here")
+
+    async def reset(self, why):
+        self.log.append(("reset", why))
+
+
+class FakeApi:
+    def __init__(self):
+        self.errors = []
+        self.asked_after = []
+        self.floor = 0
+
+    async def ensure_consumer(self, config, *, after):
+        await asyncio.sleep(0)
+        self.asked_after.append(after.sequence)
+        if self.errors:
+            raise self.errors.pop(0)
+        return {"ack_floor": {"stream_seq": self.floor}, "stream_created": "then"}
+
+    async def consumer(self, stream, durable):
+        return {"ack_floor": {"stream_seq": self.floor}}
+
+
+class Bench:
+    def __init__(self):
+        self.link, self.api = FakeLink(), FakeApi()
+        self.received = []
+        self.pull = Pull(self.link, self.api, ReplyWriter(self.link), CONFIG, self.received.append)
+        self._sequence = 0
+
+    def arrive(self, key=None):
+        """A message arrives on an inbox; the newest if none is named."""
+        self._sequence += 1
+        reply = f"$JS.ACK.events.mailer.1.{self._sequence}.1.1700000000000000000.0"
+        self.link.routes[key or max(self.link.routes)]("shop.a", reply, {}, b"{}")
+
+    def status(self, code, description="", pending=0):
+        headers = {"Status": code, "Description": description}
+        if pending:
+            headers["Nats-Pending-Messages"] = str(pending)
+        self.link.routes[max(self.link.routes)]("_INBOX", "", headers, b"")
+
+    @property
+    def pulls(self):
+        return [entry[1] for entry in self.link.log if entry[0] == "pull"]
+
+    async def settle(self):
+        """Let the tasks of the pull run until they wait for time to pass."""
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def close(self):
+        for task in self.link.tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def with_bench(test):
+    """Run an async test with a bench, on a loop of its own, where pauses take no time."""
+
+    def run(monkeypatch):
+        async def main():
+            bench = Bench()
+            try:
+                await test(bench)
+            finally:
+                await bench.close()
+
+        sleep = asyncio.sleep
+
+        async def no_pause(delay):
+            await sleep(0 if delay < module.HEARTBEAT else 3600)
+
+        monkeypatch.setattr(module.asyncio, "sleep", no_pause)
+        asyncio.run(main())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+@with_bench
+async def test_what_is_requested_before_it_is_open_is_asked_for_then(bench):
+    bench.pull.request(3)
+    assert bench.pulls == []
+    await bench.pull.open()
+    assert bench.pulls == ["_INBOX.1"]
+    assert bench.link.asked == 3
+
+
+@with_bench
+async def test_messages_use_up_what_was_requested(bench):
+    await bench.pull.open()
+    bench.pull.request(2)
+    bench.arrive()
+    bench.arrive()
+    assert len(bench.received) == 2
+    assert bench.link.asked == 2
+    assert bench.pull.is_healthy
+
+
+@with_bench
+async def test_an_expired_pull_is_asked_again_for_the_rest(bench):
+    await bench.pull.open()
+    bench.pull.request(5)
+    bench.arrive()
+    bench.status("408", "Request Timeout", pending=4)
+    assert bench.link.asked == 5 + 4
+    assert bench.pulls == ["_INBOX.1"] * 2
+
+
+@with_bench
+async def test_a_heartbeat_changes_nothing(bench):
+    await bench.pull.open()
+    bench.pull.request(5)
+    bench.status("100", "Idle Heartbeat")
+    assert bench.link.asked == 5
+
+
+@pytest.mark.parametrize("why", ["Consumer Deleted", "Leadership Change", ""])
+def test_a_pull_that_the_server_ended_is_asked_again_on_a_fresh_inbox(why, monkeypatch):
+    @with_bench
+    async def test(bench):
+        await bench.pull.open()
+        bench.pull.request(5)
+        bench.arrive()
+        bench.status("409", why)
+        await bench.settle()
+        assert bench.pulls == ["_INBOX.1", "_INBOX.2"]
+        assert bench.link.asked == 5 + 4
+        assert list(bench.link.routes) == [2]
+
+    test(monkeypatch)
+
+
+@with_bench
+async def test_nothing_is_asked_on_an_inbox_that_is_about_to_be_given_up(bench):
+    await bench.pull.open()
+    bench.status("409", "Leadership Change")
+    bench.pull.request(1)
+    assert bench.pulls == []
+    await bench.settle()
+    assert bench.pulls == ["_INBOX.2"]
+
+
+@with_bench
+async def test_what_is_on_its_way_to_the_old_inbox_still_arrives_and_counts(bench):
+    await bench.pull.open()
+    bench.pull.request(5)
+    bench.link.while_unrouting = lambda: bench.arrive(1)
+    bench.pull.on_up()
+    await bench.settle()
+
+    assert len(bench.received) == 1
+    assert ("unroute", "_INBOX.1", True) in bench.link.log
+    assert bench.link.asked == 5 + 4
+
+
+@with_bench
+async def test_opening_is_tried_again_whatever_goes_wrong(bench):
+    await bench.pull.open()
+    bench.pull.request(1)
+    bench.api.errors = [OSError("gone"), RuntimeError("unforeseen"), TimeoutError()]
+    bench.pull.on_up()
+    await bench.settle()
+    assert bench.api.errors == []
+    assert bench.pulls == ["_INBOX.1", "_INBOX.2"]
+
+
+@with_bench
+async def test_nothing_is_tried_without_a_connection(bench):
+    await bench.pull.open()
+    bench.link.is_up = False
+    bench.pull.request(1)
+    bench.status("409", "Server Shutdown")
+    await bench.settle()
+    assert bench.pulls == []
+    assert len(bench.api.asked_after) == 1
+
+    bench.link.is_up = True
+    bench.pull.on_up()
+    await bench.settle()
+    assert bench.pulls == ["_INBOX.2"]
+
+
+@with_bench
+async def test_a_consumer_made_anew_begins_where_the_old_one_had_got_to(bench):
+    bench.api.floor = 41
+    await bench.pull.open()
+    bench.status("409", "Consumer Deleted")
+    await bench.settle()
+    assert bench.api.asked_after == [0, 41]
+
+
+@with_bench
+async def test_a_silent_pull_is_made_anew_and_then_the_connection(bench):
+    await bench.pull.open()
+    bench.pull.request(1)
+    bench.pull._heard -= 3 * module.HEARTBEAT
+    assert not bench.pull.is_healthy
+    await bench.pull._look()
+    await bench.settle()
+    assert bench.pulls == ["_INBOX.1", "_INBOX.2"]
+
+    bench.pull._heard -= 3 * module.HEARTBEAT
+    await bench.pull._look()
+    assert ("reset", "pulls are silent") in bench.link.log
+
+
+@with_bench
+async def test_a_pull_that_waits_for_nothing_may_be_silent(bench):
+    await bench.pull.open()
+    bench.pull._heard -= 3 * module.HEARTBEAT
+    assert bench.pull.is_healthy
+    await bench.pull._look()
+    await bench.settle()
+    assert bench.link.log == [("route", "_INBOX.1")]
+
+
+@with_bench
+async def test_what_arrives_while_closing_is_handed_back_after_interest_is_gone(bench):
+    """Before, the server would give it to this very pull again, and count each time."""
+    await bench.pull.open()
+    bench.pull.request(2)
+    bench.link.while_unrouting = lambda: (bench.arrive(1), bench.arrive(1))
+    await bench.pull.close()
+
+    assert bench.received == []
+    assert bench.link.log[-3:] == [
+        ("unroute", "_INBOX.1", True),
+        ("reply", b"-NAK"),
+        ("reply", b"-NAK"),
+    ]
+
+
+@with_bench
+async def test_a_closed_pull_asks_for_nothing(bench):
+    await bench.pull.open()
+    await bench.pull.close()
+    bench.pull.request(3)
+    bench.pull.on_up()
+    await bench.settle()
+    assert bench.pulls == []
+
+
+@with_bench
+async def test_requests_are_neither_forgotten_nor_repeated(bench):
+    """Whatever happens, what the server may still send is what was requested and not given."""
+    source = random.Random(3)
+    await bench.pull.open()
+    requested = 0
+    for _ in range(500):
+        event = source.randrange(5)
+        if event == 0:
+            count = source.randrange(1, 5)
+            requested += count
+            bench.pull.request(count)
+        elif event == 1 and bench.pull._outstanding:
+            bench.arrive()
+        elif event == 2 and bench.pull._outstanding:
+            bench.status("408", pending=source.randrange(1, bench.pull._outstanding + 1))
+        elif event == 3:
+            bench.status("409", "Leadership Change")
+        elif event == 4:
+            await bench.settle()
+    await bench.settle()
+    assert bench.pull._outstanding == requested - len(bench.received)
+    assert bench.pull._wanted == 0
