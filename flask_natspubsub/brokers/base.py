@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
+
 from ..errors import PublishError
 
 DeliverPolicy = Literal["all", "new", "last"]
 
 
-@dataclass(frozen=True, slots=True)
-class OutgoingMessage:
+class OutgoingMessage(msgspec.Struct, frozen=True):
     """One message on its way out.
 
     :param subject: the full NATS subject.
@@ -32,8 +33,7 @@ class OutgoingMessage:
     headers: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAck:
+class StoredAck(msgspec.Struct, frozen=True, gc=False):
     """The broker's word that a message is in a stream (JetStream's PubAck)."""
 
     stream: str

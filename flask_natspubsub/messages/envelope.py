@@ -9,36 +9,21 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 
 from ..errors import DecodingError, EncodingError
 from .codec import decode_object
 from .ids import parse_timestamp
-from .plain import one_line, to_plain
+from .plain import one_line
 from .subjects import topic_of
 
 #: Longest event id, trace id or other identifier, in characters.
 MAX_IDENTIFIER_LENGTH = 255
 
-_WIRE_ORDER = (
-    "event_id",
-    "schema_version",
-    "topic",
-    "message_type",
-    "producer",
-    "occurred_at",
-    "trace_id",
-    "message",
-    "domain",
-    "resource",
-    "action",
-    "resource_id",
-    "correlation_id",
-    "causation_id",
-)
+SCHEMA_VERSION = 1
+
 _OWN_HEADERS = frozenset({"topic", "trace_id", "traceparent"})
 _HEADER_NAME = re.compile(r"[!-9;-~]+")  # printable ASCII without space and colon
 _IDENTIFIER = re.compile(rf"[!-~]{{1,{MAX_IDENTIFIER_LENGTH}}}")
@@ -49,24 +34,25 @@ _ENCODER = msgspec.json.Encoder()
 # --- sending -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Envelope:
+class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One message to be sent.
 
     :param topic: as the caller wrote it, not normalised.
     :param occurred_at: as ``ids.format_timestamp`` writes it.
+    :param schema_version: ``SCHEMA_VERSION``.
     :param message: the encoded JSON object.
+    :param resource_id: in plain form, see ``plain.to_plain``.
     """
 
-    schema_version: ClassVar[int] = 1
-
+    # The fields are in the order of the wire: the encoder keeps it, and leaves out what is None.
     event_id: str
+    schema_version: int
     topic: str
+    message_type: str | None = None
     producer: str
     occurred_at: str
-    message: bytes
-    message_type: str | None = None
     trace_id: str | None = None
+    message: msgspec.Raw
     domain: str | None = None
     resource: str | None = None
     action: str | None = None
@@ -79,16 +65,8 @@ class Envelope:
 
         :raises EncodingError: a text of the envelope is not valid Unicode.
         """
-        wire: dict[str, Any] = {}
-        for key in _WIRE_ORDER:
-            value = getattr(self, key)
-            if value is not None:
-                wire[key] = value
-        wire["message"] = msgspec.Raw(self.message)
-        if self.resource_id is not None:
-            wire["resource_id"] = to_plain(self.resource_id)
         try:
-            return _ENCODER.encode(wire)
+            return _ENCODER.encode(self)
         except (UnicodeEncodeError, TypeError) as error:
             raise EncodingError(f"The envelope has no JSON form: {error}.") from None
 
@@ -186,8 +164,7 @@ def resource_id_of(message: Mapping[str, Any]) -> Any:
 # --- reading -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True):
     """One message as it was received.
 
     :param message: its body.

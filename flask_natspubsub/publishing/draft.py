@@ -7,10 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
+
 from ..brokers.base import OutgoingMessage, StoredAck
 from ..errors import ConfigurationError, EncodingError, InvalidTopic
 from ..messages import codec
-from ..messages.envelope import Envelope, check_identifier, headers_for, resource_id_of
+from ..messages.envelope import (
+    SCHEMA_VERSION,
+    Envelope,
+    check_identifier,
+    headers_for,
+    resource_id_of,
+)
 from ..messages.ids import derived_event_id, format_timestamp, new_event_id, now_timestamp
 from ..messages.lineage import current_lineage
 from ..messages.plain import to_plain
@@ -65,8 +73,7 @@ class Draft:
     available_at: dt.datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True):
     """A message that can be sent, or written to the outbox.
 
     :param named: whether the caller gave the event id, which may then be there already.
@@ -145,7 +152,8 @@ def _envelope(draft: Draft, producer: str) -> Envelope:
         topic=draft.topic,
         producer=producer,
         occurred_at=format_timestamp(occurred_at) if occurred_at else now_timestamp(),
-        message=codec.encode_object(draft.message),
+        schema_version=SCHEMA_VERSION,
+        message=msgspec.Raw(codec.encode_object(draft.message)),
         message_type=draft.message_type or codec.message_type_of(draft.message),
         trace_id=_identifier(draft.trace_id, "trace_id") or lineage.trace_id,
         domain=domain,

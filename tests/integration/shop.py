@@ -21,6 +21,16 @@ from ..waiting import eventually
 TIMEOUT = 20.0
 
 
+def fail_until(attempt: int, error: type[Exception] = ValueError) -> Callable[..., None]:
+    """Make a ``then`` that fails before delivery number ``attempt``."""
+
+    def then(message: Any, context: MessageContext) -> None:
+        if context.attempt < attempt:
+            raise error("not yet")
+
+    return then
+
+
 class Recorder:
     """A handler that remembers its calls and then does ``then``."""
 

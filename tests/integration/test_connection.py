@@ -695,6 +695,7 @@ def test_a_stream_of_others_in_the_way_is_named(
 ) -> None:
     make_stream(nats_server, f"{env}-legacy", f"{env}.shop.orders.*")
     state = pubsub.state()
+    state.broker().connect(5)
 
     with pytest.raises(TopologyError) as caught:
         state.broker().setup(wanted_streams(state.settings))

@@ -49,8 +49,8 @@ class FakeLink:
 
     async def unroute(self, key, *, flush=False):
         await asyncio.sleep(0)
-        self.log.append(("unroute", f"_INBOX.{key}", flush))
         self.while_unrouting()
+        self.log.append(("unroute", f"_INBOX.{key}", flush))
         self.routes.pop(key, None)
 
     def spawn(self, coroutine):

@@ -1,0 +1,124 @@
+"""The references: nats-py used in the obvious way, and one blocking socket without a client."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import nats
+from nats.aio.client import Client
+
+PAYLOAD = b'{"event_id":"01a1fbc6-f435-719c-868d-67159933ed83","message":{"order_id":1,' + (
+    b'"note":"' + b"x" * 220 + b'"}}'
+)
+
+
+class NatsPy:
+    """nats-py on a loop in a thread, as a synchronous site would use it without this package."""
+
+    def __init__(self, url: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+        self.client: Client = self.call(nats.connect(url))
+        self.js = self.client.jetstream()
+
+    def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    def close(self) -> None:
+        self.call(self.client.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    def publish_one(self, subject: str) -> None:
+        self.call(self.js.publish(subject, PAYLOAD))
+
+    def publish_gather(self, subject: str, count: int) -> None:
+        async def run() -> None:
+            await asyncio.gather(*(self.js.publish(subject, PAYLOAD) for _ in range(count)))
+
+        self.call(run())
+
+    def publish_async(self, subject: str, count: int) -> None:
+        async def run() -> None:
+            futures = [await self.js.publish_async(subject, PAYLOAD) for _ in range(count)]
+            await asyncio.gather(*futures)
+
+        self.call(run())
+
+    def fetch(self, subject: str, stream: str, durable: str, count: int, batch: int) -> None:
+        async def run() -> None:
+            subscription = await self.js.pull_subscribe(subject, durable=durable, stream=stream)
+            done = 0
+            while done < count:
+                for message in await subscription.fetch(batch, timeout=10):
+                    await message.ack()
+                    done += 1
+            await self.client.flush()
+            await subscription.unsubscribe()
+
+        self.call(run())
+
+
+class RawSocket:
+    """The limit: frames made beforehand, one write, acknowledgements counted by a thread."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._socket = socket.create_connection((parts.hostname or "", parts.port or 4222))
+        self._socket.recv(65536)
+        self._socket.sendall(
+            b'CONNECT {"verbose":false,"headers":true}\r\nSUB _INBOX.raw 1\r\nPING\r\n'
+        )
+        while b"PONG" not in self._socket.recv(65536):
+            pass
+
+    def publish(self, subject: str, count: int) -> None:
+        frame = b"PUB %b _INBOX.raw %d\r\n%b\r\n" % (subject.encode(), len(PAYLOAD), PAYLOAD)
+        frames = frame * count
+        reader = threading.Thread(target=self._count, args=(count,))
+        reader.start()
+        self._socket.sendall(frames)
+        reader.join()
+
+    def _count(self, count: int) -> None:
+        seen, tail = 0, b""
+        while seen < count:
+            data = tail + self._socket.recv(1 << 20)
+            seen += data.count(b"MSG _INBOX.raw")
+            tail = data[-13:] if b"MSG _INBOX.raw" not in data[-13:] else b""
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def per_second(count: int, run: Any) -> float:
+    """Time ``run`` and return operations a second."""
+    started = time.perf_counter()
+    run()
+    return count / (time.perf_counter() - started)
+
+
+def in_threads(threads: int, count: int, one: Any) -> None:
+    """Call ``one`` ``count`` times, spread over threads."""
+    with ThreadPoolExecutor(threads) as pool:
+        share = count // threads
+        list(pool.map(lambda _: [one() for _ in range(share)], range(threads)))
+
+
+@contextmanager
+def closing(thing: Any) -> Iterator[Any]:
+    """Close ``thing`` at the end."""
+    try:
+        yield thing
+    finally:
+        thing.close()
