@@ -349,7 +349,8 @@ class NatsPubsub:
 
 def _draft_options(options: dict[str, Any] | None = None) -> dict[str, Any]:
     """Check the options of a publish; a typo is a TypeError, as for any function."""
-    options = dict(options or {})
+    if not options:
+        return {}
     for name in options:
         if name not in _DRAFT_OPTIONS:
             raise TypeError(f"publish() got an unexpected keyword argument {name!r}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
@@ -44,8 +43,8 @@ class StoredAck(msgspec.Struct, frozen=True, gc=False):
 class Ticket:
     """The outcome, to come, of a batch of messages handed to a broker together.
 
-    A bare lock is the waiter: it costs a tenth of an Event. Results are written by one
-    thread (the broker's) and read by others only after the lock was released.
+    A bare lock is the waiter: it costs a tenth of an Event. Results are written by one thread
+    at a time (the broker's) and read by others only after the lock was released.
     """
 
     __slots__ = ("_callbacks", "_guard", "_open", "_waiter", "results")
@@ -67,13 +66,14 @@ class Ticket:
 
     def settle(self, index: int, result: StoredAck | PublishError) -> None:
         """Write the result of message ``index``; a second result for it is ignored."""
-        with self._guard:
-            if self.results[index] is not None:
-                return
-            self.results[index] = result
+        if self.results[index] is not None:
+            return
+        self.results[index] = result
+        if self._open > 1:
             self._open -= 1
-            if self._open:
-                return
+            return
+        with self._guard:
+            self._open = 0
             callbacks, self._callbacks = self._callbacks, []
         self._waiter.release()
         for callback in callbacks:
@@ -138,8 +138,7 @@ class Delivery(ABC):
         """Still at work: start ``ack_wait`` anew."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConsumerConfig:
+class ConsumerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a durable pull consumer should be; see the wire format, section Consumers."""
 
     stream: str
@@ -150,8 +149,7 @@ class ConsumerConfig:
     max_ack_pending: int = 1000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamConfig:
+class StreamConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a stream should be when it has to be created; durations are seconds, 0 is none."""
 
     name: str
@@ -166,8 +164,7 @@ class StreamConfig:
     retention: str = "limits"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamInfo:
+class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A stream as the broker reports it."""
 
     config: StreamConfig
@@ -178,8 +175,7 @@ class StreamInfo:
     created: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConsumerInfo:
+class ConsumerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A durable consumer as the broker reports it."""
 
     stream: str
@@ -191,8 +187,7 @@ class ConsumerInfo:
     waiting: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StoredMessage:
+class StoredMessage(msgspec.Struct, frozen=True):
     """A message read from a stream without consuming it."""
 
     stream: str
@@ -203,8 +198,7 @@ class StoredMessage:
     timestamp: float
 
 
-@dataclass(frozen=True, slots=True)
-class CoreMessage:
+class CoreMessage(msgspec.Struct, frozen=True):
     """A message received outside any stream."""
 
     subject: str
@@ -212,8 +206,7 @@ class CoreMessage:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(msgspec.Struct, frozen=True):
     """One thing ``setup`` did, would do, or found and left alone.
 
     ``action`` is ``create``, ``add_subjects``, ``differs`` or ``ok``.
@@ -222,7 +215,7 @@ class Change:
     action: Literal["create", "add_subjects", "differs", "ok"]
     stream: str
     detail: str = ""
-    config: StreamConfig | None = field(default=None, repr=False)
+    config: StreamConfig | None = None
 
 
 class Consumption(ABC):

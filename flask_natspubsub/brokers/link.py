@@ -51,7 +51,7 @@ class Connection(Protocol):
     def servers(self) -> Sequence[str]:
         """Return the URLs of further servers of the cluster."""
 
-    def send(self, outgoing: Sequence[Outgoing]) -> None:
+    def send(self, outgoing: Sequence[Outgoing | bytes]) -> None:
         """Write messages."""
 
     async def subscribe(self, subject: str, route: Route) -> int:
@@ -144,7 +144,7 @@ class Link:
         """Return a subject that nobody else listens to."""
         return f"_INBOX.{secrets.token_hex(11)}"
 
-    def send(self, outgoing: Sequence[Outgoing]) -> None:
+    def send(self, outgoing: Sequence[Outgoing | bytes]) -> None:
         """Write messages; what is written without a connection is lost."""
         if self._connection is not None:
             self._connection.send(outgoing)

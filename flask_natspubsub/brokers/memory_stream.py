@@ -6,12 +6,13 @@ time it is.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import heapq
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+import msgspec
 
 from ..errors import PublishError, TopologyError
 from ..messages.subjects import matches, overlaps
@@ -181,7 +182,7 @@ class MemoryStream:
         if consumer is None:
             consumer = self.consumers[config.durable] = MemoryConsumer(self, config)
         else:
-            consumer.config = dataclasses.replace(
+            consumer.config = msgspec.structs.replace(
                 config, deliver_policy=consumer.config.deliver_policy
             )
         return consumer

@@ -14,6 +14,7 @@ import os
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -25,7 +26,7 @@ from ..errors import BrokerError, ConfigurationError
 from ..settings import Settings
 from .link import ConnectionRefused
 from .session import JetStreamBroker
-from .wire import NO_HEADERS, Outgoing, Route, frame, parse_headers
+from .wire import NO_HEADERS, FrameTap, Outgoing, Route, frame
 
 _log = logging.getLogger("flask_natspubsub.broker")
 
@@ -39,32 +40,16 @@ _DENIED = re.compile(r"permissions violation(?: for publish to [\"'](?P<subject>
 
 
 class _Client(Client):
-    """nats-py, with a shorter way in for the subscriptions of ``_Connection``.
-
-    nats-py parses each message's headers, queues it and wakes a task for it. Overriding this
-    one method takes routed messages straight from the parser. Should a later nats-py no longer
-    call it, the callbacks given to ``subscribe`` get the messages the long way.
-    """
+    """nats-py, which says sooner that a connection is lost and never goes without TLS."""
 
     def __init__(self, on_denied: Callable[[str, str], None]) -> None:
         super().__init__()
-        self.routes: dict[int, Route] = {}
         self.needs_tls = False
         self.lost = asyncio.Event()
         self.last_problem: Exception | None = None
         #: Requests under way, by what ends them early: the future's result says why.
         self.asked: dict[asyncio.Future[str], str] = {}
         self._on_denied = on_denied
-
-    async def _process_msg(
-        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
-    ) -> None:
-        route = self.routes.get(sid)
-        if route is None:
-            await super()._process_msg(sid, subject, reply, data, headers)
-            return
-        parsed = parse_headers(headers) if headers else NO_HEADERS
-        _pass_on(route, subject.decode(), reply.decode(), parsed, bytes(data))
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """Insist on TLS before the CONNECT that carries the credentials is sent."""
@@ -75,15 +60,16 @@ class _Client(Client):
         await super()._process_info(info, initial_connection)
 
     async def _process_op_err(self, e: Exception) -> None:
-        """Say at once that the connection is gone.
-
-        nats-py says so after it has written what is buffered: never, if nobody reads it.
-        """
+        """Say at once that the connection is gone; nats-py says so in the end."""
         self.lose()
         await super()._process_op_err(e)
 
     def lose(self) -> None:
-        """Tell all who wait that nothing comes any more."""
+        """Tell all who wait that nothing comes any more.
+
+        What nats-py has buffered is dropped, or it would wait for somebody to read it.
+        """
+        self._pending, self._pending_data_size = [], 0
         self.lost.set()
         self._end_requests("the connection was lost")
 
@@ -127,12 +113,23 @@ def _pass_on(
 
 
 class _Connection:
-    """One connection made by nats-py; see ``link.Connection``."""
+    """One connection made by nats-py; see ``link.Connection``.
+
+    What arrives for its subscriptions is taken from the socket's reader, before nats-py parses,
+    queues and wakes a task for it. Should a later nats-py read otherwise, the callbacks given to
+    ``subscribe`` get the messages the long way.
+    """
 
     def __init__(self, client: _Client) -> None:
         self.closed = client.lost
         self._client = client
+        self._routes: dict[int, Route] = {}
+        reader = getattr(client._transport, "_io_reader", None)
+        if isinstance(reader, asyncio.StreamReader):
+            tap = FrameTap(self._routes, reader.feed_data)
+            reader.feed_data = tap.feed  # type: ignore[method-assign,assignment]  # of this reader
         self._subscriptions: dict[int, Any] = {}
+        self._draining: set[asyncio.Future[None]] = set()
 
     @property
     def max_payload(self) -> int:
@@ -142,10 +139,16 @@ class _Connection:
     def servers(self) -> list[str]:
         return [url.geturl() for url in self._client.discovered_servers]
 
-    def send(self, outgoing: Sequence[Outgoing]) -> None:
+    def send(self, outgoing: Sequence[Outgoing | bytes]) -> None:
         transport = getattr(self._client, "_transport", None)
         if transport is not None and self._client.is_connected:
-            transport.write(b"".join(map(frame, outgoing)))
+            frames = [out if isinstance(out, bytes) else frame(out) for out in outgoing]
+            transport.write(b"".join(frames))
+            if not hasattr(transport, "_io_writer"):
+                # A WebSocket sends when it is drained, a socket by itself.
+                task = asyncio.ensure_future(_drain(transport))
+                self._draining.add(task)
+                task.add_done_callback(self._draining.discard)
 
     async def subscribe(self, subject: str, route: Route) -> int:
         async def long_way(message: Msg) -> None:
@@ -158,7 +161,7 @@ class _Connection:
         # reach the server before the interest in its answer.
         await self._client.flush(2)
         handle: int = subscription._id
-        self._client.routes[handle] = route
+        self._routes[handle] = partial(_pass_on, route)
         self._subscriptions[handle] = subscription
         return handle
 
@@ -169,7 +172,7 @@ class _Connection:
             # what it had sent by then has arrived.
             await self._client._send_unsubscribe(handle)
             await self._client.flush(2)
-        self._client.routes.pop(handle, None)
+        self._routes.pop(handle, None)
         await subscription.unsubscribe()
 
     async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
@@ -196,6 +199,11 @@ class _Connection:
 
     async def close(self) -> None:
         await self._client.end()
+
+
+async def _drain(transport: Any) -> None:
+    with contextlib.suppress(Exception):  # a lost connection is found by who reads from it
+        await transport.drain()
 
 
 async def dial(settings: Settings, url: str, on_denied: Callable[[str, str], None]) -> _Connection:

@@ -23,7 +23,7 @@ from ..errors import (
     PublishError,
 )
 from .base import OutgoingMessage, StoredAck, Ticket
-from .wire import STATUS, Outgoing, header_block
+from .wire import STATUS, Outgoing, frame_around_reply, header_block
 
 IN_FLIGHT = 4_000
 IN_FLIGHT_BYTES = 32 * 1024 * 1024
@@ -44,8 +44,8 @@ class OutboundLink(Protocol):
     refused: str
     max_payload: int
 
-    def send(self, outgoing: Sequence[Outgoing]) -> None:
-        """Write messages to the socket."""
+    def send(self, outgoing: Sequence[Outgoing | bytes]) -> None:
+        """Write messages, or frames of messages, to the socket."""
 
     def describe_down(self) -> str:
         """Say why there is no connection, without secrets."""
@@ -73,14 +73,17 @@ _decode_ack = msgspec.json.Decoder(_PubAck).decode
 class _Item:
     """One message and where its result belongs."""
 
-    __slots__ = ("block", "deadline", "due", "index", "message", "sent", "size", "ticket", "tries")
+    __slots__ = (
+        "deadline", "due", "head", "index", "message", "sent", "size", "tail", "ticket", "tries"
+    )  # fmt: skip
 
     def __init__(
-        self, message: OutgoingMessage, ticket: Ticket, index: int, deadline: float
+        self, message: OutgoingMessage, prefix: str, ticket: Ticket, index: int, deadline: float
     ) -> None:
         self.message = message
-        self.block = header_block(message.headers)
-        self.size = len(self.block) + len(message.payload)
+        block = header_block(message.headers)
+        self.size = len(block) + len(message.payload)
+        self.head, self.tail = frame_around_reply(message.subject, prefix, block, message.payload)
         self.ticket = ticket
         self.index = index
         self.deadline = deadline
@@ -159,7 +162,9 @@ class PublishWindow:
         """Queue messages; their results arrive in the ticket within ``timeout``."""
         ticket = Ticket(len(messages))
         deadline = time.monotonic() + timeout
-        items = [_Item(message, ticket, i, deadline) for i, message in enumerate(messages)]
+        items = [
+            _Item(message, self._prefix, ticket, i, deadline) for i, message in enumerate(messages)
+        ]
         refusal = self._arrive(items, deadline)
         if refusal is None:
             self._wake()
@@ -224,7 +229,7 @@ class PublishWindow:
             self._queue.add(self._arrived.take_all())
 
     def _fill_window(self) -> None:
-        out = []
+        out: list[Outgoing | bytes] = []
         limit = self._link.max_payload
         while self._queue and len(self._in_flight) < IN_FLIGHT and self._bytes < IN_FLIGHT_BYTES:
             item = self._queue.take()
@@ -235,14 +240,7 @@ class PublishWindow:
             self._in_flight[self._token] = item
             self._bytes += item.size
             item.sent = True
-            out.append(
-                Outgoing(
-                    item.message.subject,
-                    f"{self._prefix}{self._token}",
-                    item.block,
-                    item.message.payload,
-                )
-            )
+            out.append(b"%b%d%b" % (item.head, self._token, item.tail))
         if out:
             self._link.send(out)
 

@@ -7,8 +7,9 @@ else is changed; another stream on the same subjects is an error that names both
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
+
+import msgspec
 
 from ..errors import TopologyError
 from ..messages.subjects import covers, overlaps
@@ -33,7 +34,7 @@ def wanted_streams(settings: Settings, filters: Iterable[str] = ()) -> list[Stre
     main = StreamConfig(
         name=settings.stream, subjects=tuple(dict.fromkeys(subjects)), max_age=7 * _DAY
     )
-    streams = [dataclasses.replace(main, **settings.stream_config)]
+    streams = [msgspec.structs.replace(main, **settings.stream_config)]
     if settings.use_dlq:
         streams.append(
             StreamConfig(
@@ -84,7 +85,7 @@ def _changes_for(
         return [Change("create", stream.name, ", ".join(stream.subjects), stream)]
     changes = []
     if missing:
-        grown = dataclasses.replace(current, subjects=current.subjects + missing)
+        grown = msgspec.structs.replace(current, subjects=current.subjects + missing)
         changes.append(Change("add_subjects", stream.name, ", ".join(missing), grown))
     changes += [Change("differs", stream.name, text) for text in _differences(stream, current)]
     return changes or [Change("ok", stream.name)]

@@ -31,7 +31,7 @@ def header_block(headers: Mapping[str, str]) -> bytes:
     """Encode headers; empty when there are none. Their text must have been checked before."""
     if not headers:
         return b""
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
     return b"%b\r\n%b\r\n" % (HEADER_LINE, lines.encode())
 
 
@@ -44,6 +44,21 @@ def frame(out: Outgoing) -> bytes:
     else:
         line = f"PUB {out.subject} {out.reply} {len(out.payload)}\r\n".encode()
     return b"%b%b%b\r\n" % (line, out.headers, out.payload)
+
+
+def frame_around_reply(
+    subject: str, prefix: str, headers: bytes, payload: bytes
+) -> tuple[bytes, bytes]:
+    """Encode a message but for the token that ends its reply subject ``{prefix}{token}``.
+
+    Done in the publishing thread, so that the loop has only to put the token between.
+    """
+    size = len(payload)
+    if not headers:
+        return f"PUB {subject} {prefix}".encode(), b" %d\r\n%b\r\n" % (size, payload)
+    head = f"HPUB {subject} {prefix}".encode()
+    block = len(headers)
+    return head, b" %d %d\r\n%b%b\r\n" % (block, block + size, headers, payload)
 
 
 def parse_headers(block: bytes) -> dict[str, str]:
@@ -90,3 +105,54 @@ def parse_ack_subject(reply: str) -> AckSubject:
     return AckSubject(
         tokens[at], int(tokens[at + 2]), int(tokens[at + 3]), int(tokens[at + 5]) / 1e9
     )
+
+
+class FrameTap:
+    """Takes the messages of known subscriptions out of what a server sends.
+
+    It stands where the bytes arrive, before nats-py: a message there costs a pattern match, a
+    queue and a task, and here a split and a call. All else goes on untouched and in order.
+
+    :param routes: by subscription id; asked for every message.
+    :param forward: takes the bytes of everything else.
+    """
+
+    def __init__(self, routes: Mapping[int, Route], forward: Callable[[bytes], None]) -> None:
+        self._routes = routes
+        self._forward = forward
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take what was received; a frame that is not complete is kept until it is."""
+        if self._rest:
+            data = self._rest + data
+        at, end = 0, len(data)
+        while at < end:
+            line_end = data.find(b"\r\n", at)
+            if line_end < 0:
+                break
+            frame_end = line_end + 2
+            if data.startswith((b"MSG ", b"HMSG "), at):
+                words = data[at:line_end].split()
+                frame_end += int(words[-1]) + 2
+                if frame_end > end:
+                    break
+                route = self._routes.get(int(words[2]))
+                if route is not None:
+                    _dispatch(route, words, data[line_end + 2 : frame_end - 2])
+                    at = frame_end
+                    continue
+            self._forward(data[at:frame_end])
+            at = frame_end
+        self._rest = data[at:]
+
+
+def _dispatch(route: Route, words: list[bytes], body: bytes) -> None:
+    """Call ``route`` with a frame: ``MSG subject sid [reply] size``, ``HMSG ... header size``."""
+    if words[0] == b"MSG":
+        reply = words[3].decode() if len(words) == 5 else ""
+        route(words[1].decode(), reply, NO_HEADERS, body)
+        return
+    split = int(words[-2])
+    reply = words[3].decode() if len(words) == 6 else ""
+    route(words[1].decode(), reply, parse_headers(body[:split]), body[split:])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import click
+import msgspec
 
 from ..brokers.base import Broker, Change
 from ..state import AppState
@@ -110,7 +110,7 @@ def setup_command(state: AppState, dry_run: bool, as_json: bool) -> None:
 
 def _change(change: Change) -> dict[str, Any]:
     names = ("action", "stream", "detail")
-    return {name: value for name, value in dataclasses.asdict(change).items() if name in names}
+    return {name: value for name, value in msgspec.structs.asdict(change).items() if name in names}
 
 
 @natspubsub.command("config", examples=["flask natspubsub config"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import datetime as dt
 import itertools
 import queue
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
+import msgspec
 
 from ..brokers.base import CoreMessage
 from ..errors import DecodingError
@@ -81,7 +81,7 @@ def publish_command(
         topic, message, event_id=event_id, headers=headers, trace_id=trace_id
     )
     if as_json:
-        print_json(dataclasses.asdict(receipt))
+        print_json(msgspec.structs.asdict(receipt))
         return
     again = " (the stream had this event id already)" if receipt.duplicate else ""
     print_fields(

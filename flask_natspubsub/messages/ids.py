@@ -16,6 +16,8 @@ from ..errors import EncodingError
 _DERIVED = uuid.UUID("5b0f6c0e-2c57-4d0b-9d6c-6a1f8d5f3c11")
 
 _RANDOM_BITS = 74
+_RANDOM_BYTES = 10
+_POOL = 512 * _RANDOM_BYTES
 _LOW_BITS = 62
 _TIMESTAMP = re.compile(
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[+-]\d\d(?::?\d\d)?)",
@@ -24,6 +26,9 @@ _TIMESTAMP = re.compile(
 
 _lock = threading.Lock()
 _last = 0
+#: Random bytes not used yet: each call of the system gives up the interpreter's lock.
+_random = b""
+_used = 0
 
 
 def new_event_id() -> str:
@@ -32,10 +37,15 @@ def new_event_id() -> str:
     Written out because ``uuid.uuid7`` needs Python 3.14 and takes no lock: two threads in
     one millisecond could get ids out of order.
     """
-    global _last
-    random = int.from_bytes(os.urandom(10), "big") >> (80 - _RANDOM_BITS)
-    value = time.time_ns() // 1_000_000 << _RANDOM_BITS | random
+    global _last, _random, _used
+    milliseconds = time.time_ns() // 1_000_000
     with _lock:
+        if _used == len(_random):
+            _random, _used = os.urandom(_POOL), 0
+        taken = _random[_used : _used + _RANDOM_BYTES]
+        _used += _RANDOM_BYTES
+        random = int.from_bytes(taken, "big") >> (8 * _RANDOM_BYTES - _RANDOM_BITS)
+        value = milliseconds << _RANDOM_BITS | random
         if value <= _last:
             # The same millisecond, or a clock set back: a random step from the last one.
             value = _last + 1 + (random & 0xFFFFFFFF)
@@ -104,9 +114,10 @@ def parse_timestamp(text: str) -> dt.datetime:
 
 def _after_fork() -> None:
     """Start anew in a child process: the lock may have been held when it was born."""
-    global _lock, _last
+    global _lock, _last, _random, _used
     _lock = threading.Lock()
     _last = 0
+    _random, _used = b"", 0
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

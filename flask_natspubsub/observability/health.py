@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 from flask import Blueprint, Response, jsonify
 
 _log = logging.getLogger("flask_natspubsub.health")
@@ -20,8 +20,7 @@ _log = logging.getLogger("flask_natspubsub.health")
 Status = Literal["ok", "failed"]
 
 
-@dataclass(frozen=True, slots=True)
-class Health:
+class Health(msgspec.Struct, frozen=True):
     """The outcome of one check.
 
     :param detail: values for ``/detailed``; must not contain secrets.
@@ -31,8 +30,7 @@ class Health:
     detail: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(msgspec.Struct, frozen=True):
     """A named check; one that is ``required`` makes the whole not ready when it fails."""
 
     name: str

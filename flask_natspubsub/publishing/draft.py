@@ -27,8 +27,7 @@ from ..settings import Settings
 from ..values import seconds
 
 
-@dataclass(frozen=True, slots=True)
-class PublishReceipt:
+class PublishReceipt(msgspec.Struct, frozen=True):
     """What became of one published message.
 
     ``stream`` and ``sequence`` say where it is stored (None while it is in the outbox);
@@ -109,10 +108,11 @@ class Prepared(msgspec.Struct, frozen=True):
 
 def make_drafts(topics: Any, message: Any, **options: Any) -> list[Draft]:
     """Make a draft for the topic or for each of a list; later ids derive from a given one."""
-    names = list(topics) if isinstance(topics, (list, tuple)) else [topics]
-    if not names:
+    if not isinstance(topics, (list, tuple)):
+        return [Draft(topics, message, **options)]
+    if not topics:
         raise InvalidTopic("The list of topics is empty.", "Give one topic or more.")
-    drafts = [Draft(topic, message, **options) for topic in names]
+    drafts = [Draft(topic, message, **options) for topic in topics]
     for draft in drafts[1:]:
         if draft.event_id is not None:
             draft.event_id = derived_event_id(draft.event_id, draft.topic)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import msgspec
 
 from ..brokers.base import ConsumerConfig, DeliverPolicy
 from ..errors import RegistrationError
@@ -18,8 +19,7 @@ from .subscriber import Declaration
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subscription:
+class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     """A subscriber of one app, with every option settled; durations are seconds.
 
     :param name: as declared; names it in logs, the inbox and dead letters.

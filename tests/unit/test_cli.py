@@ -88,7 +88,13 @@ def dead_letter(state, number, **changes):
 # --- what all commands share
 
 
-ARGUMENTS = {"publish": ["a.b", "{}"], "show": ["1"], "replay": ["1"], "discard": ["1"]}
+ARGUMENTS = {
+    "publish": ["a.b", "{}"],
+    "show": ["1"],
+    "replay": ["1"],
+    "discard": ["1"],
+    "purge": ["--older-than", "7d"],
+}
 
 
 @pytest.mark.parametrize("path", list(commands()), ids=" ".join)
@@ -101,7 +107,7 @@ def test_without_the_extension_a_command_is_misused(path):
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("path", [(), ("dlq",), *commands()], ids=" ".join)
+@pytest.mark.parametrize("path", [(), ("dlq",), ("outbox",), ("inbox",), *commands()], ids=" ".join)
 def test_help_has_an_example_of_the_command(app, path):
     result = invoke(app, *path, "--help")
 
@@ -356,6 +362,17 @@ def test_replay_sends_again_and_removes(app, state):
     assert sent == ["mailer", "mailer"]
 
 
+def test_replay_may_go_round_the_inbox(app, state):
+    dead_letter(state, 1)
+    forced_once = dead_letter(state, 2, headers={"x-replay-force": "true"})
+
+    invoke(app, "dlq", "replay", "1", "--force")
+    invoke(app, "dlq", "replay", forced_once)
+
+    sent = list(state.broker().messages(state.settings.stream))
+    assert [message.headers.get("x-replay-force") for message in sent] == ["true", None]
+
+
 def test_replay_of_what_fails_again_ends(app, state):
     """Each replay makes a new dead letter at once; only those of the start are replayed."""
     dead_letter(state, 1)
@@ -392,7 +409,7 @@ def test_a_lost_connection_ends_a_replay_at_once(app, state, monkeypatch):
         dead_letter(state, number)
     tried = []
 
-    def replay(letters, record):
+    def replay(letters, record, **options):
         tried.append(record.id)
         if len(tried) == 2:
             raise NotConnected("No connection.")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import threading
 from collections import deque
 
+import msgspec
 import pytest
 
 from flask_natspubsub.brokers.base import ConsumerInfo
@@ -388,7 +388,7 @@ def test_it_is_idle_when_nothing_is_in_hand_pending_or_unsettled(make):
     bench.broker.info = nothing
     assert bench.consumer.is_idle()
     for rest in ({"pending": 1}, {"ack_pending": 1}):
-        bench.broker.info = dataclasses.replace(nothing, **rest)
+        bench.broker.info = msgspec.structs.replace(nothing, **rest)
         assert not bench.consumer.is_idle()
     bench.broker.info = nothing
     bench.deliver()

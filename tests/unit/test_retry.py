@@ -4,7 +4,7 @@ import datetime as dt
 
 import pytest
 
-from flask_natspubsub.errors import DeadLetter, DecodingError, Discard, Retry
+from flask_natspubsub.errors import DatabaseError, DeadLetter, DecodingError, Discard, Retry
 from flask_natspubsub.subscribing.retry import (
     Drop,
     GiveUp,
@@ -82,6 +82,10 @@ def test_retry_with_no_usable_delay_takes_the_backoff(delay: float) -> None:
 def test_retry_counts_towards_the_limit() -> None:
     error = Retry(delay=7)
     assert verdict_on(error, attempt=3) == GiveUp("handler_error", error)
+
+
+def test_a_message_waits_for_the_database_as_long_as_it_takes() -> None:
+    assert verdict_on(DatabaseError("locked"), attempt=99) == RetryLater(5.0)
 
 
 def test_discard_drops_whatever_the_attempt() -> None:

@@ -8,6 +8,7 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from flask_natspubsub.errors import InvalidTopic, RegistrationError
@@ -55,7 +56,7 @@ def test_options_default_to_the_settings() -> None:
         use_dlq=False,
     )
     subscription = resolved(handle, "order.created", settings=settings)
-    assert dataclasses.replace(subscription, handler=None, decode=None) == Subscription(
+    assert msgspec.structs.replace(subscription, handler=None, decode=None) == Subscription(
         name="handle",
         durable="shop-handle",
         topics=("order.created",),

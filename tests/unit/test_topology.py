@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+import msgspec
 import pytest
 
 from flask_natspubsub import TopologyError
@@ -116,7 +116,7 @@ def test_another_app_adds_its_subject_and_changes_nothing_else() -> None:
 
     assert actions(changes) == [("add_subjects", "test-events-stream")]
     assert changes[0].detail == "test.billing.>"
-    assert changes[0].config == dataclasses.replace(
+    assert changes[0].config == msgspec.structs.replace(
         existing[0].config, subjects=("test.events.>", "test.shop.>", "test.billing.>")
     )
 

@@ -1,0 +1,91 @@
+"""What stands between the link and nats-py, where no server is needed to see it."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import Any
+
+import nats.errors
+import pytest
+
+from flask_natspubsub.brokers.link import ConnectionRefused
+from flask_natspubsub.brokers.nats import _Client, _Connection, _credentials, _dial_error
+from flask_natspubsub.brokers.wire import Outgoing
+from flask_natspubsub.settings import Settings
+
+
+class WebSocket:
+    """A transport that sends when it is drained, as that of nats-py for WebSockets."""
+
+    def __init__(self) -> None:
+        self.waiting = b""
+        self.sent = b""
+
+    def write(self, data: bytes) -> None:
+        self.waiting += data
+
+    async def drain(self) -> None:
+        self.sent, self.waiting = self.sent + self.waiting, b""
+
+
+def test_over_a_websocket_messages_are_sent_at_once_too() -> None:
+    async def main() -> WebSocket:
+        client: Any = _Client(lambda subject, why: None)
+        client._transport = WebSocket()
+        client._status = client.CONNECTED
+        _Connection(client).send([Outgoing("a", "r", b"", b"1"), Outgoing("b", "r", b"", b"2")])
+        await asyncio.sleep(0)
+        transport: WebSocket = client._transport
+        return transport
+
+    transport = asyncio.run(main())
+
+    assert transport.sent == b"PUB a r 1\r\n1\r\nPUB b r 1\r\n2\r\n"
+    assert transport.waiting == b""
+
+
+@pytest.mark.parametrize(
+    ("error", "refused", "text"),
+    [
+        (ConnectionRefusedError(111, "Connect call failed"), False, "nothing listens there"),
+        (TimeoutError(), False, "it does not answer"),
+        (OSError("no route to host"), False, "no route to host"),
+        (ssl.SSLEOFError(8, "EOF"), False, "it hung up during the TLS handshake"),
+        (ssl.SSLError(1, "bad things"), True, "TLS failed, bad things"),
+        (nats.errors.SecureConnWantedError(), True, "it offers no TLS, and TLS is asked for"),
+        (nats.errors.AuthorizationError(), True, "wrong or missing credentials"),
+        (nats.errors.Error("nats: 'Authorization Violation'"), True, "wrong or missing"),
+        (nats.errors.Error("nats: 'User Authentication Expired'"), True, "wrong or missing"),
+        (nats.errors.Error("nats: 'Authentication Timeout'"), False, "Authentication Timeout"),
+        (nats.errors.Error("nats: maximum connections exceeded"), False, "maximum connections"),
+        (ConnectionRefused("too old"), True, "too old"),
+        (ValueError("seed SUAMSECRET is bad"), True, "signing in failed with ValueError"),
+        (None, False, ""),
+    ],
+)
+def test_what_may_pass_by_itself_is_told_from_what_will_not(
+    error: Exception | None, refused: bool, text: str
+) -> None:
+    told = _dial_error(error)
+
+    assert isinstance(told, ConnectionRefused) is refused
+    assert isinstance(told, OSError) is not refused
+    assert text in str(told)
+    assert "SECRET" not in str(told)
+
+
+def test_a_server_that_another_one_told_of_is_trusted_as_that_one_is() -> None:
+    settings = Settings(urls=("tls://us%40er:pa%2Fss@nats.example:4222",))
+
+    told = _credentials(settings, "tls://10.0.0.2:4222")
+
+    assert (told["user"], told["password"]) == ("us@er", "pa/ss")
+    assert told["tls_hostname"] == "nats.example"
+
+
+def test_the_credentials_of_one_server_are_not_given_to_another() -> None:
+    settings = Settings(urls=("nats://secret@one", "nats://two"))
+
+    assert _credentials(settings, "nats://one") == {"token": "secret"}
+    assert _credentials(settings, "nats://two") == {}
