@@ -25,6 +25,8 @@ _log = logging.getLogger("flask_natspubsub.broker")
 
 EXPIRES = 30.0
 HEARTBEAT = 5.0
+#: Seconds for which acks are collected while they keep coming.
+LINGER = 0.001
 FLOOR_INTERVAL = 30.0
 NANO = 1_000_000_000
 PENDING = "Nats-Pending-Messages"
@@ -40,6 +42,9 @@ class PullLink(Protocol):
 
     def wake(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` soon on the loop; any thread."""
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call ``callback`` on the loop after ``seconds``; the loop's thread."""
 
     def new_inbox(self) -> str:
         """Return a subject that nobody else listens to."""
@@ -61,7 +66,11 @@ class PullLink(Protocol):
 
 
 class ReplyWriter:
-    """Collects acks and their kin from all threads and sends them together."""
+    """Collects acks and their kin from all threads and sends them together.
+
+    The first one after a pause is sent at once; what follows within ``LINGER`` goes together,
+    since each wake-up of the loop and each write costs more than handling a message may.
+    """
 
     def __init__(self, link: PullLink) -> None:
         self._link = link
@@ -73,11 +82,20 @@ class ReplyWriter:
         self._replies.append(Outgoing(reply, payload=payload))
         if not self._scheduled:
             self._scheduled = True
-            self._link.wake(self.flush)
+            self._link.wake(self._send_on)
+
+    def _send_on(self) -> None:
+        self.flush()
+        self._link.later(LINGER, self._look_again)
+
+    def _look_again(self) -> None:
+        self._scheduled = False  # before the look: a reply put after it schedules itself
+        if self._replies and self._link.is_up:
+            self._scheduled = True
+            self._send_on()
 
     def flush(self) -> None:
         """Send what is queued; keep it while there is no connection."""
-        self._scheduled = False
         if not self._link.is_up:
             return
         out = []

@@ -13,6 +13,7 @@ from typing import Protocol, Self, cast
 
 from ..brokers.base import Broker
 from ..errors import NatsPubsubError, RegistrationError
+from ..messages.ids import short_id
 from ..settings import Settings
 from ..signals import worker_started, worker_stopped
 from ..subscribing.deadletters import DeadLetterBox
@@ -31,20 +32,16 @@ class Gate:
     """Lets many in at once, or one alone; each says who it is."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.Lock())
         self._inside: set[object] = set()
         self._alone: object | None = None
 
-    @contextlib.contextmanager
-    def together(self, who: object) -> Iterator[None]:
+    def enter(self, who: object) -> None:
         """Enter with others; waits while somebody is, or wants to be, alone."""
         with self._changed:
-            self._changed.wait_for(lambda: self._alone is None)
+            if self._alone is not None:
+                self._changed.wait_for(lambda: self._alone is None)
             self._inside.add(who)
-        try:
-            yield
-        finally:
-            self.leave(who)
 
     @contextlib.contextmanager
     def alone(self, who: object) -> Iterator[None]:
@@ -62,6 +59,8 @@ class Gate:
         """Count ``who`` as gone, as one that hangs inside; leaving twice does no harm."""
         with self._changed:
             self._inside.discard(who)
+            if self._alone is None:
+                return  # so nobody waits
             if self._alone is who:
                 self._alone = None
             self._changed.notify_all()
@@ -244,6 +243,11 @@ class Worker:
         """The names of the subscribers that run here."""
         return [consumer.subscription.name for consumer in self._consumers]
 
+    @property
+    def relays(self) -> bool:
+        """Whether it relays the outbox too."""
+        return self._relay is not None
+
     def wait_until_idle(self, stop: threading.Event | None = None) -> None:
         """Return when no subscriber has anything left to do, or ``stop`` is set."""
         stop = stop or threading.Event()
@@ -295,16 +299,21 @@ class Worker:
         if processor.is_over_limit(job.delivery):
             with self._gate.alone(job):
                 return job.consumer.run(job, processor.process_alone)
-        with self._gate.together(job):
+        self._gate.enter(job)
+        try:
             return job.consumer.run(job, processor.process)
+        finally:
+            self._gate.leave(job)
 
     def _log(self, job: Job, outcome: Outcome) -> None:
         level = logging.INFO if outcome.result in ("handled", "skipped") else logging.WARNING
+        if not _log.isEnabledFor(level):
+            return
         _log.log(
             level,
             "%s %s %s #%d %.1f ms %s%s",
             outcome.topic,
-            outcome.event_id[-8:],
+            short_id(outcome.event_id),
             job.consumer.subscription.name,
             outcome.attempt,
             outcome.seconds * 1000,

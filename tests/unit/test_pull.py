@@ -38,6 +38,9 @@ class FakeLink:
     def wake(self, callback):
         callback()
 
+    def later(self, seconds, callback):
+        callback()
+
     def new_inbox(self):
         self._number += 1
         return f"_INBOX.{self._number}"

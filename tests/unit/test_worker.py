@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 from contextlib import nullcontext
 
@@ -21,11 +23,20 @@ from .worker_helpers import SETTINGS, envelope
 # --- the gate
 
 
+@contextlib.contextmanager
+def together(gate, who):
+    gate.enter(who)
+    try:
+        yield
+    finally:
+        gate.leave(who)
+
+
 class Visitor:
     """A thread that enters the gate and stays until it is let go."""
 
     def __init__(self, gate, *, alone=False):
-        self._enter = gate.alone if alone else gate.together
+        self._enter = gate.alone if alone else functools.partial(together, gate)
         self.inside, self.go, self.left = threading.Event(), threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._visit)
         self.thread.start()
