@@ -1,6 +1,6 @@
 """A shop: orders come in by HTTP, subscribers reserve stock, confirm, and keep a trail.
 
-Start reading at ``create_order`` in ``views.py``, then go to ``subscribers.py``.
+Start reading at ``new_order`` in ``views.py``, then go to ``events.py`` and ``subscribers.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from flask import Flask
-from sqlalchemy import text
 
 from . import commands, errors
 from .extensions import db, pubsub
@@ -27,6 +26,8 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
         SQLALCHEMY_DATABASE_URI=os.environ.get("DATABASE_URL", "sqlite:///shop.db"),
         NATSPUBSUB_APP_NAME="shop",
         NATSPUBSUB_SUBSCRIBERS=["example_app.subscribers"],
+        NATSPUBSUB_USE_OUTBOX=True,
+        NATSPUBSUB_USE_INBOX=True,
         NATSPUBSUB_HEALTH_URL_PREFIX="/health",
     )
     app.config.from_prefixed_env()
@@ -38,9 +39,3 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     errors.init_app(app)
     app.register_blueprint(shop)
     return app
-
-
-@pubsub.health_check("database")
-def database_answers() -> None:
-    """Raise if the database does not answer."""
-    db.session.execute(text("SELECT 1"))

@@ -7,15 +7,13 @@ from flask import Flask
 from flask.cli import with_appcontext
 from sqlalchemy import select
 
-from . import events
 from .extensions import db
-from .models import Order, Product
+from .models import Product
 
 
 def init_app(app: Flask) -> None:
     """Add the commands to ``flask``."""
     app.cli.add_command(init_db)
-    app.cli.add_command(republish_pending)
 
 
 @click.command("init-db")
@@ -27,20 +25,6 @@ def init_db() -> None:
         db.session.add_all(first_products())
         db.session.commit()
     click.echo("The shop has its tables.")
-
-
-@click.command("republish-pending")
-@with_appcontext
-def republish_pending() -> None:
-    """Announce orders again that nobody has decided on.
-
-    For orders whose process died between saving and announcing them. Announcing an order
-    twice does no harm.
-    """
-    orders = db.session.scalars(select(Order).filter_by(state="pending").order_by(Order.id)).all()
-    for order in orders:
-        events.order_created(order)
-    click.echo(f"Announced again: {len(orders)}")
 
 
 def first_products() -> list[Product]:

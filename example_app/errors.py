@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 from flask import Flask
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import BadRequest, HTTPException
 
-from flask_natspubsub import PublishError, current_trace_id
-
-log = logging.getLogger(__name__)
+from flask_natspubsub import current_trace_id
 
 
 class InvalidInput(BadRequest):
@@ -29,7 +25,6 @@ class InvalidInput(BadRequest):
 def init_app(app: Flask) -> None:
     """Answer errors in JSON."""
     app.register_error_handler(HTTPException, http_error)
-    app.register_error_handler(PublishError, publish_error)
 
 
 def http_error(error: HTTPException) -> ResponseReturnValue:
@@ -41,14 +36,3 @@ def http_error(error: HTTPException) -> ResponseReturnValue:
     if isinstance(error, InvalidInput):
         body |= {"code": "invalid_input", "fields": error.fields}
     return {"error": body, "trace_id": current_trace_id()}, error.code
-
-
-def publish_error(error: PublishError) -> ResponseReturnValue:
-    """Say that the order is kept, but was not passed on: asking again is safe and enough."""
-    log.warning("an event was not published: %s", error)
-    body = {
-        "code": "not_published",
-        "message": "The order was saved but not passed on. Send the same request again, "
-        "with the same Idempotency-Key.",
-    }
-    return {"error": body, "trace_id": current_trace_id()}, 503, {"Retry-After": "1"}

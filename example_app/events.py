@@ -1,17 +1,19 @@
-"""What the parts of the shop tell each other: the messages, by topic.
+"""What the parts of the shop tell each other, and the rest of the company: messages, by topic.
 
-Event ids are made from the order, not at random: whoever announces the same fact again,
-after a crash or a timeout, announces the same event.
+All of them go through the outbox: a row in the transaction that makes them true.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flask_natspubsub import PublishReceipt
+from blinker import signal
 
 from .extensions import pubsub
-from .models import Order, Reservation
+from .models import MovementState, Order, Product, StockMovement
+
+#: Sent whenever a stock movement was planned, booked or refused; the sender is the movement.
+movement_changed = signal("stock-movement-changed")
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,35 @@ class OrderSettled:
     order_id: int
 
 
-def order_created(order: Order) -> PublishReceipt:
+@dataclass(frozen=True)
+class MovementChanged:
+    """What an order takes out of the stock, and how far that is."""
+
+    order_id: int
+    product_id: int
+    quantity: int
+    state: MovementState
+
+
+def order_created(order: Order) -> None:
     """Announce a new order."""
-    return pubsub.publish(
-        "order.created",
-        OrderCreated(order_id=order.id, product_id=order.product_id, quantity=order.quantity),
-        event_id=f"order-{order.id}-created",
-        trace_id=order.trace_id,
-    )
+    message = OrderCreated(order.id, order.product_id, order.quantity)
+    pubsub.publish("order.created", message)
 
 
-def order_settled(reservation: Reservation) -> PublishReceipt:
+def order_settled(movement: StockMovement) -> None:
     """Announce what became of an order."""
-    outcome = "confirmed" if reservation.accepted else "rejected"
-    return pubsub.publish(
-        f"order.{outcome}",
-        OrderSettled(order_id=reservation.order_id),
-        event_id=f"order-{reservation.order_id}-{outcome}",
+    outcome = "confirmed" if movement.state == "booked" else "rejected"
+    pubsub.publish(f"order.{outcome}", OrderSettled(movement.order_id))
+
+
+@pubsub.forward(movement_changed, "stock.movement")
+def stock_movement(movement: StockMovement) -> MovementChanged:
+    """Tell the warehouse, which has software of its own, in the transaction of the change."""
+    return MovementChanged(
+        movement.order_id, movement.product_id, movement.quantity, movement.state
     )
+
+
+# product.created, product.updated and product.deleted, whoever changes a product.
+pubsub.publish_changes(Product, "product", fields=("id", "name", "price_cents", "stock"))

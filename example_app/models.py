@@ -11,6 +11,7 @@ from sqlalchemy.orm import Mapped, foreign, mapped_column, relationship
 from .extensions import Base
 
 OrderState = Literal["pending", "confirmed", "rejected"]
+MovementState = Literal["planned", "booked", "refused"]
 
 
 def utc_now() -> datetime:
@@ -72,22 +73,32 @@ class Order(Base):
         }
 
 
-class Reservation(Base):
-    """The stock keeper's decision on one order, taken once, together with the stock."""
+class StockMovement(Base):
+    """What an order takes out of the stock: planned with it, then booked or refused."""
 
-    __tablename__ = "reservations"
+    __tablename__ = "stock_movements"
 
     order_id: Mapped[int] = mapped_column(ForeignKey(Order.id), primary_key=True)
-    accepted: Mapped[bool]
+    product_id: Mapped[int] = mapped_column(ForeignKey(Product.id))
+    quantity: Mapped[int]
+    state: Mapped[MovementState] = mapped_column(default="planned")
+
+    def settle(self, product: Product) -> None:
+        """Take the quantity out of the stock, or refuse if there is less."""
+        if product.stock < self.quantity:
+            self.state = "refused"
+        else:
+            product.stock -= self.quantity
+            self.state = "booked"
 
 
 class AuditEntry(Base):
-    """One event about an order; the unique event id keeps a redelivered one out."""
+    """One event about an order."""
 
     __tablename__ = "audit_entries"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    event_id: Mapped[str] = mapped_column(String(255), unique=True)
+    event_id: Mapped[str] = mapped_column(String(255))
     order_id: Mapped[int] = mapped_column(index=True)
     topic: Mapped[str] = mapped_column(String(80))
     trace_id: Mapped[str | None] = mapped_column(String(128))

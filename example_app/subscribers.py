@@ -1,49 +1,38 @@
 """What happens after an order was accepted; runs in ``flask natspubsub worker``.
 
-Every message arrives at least once, so each handler is written to do no harm when called
-again: it looks for what it has already done.
+No handler commits: the worker commits what a handler did, what it published, and that it
+handled this event, in one transaction. So a message that comes twice changes nothing.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
+from flask import current_app
 from sqlalchemy import update
-from sqlalchemy.exc import IntegrityError
 
 from flask_natspubsub import MessageContext, Subscriber
 
-from .events import OrderCreated, OrderSettled, order_settled
+from .events import OrderCreated, OrderSettled, movement_changed, order_settled
 from .extensions import db, pubsub
-from .models import AuditEntry, Order, Product, Reservation
+from .models import AuditEntry, Order, Product, StockMovement
+
+LOW_STOCK = 5
 
 
 @pubsub.subscriber("order.created")
 def reserve_stock(message: OrderCreated) -> None:
     """Take the ordered quantity from the stock, or refuse, and say which."""
-    reservation = db.session.get(Reservation, message.order_id) or decide(message)
-    order_settled(reservation)
-
-
-def decide(message: OrderCreated) -> Reservation:
-    """Decide on an order; the stock and the decision change together or not at all.
-
-    Should two workers decide on one order at once, the second fails on the primary key,
-    takes its change of the stock back and finds the decision when it tries again.
-    """
-    product = db.session.get_one(Product, message.product_id)
+    # SQLite has no row locks; there the inbox row, written first, lets one handler in at a time.
+    product = db.session.get_one(Product, message.product_id, with_for_update=True)
     if product.warehouse is None:
         raise ValueError(f"nobody knows which warehouse has {product.name!r}")
-    taken = db.session.connection().execute(
-        update(Product)
-        .where(Product.id == product.id, Product.stock >= message.quantity)
-        .values(stock=Product.stock - message.quantity)
-    )
-    reservation = Reservation(order_id=message.order_id, accepted=taken.rowcount == 1)
-    db.session.add(reservation)
-    db.session.commit()
-    return reservation
+    movement = db.session.get_one(StockMovement, message.order_id)
+    movement.settle(product)
+    movement_changed.send(movement)
+    order_settled(movement)
 
 
 @pubsub.subscriber(["order.confirmed", "order.rejected"])
@@ -54,7 +43,22 @@ def confirm_order(message: OrderSettled, context: MessageContext) -> None:
         .where(Order.id == message.order_id, Order.state == "pending")
         .values(state=context.topic.removeprefix("order."))
     )
-    db.session.commit()
+
+
+@dataclass(frozen=True)
+class ProductUpdated:
+    """What this module needs of ``product.updated``."""
+
+    name: str
+    stock: int
+    changed: list[str]
+
+
+@pubsub.subscriber("product.updated", inbox=False)  # a line in the log may come twice
+def warn_of_low_stock(message: ProductUpdated) -> None:
+    """Tell whoever reads the log that it is time to buy."""
+    if "stock" in message.changed and message.stock <= LOW_STOCK:
+        current_app.logger.warning("only %s left: %s", message.stock, message.name)
 
 
 class Audit(Subscriber):
@@ -63,7 +67,7 @@ class Audit(Subscriber):
     topics = "order.>"
 
     def handle(self, message: dict[str, Any], context: MessageContext) -> None:
-        """Write the event down, once."""
+        """Write the event down."""
         db.session.add(
             AuditEntry(
                 event_id=context.event_id,
@@ -74,7 +78,3 @@ class Audit(Subscriber):
                 handled_by=f"process {os.getpid()}",
             )
         )
-        try:
-            db.session.commit()
-        except IntegrityError:  # it is in the trail already
-            db.session.rollback()

@@ -17,7 +17,7 @@ from flask_natspubsub import current_trace_id
 from . import events
 from .errors import InvalidInput
 from .extensions import db
-from .models import Order, OrderState, Product
+from .models import Order, OrderState, Product, StockMovement
 
 shop = Blueprint("shop", __name__)
 
@@ -61,8 +61,6 @@ def create_order() -> ResponseReturnValue:
     """
     wanted = read_fields({"product_id": an_id, "quantity": a_quantity})
     order = repeated_order(wanted) or new_order(wanted)
-    if order.state == "pending":
-        events.order_created(order)
     return order.as_json(), 202, {"Location": f"/orders/{order.id}"}
 
 
@@ -88,12 +86,17 @@ def show_order(order_id: int) -> ResponseReturnValue:
 
 
 def new_order(wanted: dict[str, int]) -> Order:
-    """Save a new order."""
+    """Save a new order and its events: all of it is committed, or nothing."""
     if db.session.get(Product, wanted["product_id"]) is None:
         raise InvalidInput({"product_id": "there is no such product"})
     order = Order(**wanted, idempotency_key=idempotency_key(), trace_id=current_trace_id())
     db.session.add(order)
     try:
+        db.session.flush()  # gives the order its id
+        movement = StockMovement(order_id=order.id, **wanted, state="planned")
+        db.session.add(movement)
+        events.movement_changed.send(movement)
+        events.order_created(order)
         db.session.commit()
     except IntegrityError as error:
         raise Conflict("The same request is being served right now; send it again.") from error

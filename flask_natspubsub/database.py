@@ -8,16 +8,16 @@ database's clock, inserting what may be there already, time limits, leases.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import sqlalchemy as sa
-from flask import Flask, has_app_context
-from sqlalchemy import orm
+from flask import Flask, current_app, has_app_context
+from sqlalchemy import event, orm
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.exc import NoSuchTableError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 
@@ -30,6 +30,10 @@ BigInt = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 Seconds: sa.Double[float] = sa.Double()
 Blob = sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
 LongText = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+#: An id: MySQL's default collation would take "a" and "A" for the same one.
+Identifier = sa.String(255).with_variant(
+    mysql.VARCHAR(255, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
+)
 
 
 class database_now(FunctionElement[float]):
@@ -52,7 +56,8 @@ def _now_postgresql(element: object, compiler: object, **options: object) -> str
 @compiles(database_now, "mysql")
 @compiles(database_now, "mariadb")
 def _now_mysql(element: object, compiler: object, **options: object) -> str:
-    return "CAST(UNIX_TIMESTAMP(SYSDATE(6)) AS DOUBLE)"
+    # Of UTC: local time, by which UNIX_TIMESTAMP() goes, is set back once a year.
+    return "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6)) / 1e6)"
 
 
 def insert_new(connection: sa.Connection, table: sa.Table, values: Mapping[str, Any]) -> bool:
@@ -112,6 +117,7 @@ class Database:
         self._db = db
         self.metadata = metadata if metadata is not None else _metadata_of(db, bind_key)
         self._known_tables: set[str] = set()
+        self._found_engine: sa.Engine | None = None
 
     @property
     def session(self) -> orm.Session:
@@ -137,7 +143,7 @@ class Database:
             if not session.registry.has():
                 return False
             session = session()
-        return bool(session.new or session.dirty or session.deleted)
+        return bool(flushed_classes(session) or session.new or session.dirty or session.deleted)
 
     def now(self) -> sa.ColumnElement[float]:
         """Return the clock by which rows are due: the database's, which all processes share."""
@@ -145,11 +151,18 @@ class Database:
 
     @property
     def engine(self) -> sa.Engine:
-        """The engine of the bind."""
-        if has_app_context():
-            return self._engine()
-        with self._app.app_context():
-            return self._engine()
+        """The engine of the bind.
+
+        Looked up once: the relay has no application context, and the end of one that were
+        pushed for each statement would run the application's teardown functions.
+        """
+        if self._found_engine is None:
+            if has_app_context() and current_app == self._app:
+                self._found_engine = self._engine()
+            else:
+                with self._app.app_context():
+                    self._found_engine = self._engine()
+        return self._found_engine
 
     def _engine(self) -> sa.Engine:
         engines = self._db.engines
@@ -162,6 +175,13 @@ class Database:
                 f"Known: {', '.join(map(repr, engines))}.",
             )
         return cast(sa.Engine, engines[key])
+
+    def has_other_binds(self, session: orm.Session, classes: Iterable[type]) -> bool:
+        """Whether the rows of one of these classes are in another database than the outbox."""
+        if not has_app_context() or len(self._db.engines) < 2:
+            return False
+        engine = self.engine
+        return any(session.get_bind(one).engine is not engine for one in classes)
 
     @property
     def dialect(self) -> str:
@@ -180,22 +200,65 @@ class Database:
                     limit = str(int(STATEMENT_TIMEOUT * 1000))
                     connection.execute(sa.text(f"SET LOCAL statement_timeout = {limit}"))
                 yield connection
-        except NoSuchTableError as error:
-            raise _tables_missing() from error
         except SQLAlchemyError as error:
+            if _is_missing_table(error):
+                raise _tables_missing() from error
             raise DatabaseError(f"The database failed: {_first_line(error)}") from error
 
     def require_table(self, session: orm.Session, table: sa.Table) -> None:
-        """Check once that a table exists; otherwise the error would come at the commit.
+        """Check once that the session can write to a table; the commit would be too late.
 
-        :raises TablesMissing: it does not.
+        :raises TablesMissing: the table does not exist.
+        :raises ConfigurationError: the session would write to another database, or its
+            transactions are none.
         """
         if table.name in self._known_tables:
             return
         connection = session.connection(bind_arguments={"clause": table})
+        if connection.engine.url != self.engine.url:
+            raise ConfigurationError(
+                f"The session writes {table.name} to {connection.engine.url!r}, and the relay "
+                f"reads it from {self.engine.url!r}.",
+                "Set NATSPUBSUB_BIND_KEY, and with Flask-SQLAlchemy-Lite the session's binds=.",
+            )
+        if _commits_by_itself(connection):
+            raise ConfigurationError(
+                "The database's isolation level is AUTOCOMMIT: a row and its event would not be "
+                "committed together.",
+                "Use another level for this engine, or publish with outbox=False.",
+            )
         if not sa.inspect(connection).has_table(table.name, schema=table.schema):
             raise _tables_missing()
         self._known_tables.add(table.name)
+
+
+def _commits_by_itself(connection: sa.Connection) -> bool:
+    """Whether the user has set AUTOCOMMIT, for the connection or for the engine."""
+    of_engine = getattr(connection.dialect, "_on_connect_isolation_level", None)
+    return "AUTOCOMMIT" in (connection.get_execution_options().get("isolation_level"), of_engine)
+
+
+# What has been flushed is in none of the session's collections, and not committed either.
+_FLUSHED = "natspubsub_flushed"
+
+
+@event.listens_for(orm.Session, "after_flush")
+def _on_flush(session: orm.Session, context: object) -> None:
+    flushed = session.info.setdefault(_FLUSHED, set())
+    for objects in (session.new, session.dirty, session.deleted):
+        flushed.update(map(type, objects))
+
+
+@event.listens_for(orm.Session, "after_transaction_end")
+def _on_transaction_end(session: orm.Session, transaction: orm.SessionTransaction) -> None:
+    if transaction.parent is None:
+        session.info.pop(_FLUSHED, None)
+
+
+def flushed_classes(session: orm.Session) -> set[type]:
+    """Return the classes of what was flushed in the session's transaction."""
+    found: set[type] = session.info.get(_FLUSHED, set())
+    return found
 
 
 def _metadata_of(db: Any, bind_key: str | None) -> sa.MetaData:
@@ -224,6 +287,14 @@ def _tables_missing() -> TablesMissing:
     )
 
 
+def _is_missing_table(error: SQLAlchemyError) -> bool:
+    """Tell a missing table by what each driver says: SQLite in words, the others by number."""
+    cause = getattr(error, "orig", None)
+    number = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
+    code = cause.args[0] if cause is not None and cause.args else None
+    return str(cause).startswith("no such table") or number == "42P01" or code == 1146
+
+
 def _first_line(error: SQLAlchemyError) -> str:
     return str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
 
@@ -237,24 +308,36 @@ class Leases:
         self._database = database
 
     def acquire(self, name: str, owner: str) -> Lease | None:
-        """Take a free or expired lease; None while somebody else has it."""
-        table = self.table
-        take = (
-            sa.update(table)
-            .where(table.c.name == name, table.c.expires_at < database_now())
-            .values(owner=owner, token=table.c.token + 1, expires_at=self._until())
+        """Take a free or expired lease; None while somebody else has it.
+
+        Looks before it writes, and in transactions of their own: those who wait for a lease
+        look often, and a look is all that SQLite can take beside a writer.
+        """
+        columns = self.table.c
+        look = sa.select(columns.token, columns.expires_at < database_now())
+        with self._database.begin() as connection:
+            row = connection.execute(look.where(columns.name == name)).first()
+        if row is None:
+            return self._create(Lease(name, owner, 1))
+        token, expired = row
+        return self._take(Lease(name, owner, int(token) + 1)) if expired else None
+
+    def _create(self, lease: Lease) -> Lease | None:
+        values = {"name": lease.name, "owner": lease.owner, "token": lease.token}
+        with self._database.begin() as connection:
+            created = insert_new(connection, self.table, values | {"expires_at": self._until()})
+        return lease if created else None
+
+    def _take(self, lease: Lease) -> Lease | None:
+        columns = self.table.c
+        statement = (
+            sa.update(self.table)
+            .where(columns.name == lease.name, columns.token == lease.token - 1)
+            .where(columns.expires_at < database_now())
+            .values(owner=lease.owner, token=lease.token, expires_at=self._until())
         )
         with self._database.begin() as connection:
-            if connection.execute(take).rowcount != 1 and not self._create(connection, name, owner):
-                return None
-            token = connection.execute(
-                sa.select(table.c.token).where(table.c.name == name, table.c.owner == owner)
-            ).scalar_one()
-        return Lease(name, owner, int(token))
-
-    def _create(self, connection: sa.Connection, name: str, owner: str) -> bool:
-        values = {"name": name, "owner": owner, "token": 1, "expires_at": self._until()}
-        return insert_new(connection, self.table, values)
+            return lease if connection.execute(statement).rowcount == 1 else None
 
     def renew(self, lease: Lease) -> bool:
         """Extend a lease; False if it is lost."""

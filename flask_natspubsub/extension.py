@@ -123,7 +123,7 @@ class NatsPubsub:
         timeout: float | None = None,
         **options: Any,
     ) -> PublishReceipt | list[PublishReceipt]:
-        """Publish a message and wait until JetStream has stored it.
+        """Publish a message and wait until JetStream has stored it, or write it to the outbox.
 
         Callable from any thread. A list of topics publishes one message for each and returns
         a list of receipts.
@@ -134,7 +134,9 @@ class NatsPubsub:
         :param event_id: the message's id, by which the stream and the inbox know a second
             copy; default a new UUID. Other options: ``trace_id``, ``correlation_id``,
             ``causation_id`` (inherited from the request or the handled message),
-            ``occurred_at`` (an aware datetime), ``headers``, ``message_type``.
+            ``occurred_at`` (an aware datetime), ``headers``, ``message_type``; ``outbox``
+            (default ``NATSPUBSUB_USE_OUTBOX``) and, with it, ``ordering_key``, ``delay`` in
+            seconds and ``available_at``.
         :raises PublishError: one of its subclasses, see ``flask_natspubsub.errors``.
         :raises InvalidTopic: the topic cannot be addressed.
         """

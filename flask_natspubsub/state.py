@@ -128,14 +128,14 @@ class AppState:
 
         :raises ConfigurationError: there is no database.
         """
-        from .persistence import Persistence  # SQLAlchemy is an optional dependency
-
         db = db if db is not None else self.app.extensions.get("sqlalchemy")
         if db is None:
             raise ConfigurationError(
                 "The outbox and the inbox need a database, and the app has none.",
                 "Initialise Flask-SQLAlchemy first, or pass it: NatsPubsub(app, db=db).",
             )
+        from .persistence import Persistence  # SQLAlchemy is an optional dependency
+
         self._persistence = Persistence(self.app, db, metadata, self.settings, self._committed)
         self.checks += self._persistence.health_checks()
         return self._persistence

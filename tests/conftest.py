@@ -6,7 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from flask import Flask
@@ -15,6 +15,9 @@ from flask_natspubsub import NatsPubsub
 
 from .servers import NatsServer
 from .waiting import eventually
+
+if TYPE_CHECKING:
+    from .databases import PostgresServer
 
 MakePubsub = Callable[..., NatsPubsub]
 
@@ -68,6 +71,15 @@ def _command(pid: str) -> str:
 def nats_server() -> Iterator[NatsServer]:
     """A server that all tests share: it is never stopped, and holds every test's streams."""
     with NatsServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL server that all tests share; each makes databases of its own in it."""
+    from .databases import PostgresServer  # the driver and the server, only where they are used
+
+    with PostgresServer() as server:
         yield server
 
 

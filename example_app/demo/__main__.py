@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from .client import Client
@@ -14,17 +13,13 @@ from .processes import (
     Interrupted,
     Processes,
     Unfinished,
-    flask_command,
     free_port,
-    gunicorn_command,
     is_listening,
     nats_server_command,
     stop_on_signals,
     wait_for,
 )
-from .story import BOLD, GREEN, RED, Story, colour, say
-
-START_TIMEOUT = 30.0
+from .story import BOLD, GREEN, RED, Story, colour, say, start_web, start_worker
 
 
 def main() -> int:
@@ -75,26 +70,13 @@ def start(processes: Processes, folder: Path, nats_port: int, http_port: int) ->
     """Start everything and wait until it is ready."""
     say(colour("A shop on a real nats-server", BOLD))
     processes.start("nats-server", *nats_server_command(nats_port, folder / "nats"))
-    await_ready(processes, lambda: is_listening(nats_port), "nats-server")
+    processes.await_ready("nats-server", lambda: is_listening(nats_port))
     started("nats-server", f"nats://127.0.0.1:{nats_port}")
     processes.flask("init-db")
-    processes.start("gunicorn", *gunicorn_command(http_port))
-    health = Client(http_port)
-    await_ready(processes, lambda: health.get("/health/ready").status == 200, "gunicorn")
+    start_web(processes, Client(http_port))
     started("gunicorn", f"http://127.0.0.1:{http_port}  (2 processes)")
-    processes.start("worker", *flask_command("natspubsub", "worker"))
+    start_worker(processes)
     started("worker", "flask --app example_app natspubsub worker")
-
-
-def await_ready(processes: Processes, is_ready: Callable[[], bool], name: str) -> None:
-    """Wait until a process is ready, but not when it has ended."""
-
-    def ready_or_ended() -> bool:
-        return bool(processes.ended() or is_ready())
-
-    wait_for(ready_or_ended, f"{name} ready", START_TIMEOUT)
-    if processes.ended():
-        raise Unfinished(f"{name} ready")
 
 
 def started(name: str, address: str) -> None:

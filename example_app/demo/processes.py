@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 #: How long a process may take to end after SIGTERM before it is killed; seconds.
 STOP_TIMEOUT = 10.0
+#: How long a process may take to be ready; seconds.
+START_TIMEOUT = 30.0
 
 
 class Interrupted(Exception):
@@ -124,6 +126,19 @@ class Processes:
         process = self._running.pop(name)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+    def await_ready(self, name: str, is_ready: Callable[[], bool]) -> None:
+        """Wait until a process is ready, but not when it has ended.
+
+        :raises Unfinished: it has ended, or is not ready in time.
+        """
+
+        def ready_or_ended() -> bool:
+            return bool(self.ended() or is_ready())
+
+        wait_for(ready_or_ended, f"{name} ready", START_TIMEOUT)
+        if self.ended():
+            raise Unfinished(f"{name} ready")
 
     def ended(self) -> list[str]:
         """Return the names of the processes that ended by themselves."""

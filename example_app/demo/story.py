@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .client import Answer, Client
-from .processes import Processes, Unfinished, wait_for
+from .processes import Processes, Unfinished, flask_command, gunicorn_command, wait_for
 
 #: How long a step may take until it counts as not seen; seconds.
 STEP_TIMEOUT = float(os.environ.get("STEP_TIMEOUT") or 20)
@@ -32,6 +32,17 @@ def say(text: str = "") -> None:
     print(text, flush=True)
 
 
+def start_web(processes: Processes, client: Client) -> None:
+    """Start the web processes and wait until they serve."""
+    processes.start("gunicorn", *gunicorn_command(client.port))
+    processes.await_ready("gunicorn", lambda: client.get("/health/ready").status == 200)
+
+
+def start_worker(processes: Processes) -> None:
+    """Start the process that relays the outbox and runs the subscribers."""
+    processes.start("worker", *flask_command("natspubsub", "worker"))
+
+
 class Story:
     """Tells the way of some orders through the shop and counts the steps that were seen.
 
@@ -49,6 +60,7 @@ class Story:
         self.one_order()
         self.rejected_order()
         self.poison_order()
+        self.crash_between()
 
     # --- chapters
 
@@ -110,6 +122,26 @@ class Story:
         self.await_state(order.body["id"], "confirmed")
         self.step(f"GET /orders/{order.body['id']}", "confirmed", order.trace_id)
 
+    def crash_between(self) -> None:
+        """Kill the web process after the commit, before anybody has sent the event."""
+        self.chapter("A crash between the commit and the event")
+        self.processes.stop("worker")
+        self.step("no worker", "nobody relays the outbox")
+        order = self.place_order(TEAPOT, 1)
+        self.processes.kill("gunicorn")
+        self.step("kill -9", "the web processes are gone, the order is committed")
+        pending = self.outbox()["pending"]
+        self.check("outbox", pending == 2, f"{pending} events wait in the database", order.trace_id)
+        self.quote(self.processes.flask("natspubsub", "outbox", "list", "--status", "pending"))
+        start_web(self.processes, self.client)
+        self.check("audit trail", not self.order(order.body["id"])["history"], "no event yet")
+        start_worker(self.processes)
+        self.step("worker started", "relays the outbox, runs the subscribers")
+        self.follow(order, "order.created")
+        self.await_state(order.body["id"], "confirmed")
+        self.step(f"GET /orders/{order.body['id']}", "confirmed", order.trace_id)
+        wait_for(lambda: not self.outbox()["pending"], "an empty outbox", STEP_TIMEOUT)
+
     # --- what happens in them
 
     def place_order(self, product_id: int, quantity: int) -> Answer:
@@ -131,7 +163,7 @@ class Story:
 
     def show_event(self, event: dict[str, Any]) -> None:
         """Show an event that was stored, as the audit trail knows it."""
-        detail = f"stored as message {event['sequence']}, {event['event_id']}"
+        detail = f"stored as message {event['sequence']}, event {event['event_id'][-8:]}"
         self.step(event["topic"], detail, event["trace_id"])
 
     def await_event(self, order_id: int, topic: str) -> dict[str, Any]:
@@ -169,6 +201,11 @@ class Story:
         """Return the dead letters as ``dlq list --json`` has them."""
         letters: list[Any] = json.loads(self.processes.flask("natspubsub", "dlq", "list", "--json"))
         return letters
+
+    def outbox(self) -> dict[str, Any]:
+        """Return what ``outbox status --json`` says."""
+        status = self.processes.flask("natspubsub", "outbox", "status", "--json")
+        return dict(json.loads(status))
 
     # --- the look of it
 

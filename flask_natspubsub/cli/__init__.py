@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from . import deadletters, overview, publishing, server, worker
+from . import deadletters, inbox, outbox, overview, publishing, relay, server, worker
 from .group import natspubsub
 
-__all__ = ["deadletters", "natspubsub", "overview", "publishing", "server", "worker"]
+__all__ = [
+    "deadletters",
+    "inbox",
+    "natspubsub",
+    "outbox",
+    "overview",
+    "publishing",
+    "relay",
+    "server",
+    "worker",
+]

@@ -193,13 +193,18 @@ _bulk_options = _all_of(
     ],
 )
 @_bulk_options
-def replay_command(state: AppState, **options: Any) -> None:
+@click.option(
+    "--force", is_flag=True, help="Handle them even if the inbox says that they were handled."
+)
+def replay_command(state: AppState, force: bool, **options: Any) -> None:
     """Send dead letters again, each to the subscriber that gave it up, and remove them.
 
     Which ones: their ids, or filters, or --all. What fails once more becomes a dead letter
     again and is not replayed a second time by the same command.
     """
-    _in_bulk(state, "replay", lambda letters, record: letters.replay(record), **options)
+    _in_bulk(
+        state, "replay", lambda letters, record: letters.replay(record, force=force), **options
+    )
 
 
 @dlq.command(

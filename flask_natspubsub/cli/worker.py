@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,9 @@ from ..worker.process import WorkerProcess
 from ..worker.supervisor import Reloader, in_child
 from .group import Misused, end, natspubsub
 from .output import log_to_stderr, plain
+
+if TYPE_CHECKING:  # it brings asyncio, which most commands do without
+    from ..worker.runner import Worker
 
 
 @natspubsub.command(
@@ -38,7 +42,7 @@ from .output import log_to_stderr, plain
     metavar="NAME",
     help="Run this subscriber only; may be repeated.  [default: all]",
 )
-@click.option("--no-relay", is_flag=True, help="Do not relay the outbox.")
+@click.option("--no-relay", is_flag=True, help="Do not relay the outbox; another process does.")
 @click.option("--burst", is_flag=True, help="End when there is nothing left to do.")
 @click.option("--reload", is_flag=True, help="Start again when a .py file changes.")
 def worker_command(
@@ -65,7 +69,7 @@ def worker_command(
         end(Reloader(command, folders, state.settings.shutdown_timeout).run())
     _check_names(state.subscriptions(), only)
     worker = state.extension.make_worker(only, relay=not no_relay, concurrency=concurrency)
-    _print_banner(state, worker.subscribers, worker.concurrency)
+    _print_banner(state, worker)
     app = state.app
     end(WorkerProcess(worker, lambda t: state.extension.shutdown(app, t), burst=burst).run())
 
@@ -86,19 +90,27 @@ def _packages(folder: Path) -> list[str]:
     return [str(path.parent) for path in sorted(folder.glob("*/__init__.py"))]
 
 
-def _print_banner(state: AppState, running: list[str], concurrency: int) -> None:
+def _print_banner(state: AppState, worker: Worker) -> None:
     settings = state.settings
+    concurrency = worker.concurrency
     click.echo(
         f"Worker of {settings.app_name} in {settings.env}, process {os.getpid()}\n"
         f"  servers      {plain(settings.safe_urls)}\n"
         f"  stream       {settings.stream}\n"
         f"  concurrency  {concurrency}\n"
+        f"  outbox       {_outbox(state, worker)}\n"
         "  subscribers",
         err=True,
     )
-    chosen = [one for one in state.subscriptions() if one.name in running]
+    chosen = [one for one in state.subscriptions() if one.name in worker.subscribers]
     longest = max(len(one.name) for one in chosen)
     for one in chosen:
         receives = ", ".join(one.topics or one.filter_subjects)
         at_once = min(one.concurrency, concurrency)
         click.echo(f"    {one.name.ljust(longest)}  {receives}  ({at_once} at once)", err=True)
+
+
+def _outbox(state: AppState, worker: Worker) -> str:
+    if worker.relays:
+        return "relayed by this worker"
+    return "none" if state.persistence is None else "not relayed (--no-relay)"

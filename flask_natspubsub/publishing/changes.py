@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import sqlalchemy as sa
 from sqlalchemy import event, orm
@@ -18,8 +19,8 @@ from ..errors import ConfigurationError
 
 #: Columns that are not published unless they are named.
 SECRET = re.compile(
-    r"(^|_)(password|passwd|pwd|passphrase|secret|token|hash|salt|otp|pin|ssn|cvv)(s|$|_)"
-    r"|api_?key|private_?key|credential",
+    r"passw|passphrase|pwd|secret|token|credential|(api|access|private|signing|encryption)_?key"
+    r"|hash($|_)|(^|_)(hash|hashes|salt|t?otp|pin|ssn|cvv|cvc)($|_)",
     re.IGNORECASE,
 )
 
@@ -49,6 +50,7 @@ class ChangeFeed:
     def __init__(self, report: Callable[[orm.Session, Sequence[Change]], None]) -> None:
         self._report = report
         self._models: list[_Model] = []
+        _feeds.add(self)
 
     def watch(self, model: type, topic: str, fields: Iterable[str] | None = None) -> None:
         """Report the changes of a model as ``{topic}.created``, ``.updated``, ``.deleted``.
@@ -71,12 +73,11 @@ class ChangeFeed:
                         f"Its columns: {', '.join(columns)}.",
                     )
         keys = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
-        if not self._models:
-            event.listen(orm.Session, "after_flush", self._after_flush)
         self._models = [one for one in self._models if one.cls is not model]
         self._models.append(_Model(model, topic, tuple(chosen), tuple(keys)))
 
-    def _after_flush(self, session: orm.Session, context: object) -> None:
+    def look(self, session: orm.Session) -> None:
+        """Report what the flush that is ending has done."""
         changes = [change for obj, kind in _touched(session) for change in self._of(obj, kind)]
         if changes:
             self._report(session, changes)
@@ -89,28 +90,46 @@ class ChangeFeed:
                     yield Change(f"{model.topic}.{kind}", message)
 
 
+#: All that there are: a listener cannot be taken away, and must not keep an extension alive.
+_feeds: WeakSet[ChangeFeed] = WeakSet()
+
+
+@event.listens_for(orm.Session, "after_flush")
+def _after_flush(session: orm.Session, context: object) -> None:
+    for feed in list(_feeds):
+        feed.look(session)
+
+
 def _touched(session: orm.Session) -> list[tuple[object, str]]:
-    """Return the objects of the flush; the sets of the session have no order, so by key."""
+    """Return the objects of the flush; the session keeps the changed ones in no order."""
     found = [(obj, "created") for obj in session.new]
-    found += [(obj, "updated") for obj in session.dirty if session.is_modified(obj)]
+    changed = [obj for obj in session.dirty if session.is_modified(obj)]
+    found += [(obj, "updated") for obj in sorted(changed, key=_order)]
     found += [(obj, "deleted") for obj in session.deleted]
     return found
 
 
+def _order(obj: object) -> tuple[str, list[tuple[int, str]]]:
+    """Sort by class and primary key, numbers as numbers."""
+    identity: tuple[Any, ...] = sa.inspect(obj, raiseerr=True).identity or ()
+    return type(obj).__name__, [(len(str(part)), str(part)) for part in identity]
+
+
 def _message(obj: object, kind: str, model: _Model) -> dict[str, Any] | None:
-    if kind == "deleted":
-        return _values(obj, tuple(dict.fromkeys((*model.keys, *model.fields))))
-    if kind == "created":
-        return _values(obj, model.fields)
     state: Any = sa.inspect(obj)
+    if kind == "created":
+        # What was never set is NULL, unless the database has made a value nobody has read yet.
+        return {name: None for name in model.fields if name not in state.expired_attributes} | (
+            _loaded(state, model.fields)
+        )
+    keys = dict(zip(model.keys, state.identity, strict=True))
+    values = keys | _loaded(state, model.fields)
+    if kind == "deleted":
+        return values
     changed = [name for name in model.fields if state.attrs[name].history.has_changes()]
-    if not changed:
-        return None
-    names = tuple(dict.fromkeys((*model.keys, *model.fields)))
-    return _values(obj, names) | {"changed": changed}
+    return values | {"changed": changed} if changed else None
 
 
-def _values(obj: object, names: tuple[str, ...]) -> dict[str, Any]:
-    """Read what is loaded: reading an expired attribute would query inside the flush."""
-    loaded: dict[str, Any] = sa.inspect(obj).dict
-    return {name: loaded[name] for name in names if name in loaded}
+def _loaded(state: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values there are: reading an expired attribute would query inside the flush."""
+    return {name: state.dict[name] for name in names if name in state.dict}

@@ -7,12 +7,11 @@ what publishing uses, inside the user's session; the relay's side is ``store``.
 from __future__ import annotations
 
 import json
-import time
+import logging
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import sqlalchemy as sa
 from sqlalchemy import event, orm
@@ -21,16 +20,23 @@ from ..database import (
     BigInt,
     Blob,
     Database,
+    Identifier,
     LongText,
     Seconds,
+    database_now,
+    flushed_classes,
     make_lease_table,
 )
 from .draft import Prepared
 
+_log = logging.getLogger("flask_natspubsub")
+
 PENDING, SENT, PARKED = "pending", "sent", "parked"
 TABLE = "natspubsub_outbox"
+#: Ids that one query asks for.
+ID_CHUNK = 500
 _INFO = "natspubsub_outbox"
-_WROTE = "natspubsub_wrote"
+_WRITER = "natspubsub_writer"
 
 
 class OutboxRow:
@@ -68,17 +74,17 @@ def _outbox_table(metadata: sa.MetaData) -> sa.Table:
         TABLE,
         metadata,
         sa.Column("id", BigInt, primary_key=True, autoincrement=True),
-        sa.Column("event_id", sa.String(255), nullable=False, unique=True),
+        sa.Column("event_id", Identifier, nullable=False, unique=True),
         sa.Column("subject", sa.String(255), nullable=False),
         sa.Column("headers", LongText, nullable=False),
         sa.Column("payload", Blob, nullable=False),
-        sa.Column("ordering_key", sa.String(255)),
+        sa.Column("ordering_key", Identifier),
         sa.Column("partition", sa.Integer, nullable=False),
         sa.Column("status", sa.String(8), nullable=False, default=PENDING),
         sa.Column("available_at", Seconds),
         sa.Column("attempts", sa.Integer, nullable=False, default=0),
         sa.Column("last_error", sa.String(1024)),
-        sa.Column("created_at", Seconds, nullable=False, default=time.time),
+        sa.Column("created_at", Seconds, nullable=False, default=database_now()),
         sa.Column("sent_at", Seconds),
         sa.Column("stream", sa.String(255)),
         sa.Column("stream_sequence", BigInt),
@@ -119,8 +125,8 @@ class OutboxWriter:
         self._database = database
         self._tables = tables
         self._partitions = partitions
-        self._committed = committed
-        self._hooked: WeakSet[type] = WeakSet()
+        self._hint = committed
+        self._warned = False
 
     def add(self, prepared: Sequence[Prepared]) -> list[bool]:
         """Add rows to the session; they are inserted by its next flush and follow savepoints.
@@ -131,31 +137,44 @@ class OutboxWriter:
         :raises TablesMissing: the tables are not in the database.
         """
         session = self._database.session
-        self._watch(session)
-        known = [item.named and self._has(session, item.event_id) for item in prepared]
-        session.add_all(
-            self._tables.row(**self._values(item))
-            for item, there in zip(prepared, known, strict=True)
-            if not there
-        )
+        self._require(session)
+        seen = self._existing(session, {item.event_id for item in prepared if item.named})
+        known, new = [], []
+        for item in prepared:
+            known.append(item.event_id in seen)
+            if not known[-1]:
+                new.append(item)
+                seen.add(item.event_id)
+        if _is_flushing(session):
+            self.insert(session, new)
+        else:
+            session.add_all(self._tables.row(**self._values(item)) for item in new)
         return known
 
     def insert(self, session: orm.Session, prepared: Sequence[Prepared]) -> None:
         """Insert rows at once, for those who are inside a flush already."""
-        self._watch(session)
+        self._require(session)
         table = self._tables.outbox
         connection = session.connection(bind_arguments={"clause": table})
-        connection.execute(sa.insert(table), [self._values(item) for item in prepared])
+        rows = [self._values(item) for item in prepared]
+        if any(item.delay is not None for item in prepared):  # an expression: one by one
+            for row in rows:
+                connection.execute(sa.insert(table).values(**row))
+        elif rows:
+            connection.execute(sa.insert(table), rows)
 
-    def _has(self, session: orm.Session, event_id: str) -> bool:
-        """Whether the session or the table has this event id already."""
-        new = (row for row in session.new if isinstance(row, self._tables.row))
-        if any(row.event_id == event_id for row in new):  # type: ignore[attr-defined]  # mapped
-            return True
-        table = self._tables.outbox
+    def _existing(self, session: orm.Session, event_ids: set[str]) -> set[str]:
+        """Return those event ids that the session or the table has already."""
+        if not event_ids:
+            return set()
+        rows: list[Any] = [row for row in session.new if isinstance(row, self._tables.row)]
+        found = event_ids & {row.event_id for row in rows}
+        left, column = sorted(event_ids - found), self._tables.outbox.c.event_id
         with session.no_autoflush:
-            query = sa.select(table.c.id).where(table.c.event_id == event_id)
-            return session.execute(query).first() is not None
+            for start in range(0, len(left), ID_CHUNK):
+                query = sa.select(column).where(column.in_(left[start : start + ID_CHUNK]))
+                found.update(session.scalars(query, bind_arguments={"clause": column.table}))
+        return found
 
     def _values(self, item: Prepared) -> dict[str, Any]:
         spread_by = item.ordering_key or item.event_id
@@ -172,15 +191,40 @@ class OutboxWriter:
             "available_at": due,
         }
 
-    def _watch(self, session: orm.Session) -> None:
+    def _require(self, session: orm.Session) -> None:
         self._database.require_table(session, self._tables.outbox)
-        session.info[_WROTE] = True
-        kind = type(session)
-        if kind not in self._hooked:
-            self._hooked.add(kind)
-            event.listen(kind, "after_transaction_end", self._on_end)
+        session.info[_WRITER] = self
 
-    def _on_end(self, session: orm.Session, transaction: orm.SessionTransaction) -> None:
-        """Hint when the root ends. ``after_commit`` would fire for savepoints as well."""
-        if transaction.parent is None and session.info.pop(_WROTE, False):
-            self._committed()
+    def committed(self, session: orm.Session) -> None:
+        """Hear that the session has committed a transaction with rows in it."""
+        self._hint()
+        if not self._warned and self._database.has_other_binds(session, flushed_classes(session)):
+            self._warned = True
+            _log.warning(
+                "a transaction wrote to another database than the one of the outbox: the two "
+                "commit one after the other, so a crash in between keeps the rows and loses the "
+                "event, or the reverse. NATSPUBSUB_BIND_KEY says in which one the outbox is"
+            )
+
+
+def _is_flushing(session: orm.Session) -> bool:
+    """Whether mapper events are being called, when nothing may be added to the session.
+
+    There is no public way to ask; should this one go, SQLAlchemy warns and adds all the same.
+    """
+    return bool(getattr(session, "_warn_on_events", False))
+
+
+@event.listens_for(orm.Session, "after_commit")
+def _on_commit(session: orm.Session) -> None:
+    """Give the hint. A savepoint's release comes here too, and has committed nothing yet."""
+    if not session.in_nested_transaction():
+        writer: OutboxWriter | None = session.info.pop(_WRITER, None)
+        if writer is not None:
+            writer.committed(session)
+
+
+@event.listens_for(orm.Session, "after_transaction_end")
+def _on_end(session: orm.Session, transaction: orm.SessionTransaction) -> None:
+    if transaction.parent is None:
+        session.info.pop(_WRITER, None)

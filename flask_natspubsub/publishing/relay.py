@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import random
 import secrets
@@ -35,18 +36,21 @@ _log = logging.getLogger("flask_natspubsub.relay")
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 300.0
 PAUSE = 1.0
+#: So many seconds before a lease ends it is renewed: longer than one publish may take.
+RENEW_BEFORE = LEASE_SECONDS * 2 / 3
 STAND_BY_INTERVAL = 2.0
 LOG_INTERVAL = 10.0
 CLEAN_INTERVAL = 60.0
-CLEAN_BATCHES = 5
+CLEAN_PAUSE = 0.1
 #: What a relay that gives its leases back says to the others.
 RELEASED = b"released"
 
 
 @dataclass(slots=True)
 class _Held:
-    """A lease, and until when it is surely ours on this process's own clock."""
+    """The lease of a partition, and until when it is surely ours on this process's own clock."""
 
+    partition: int
     lease: Lease
     until: float
 
@@ -55,7 +59,8 @@ class Relay:
     """Sends the rows of the partitions that it holds the leases of.
 
     :param relayed: told how many rows were sent.
-    :param clean: called now and then, by one relay only, to delete what is old elsewhere.
+    :param clean: called now and then, by one relay only, to delete what is old elsewhere;
+        returns how many, ``CLEAN_BATCH`` if there may be more.
     """
 
     def __init__(
@@ -64,9 +69,11 @@ class Relay:
         broker: Broker,
         settings: Settings,
         relayed: Callable[[int], None],
-        clean: Callable[[], object] = lambda: None,
+        clean: Callable[[], int] = lambda: 0,
     ) -> None:
+        #: How often another relay had taken a lease before this one renewed it.
         self.lease_lost = 0
+        #: When ``run`` was last seen to go round, on the monotonic clock.
         self.beat = time.monotonic()
         self._store = store
         self._broker = broker
@@ -76,6 +83,7 @@ class Relay:
         host = socket.gethostname()[:32]
         self._owner = f"{host}:{os.getpid()}:{secrets.token_hex(4)}"
         self._held: dict[int, _Held] = {}
+        self._next_poll = 0.0
         self._next_try = 0.0
         self._next_clean = time.monotonic() + CLEAN_INTERVAL
         self._wake = threading.Event()
@@ -86,24 +94,53 @@ class Relay:
 
     def run(self) -> None:
         """Relay until ``stop``; then give the leases back."""
-        hints = self._broker.listen(wakeup_subject(self._settings), self._on_hint)
+        stop_listening = self._listen()
         try:
             while not self._stopping.is_set():
-                self.beat = time.monotonic()
-                pause = self._settings.outbox_poll_interval
-                try:
-                    if self.step():
-                        continue
-                    self._clean()
-                except NatsPubsubError as error:
-                    self._complain(str(error))
-                    pause = PAUSE * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
-                self._wake.wait(pause)
-                self._wake.clear()
+                self._wake.wait(self._round())
         finally:
+            self.beat = -math.inf
             self.release()
             with contextlib.suppress(NatsPubsubError):
-                hints.stop()
+                stop_listening()
+
+    def _listen(self) -> Callable[[], object]:
+        """Begin to listen for hints; where that cannot be, rows are found by polling."""
+        try:
+            return self._broker.listen(wakeup_subject(self._settings), self._on_hint).stop
+        except NatsPubsubError as error:
+            self._complain(str(error))
+            return lambda: None
+
+    def _round(self) -> float:
+        """Do what is due; returns for how many seconds nothing else will be."""
+        self.beat = time.monotonic()
+        woken = self._wake.is_set()
+        self._wake.clear()
+        try:
+            self._take_leases()
+            if woken or time.monotonic() >= self._next_poll:
+                self._next_poll = time.monotonic() + self._settings.outbox_poll_interval
+                if self._send_batches():
+                    self._next_poll = 0.0
+            self._clean()
+        except NatsPubsubError as error:
+            self._complain(str(error))
+        except Exception:  # noqa: BLE001 - whatever it is, the outbox must not stand still
+            _log.exception("the relay failed in an unforeseen way")
+        else:
+            return max(0.0, self._next_event() - time.monotonic())
+        self._next_poll = 0.0
+        self._stopping.wait(PAUSE * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
+        return 0.0
+
+    def _next_event(self) -> float:
+        times = [self._next_poll, *(held.until - RENEW_BEFORE for held in self._held.values())]
+        if len(self._held) < self._settings.outbox_partitions:
+            times.append(self._next_try)
+        if 0 in self._held:
+            times.append(self._next_clean)
+        return min(times)
 
     def stop(self) -> None:
         """Have ``run`` return after the batch in hand."""
@@ -114,8 +151,8 @@ class Relay:
         """Give the leases back, and tell the stand-bys."""
         held, self._held = list(self._held.values()), {}
         self._next_try = 0.0
-        with contextlib.suppress(NatsPubsubError):
-            for one in held:
+        for one in held:
+            with contextlib.suppress(NatsPubsubError):
                 self._store.leases.release(one.lease)
         if held:
             self._broker.send(wakeup_subject(self._settings), RELEASED)
@@ -127,7 +164,7 @@ class Relay:
         """
         count = 0
         try:
-            while sent := self.step():
+            while not self._stopping.is_set() and (sent := self.step()):
                 count += sent
         finally:
             self.release()
@@ -162,39 +199,49 @@ class Relay:
         :raises PublishError: none could be sent, for a reason that passes.
         """
         self._take_leases()
-        return sum(self._send_batch(partition) for partition in list(self._held))
+        return self._send_batches()
+
+    def _send_batches(self) -> int:
+        return sum(self._send_batch(held) for held in list(self._held.values()))
 
     def _take_leases(self) -> None:
+        for held in list(self._held.values()):
+            if held.until - time.monotonic() <= RENEW_BEFORE:
+                self._renew(held)
         now = time.monotonic()
-        for partition, held in list(self._held.items()):
-            if held.until - now < LEASE_SECONDS * 2 / 3:
-                self._renew(partition, held)
         if len(self._held) == self._settings.outbox_partitions or now < self._next_try:
             return
         self._next_try = now + STAND_BY_INTERVAL
         for partition in range(self._settings.outbox_partitions):
             if partition not in self._held:
-                started = time.monotonic()
-                lease = self._store.leases.acquire(f"outbox/{partition}", self._owner)
-                if lease is not None:
-                    self._held[partition] = _Held(lease, started + LEASE_SECONDS)
-                    _log.info("relaying partition %d of the outbox", partition)
+                self._take_lease(partition)
 
-    def _renew(self, partition: int, held: _Held) -> None:
+    def _take_lease(self, partition: int) -> None:
         started = time.monotonic()
-        if self._store.leases.renew(held.lease):
-            held.until = started + LEASE_SECONDS
-        else:
-            self._lose(partition)
+        lease = self._store.leases.acquire(f"outbox/{partition}", self._owner)
+        if lease is None:
+            return
+        self._held[partition] = _Held(partition, lease, started + LEASE_SECONDS)
+        self._next_poll = 0.0
+        _log.info("relaying partition %d of the outbox", partition)
+        if partition == 0:
+            self._store.adopt(self._settings.outbox_partitions)
 
-    def _lose(self, partition: int) -> None:
-        self.lease_lost += 1
-        self._held.pop(partition, None)
-        _log.warning("the lease of partition %d was lost to another relay", partition)
+    def _renew(self, held: _Held) -> bool:
+        started = time.monotonic()
+        if not self._store.leases.renew(held.lease):
+            self._lose(held)
+            return False
+        held.until = started + LEASE_SECONDS
+        return True
 
-    def _send_batch(self, partition: int) -> int:
-        held = self._held[partition]
-        rows = self._store.due(partition, self._settings.outbox_batch_size)
+    def _lose(self, held: _Held) -> None:
+        if self._held.pop(held.partition, None) is not None:
+            self.lease_lost += 1
+            _log.warning("the lease of partition %d was lost to another relay", held.partition)
+
+    def _send_batch(self, held: _Held) -> int:
+        rows = self._store.due(held.partition, self._settings.outbox_batch_size)
         if not rows:
             return 0
         sent, errors = self._publish(rows, held)
@@ -203,7 +250,7 @@ class Relay:
         failures = {row.id: self._failure(row, errors[row.id]) for row in rows if row.id in errors}
         started = time.monotonic()
         if not self._store.mark(held.lease, sent, failures):
-            self._lose(partition)
+            self._lose(held)
             return 0
         held.until = started + LEASE_SECONDS
         if sent:
@@ -213,25 +260,41 @@ class Relay:
     def _publish(
         self, rows: Sequence[DueRow], held: _Held
     ) -> tuple[dict[int, StoredAck], dict[int, PublishError]]:
-        """Publish in waves, so that of one key no row is sent before the one ahead is stored."""
+        """Publish in order, of one key none before the one ahead of it is stored."""
         sent: dict[int, StoredAck] = {}
         errors: dict[int, PublishError] = {}
-        stuck: set[str] = set()
+        stuck: set[str | None] = set()
         timeout = min(self._settings.publish_timeout, LEASE_SECONDS / 2)
-        for wave in waves(rows):
-            batch = [row for row in wave if row.ordering_key not in stuck]
-            if not batch or time.monotonic() + timeout > held.until:
+        for run in runs(rows):
+            batch = [row for row in run if row.ordering_key not in stuck]
+            if not batch:
+                continue
+            if not self._is_ours(held, timeout):
                 break
-            ticket = self._broker.submit([row.message for row in batch], timeout)
-            ticket.wait(timeout + STUCK)
-            for row, result in zip(batch, ticket.results, strict=True):
+            self.beat = time.monotonic()
+            results = self._submit(batch, timeout)
+            for row, result in zip(batch, results, strict=True):
                 if isinstance(result, StoredAck):
                     sent[row.id] = result
                 else:
-                    errors[row.id] = result or PublishError("no answer", outcome="unknown")
-                    if row.ordering_key is not None:
-                        stuck.add(row.ordering_key)
+                    errors[row.id] = result
+                    stuck.add(row.ordering_key)
+            stuck.discard(None)  # rows without a key wait for none
+            if all(isinstance(one, PublishError) and one.temporary for one in results):
+                break  # the others would fail too, and take as long
         return sent, errors
+
+    def _submit(self, rows: Sequence[DueRow], timeout: float) -> list[StoredAck | PublishError]:
+        ticket = self._broker.submit([row.message for row in rows], timeout)
+        ticket.wait(timeout + STUCK)
+        return [
+            result or PublishError("The broker's thread did not answer.", outcome="unknown")
+            for result in ticket.results
+        ]
+
+    def _is_ours(self, held: _Held, seconds: float) -> bool:
+        """Whether nobody else sends these rows for so many seconds; renews if need be."""
+        return time.monotonic() + seconds <= held.until or self._renew(held)
 
     def _failure(self, row: DueRow, error: PublishError) -> Failure:
         refused = not error.temporary
@@ -245,14 +308,16 @@ class Relay:
     # --- looking after the table
 
     def _clean(self) -> None:
-        """Delete rows sent long ago, a few thousand at a time so that nobody waits."""
-        now = time.monotonic()
-        if now < self._next_clean or 0 not in self._held:
+        """Delete rows sent long ago, so many at a time that nobody waits for it."""
+        if time.monotonic() < self._next_clean or 0 not in self._held:
             return
-        retention = self._settings.outbox_retention
-        more = all(self._store.purge(SENT, retention) == CLEAN_BATCH for _ in range(CLEAN_BATCHES))
-        self._also_clean()
-        self._next_clean = now + (0.0 if more else CLEAN_INTERVAL)
+        counts = (
+            self._store.purge(SENT, self._settings.outbox_retention),
+            self._store.adopt(self._settings.outbox_partitions),
+            self._also_clean(),
+        )
+        more = max(counts) >= CLEAN_BATCH
+        self._next_clean = time.monotonic() + (CLEAN_PAUSE if more else CLEAN_INTERVAL)
 
     def _complain(self, what: str) -> None:
         """Log, one line per interval however often it fails."""
@@ -262,16 +327,15 @@ class Relay:
             _log.warning("the relay cannot send: %s", what)
 
 
-def waves(rows: Sequence[DueRow]) -> list[list[DueRow]]:
-    """Split rows so that no wave has two of one ordering key; order is kept within a wave."""
-    count: dict[str, int] = {}
+def runs(rows: Sequence[DueRow]) -> list[list[DueRow]]:
+    """Cut rows, in order, so that no part has two of one ordering key."""
     found: list[list[DueRow]] = []
+    keys: set[str] = set()
     for row in rows:
-        index = 0
-        if row.ordering_key is not None:
-            index = count.get(row.ordering_key, 0)
-            count[row.ordering_key] = index + 1
-        if index == len(found):
+        if not found or row.ordering_key in keys:
             found.append([])
-        found[index].append(row)
+            keys = set()
+        found[-1].append(row)
+        if row.ordering_key is not None:
+            keys.add(row.ordering_key)
     return found

@@ -54,46 +54,37 @@ class OutboxStore:
     def due(self, partition: int, limit: int) -> list[DueRow]:
         """Read what may be sent, oldest first.
 
-        A row whose key has an older row that is not due yet waits for it.
+        A row whose key has an older row that is not due yet, or is still in another partition,
+        waits for it.
         """
         table, older = self.table, self.table.alias("older")
-        now = self._database.now()
-        blocked = (
-            sa.select(older.c.id)
-            .where(
-                older.c.status == PENDING,
-                older.c.ordering_key == table.c.ordering_key,
-                older.c.id < table.c.id,
-                older.c.available_at > now,
-            )
-            .exists()
+        columns, now = table.c, self._database.now()
+        waits = sa.exists().where(
+            _is_pending(older),
+            older.c.ordering_key == columns.ordering_key,
+            older.c.id < columns.id,
+            sa.or_(older.c.available_at > now, older.c.partition != partition),
         )
-        columns = table.c
         query = (
             sa.select(
                 columns.id, columns.event_id, columns.subject, columns.payload,
                 columns.headers, columns.ordering_key, columns.attempts,
             )
             .where(
-                columns.status == PENDING,
+                _is_pending(table),
                 columns.partition == partition,
                 sa.or_(columns.available_at.is_(None), columns.available_at <= now),
-                sa.or_(columns.ordering_key.is_(None), ~blocked),
+                sa.or_(columns.ordering_key.is_(None), ~waits),
             )
             .order_by(columns.id)
             .limit(limit)
         )  # fmt: skip
         with self._database.begin() as connection:
-            return [
-                DueRow(
-                    row.id,
-                    row.event_id,
-                    _message(row),
-                    row.ordering_key,
-                    row.attempts,
-                )
-                for row in connection.execute(query)
-            ]
+            rows = connection.execute(query).all()
+        return [
+            DueRow(row.id, row.event_id, _message(row), row.ordering_key, row.attempts)
+            for row in rows
+        ]
 
     def mark(
         self,
@@ -109,21 +100,29 @@ class OutboxStore:
             if not self.leases.renew_in(connection, lease):
                 return False
             for stream, rows in _by_stream(sent).items():
-                statement = sa.text(_MARK_SENT[connection.dialect.name].format(self.table.fullname))
-                connection.execute(statement, {"stream": stream, "rows": rows})
-            for row_id, failure in failed.items():
-                connection.execute(self._failure(row_id, failure))
+                connection.execute(
+                    self._mark_sent(connection.dialect), {"stream": stream, "rows": rows}
+                )
+            if failed:
+                failures = [_failure(row_id, failure) for row_id, failure in failed.items()]
+                connection.execute(self._mark_failed(), failures)
         return True
 
-    def _failure(self, row_id: int, failure: Failure) -> sa.Update:
+    def _mark_sent(self, dialect: sa.Dialect) -> sa.TextClause:
+        table = dialect.identifier_preparer.format_table(self.table)
+        now = database_now().compile(dialect=dialect)
+        return sa.text(_MARK_SENT[dialect.name].format(table, now=now))
+
+    def _mark_failed(self) -> sa.Update:
+        columns = self.table.c
         return (
             sa.update(self.table)
-            .where(self.table.c.id == row_id, self.table.c.status == PENDING)
+            .where(columns.id == sa.bindparam("row_id"), columns.status == PENDING)
             .values(
-                last_error=failure.error[:1024],
-                attempts=self.table.c.attempts + (1 if failure.refused else 0),
-                available_at=self._database.now() + failure.wait,
-                status=PARKED if failure.park else PENDING,
+                last_error=sa.bindparam("error"),
+                attempts=columns.attempts + sa.bindparam("attempt"),
+                available_at=self._database.now() + sa.bindparam("wait"),
+                status=sa.bindparam("new_status"),
             )
         )
 
@@ -132,11 +131,28 @@ class OutboxStore:
         columns = self.table.c
         query = (
             sa.select(columns.subject, columns.payload, columns.headers)
-            .where(columns.status == PENDING)
+            .where(_is_pending(self.table))
             .order_by(columns.id)
         )
         with self._database.begin() as connection:
             return [_message(row) for row in connection.execute(query)]
+
+    def adopt(self, partitions: int) -> int:
+        """Move pending rows out of partitions that there are no more; returns how many.
+
+        They were written when NATSPUBSUB_OUTBOX_PARTITIONS was higher.
+        """
+        columns = self.table.c
+        stray = sa.select(columns.id).where(
+            _is_pending(self.table), columns.partition >= partitions
+        )
+        with self._database.begin() as connection:
+            ids = [row.id for row in connection.execute(stray.limit(CLEAN_BATCH))]
+            if not ids:
+                return 0
+            move = sa.update(self.table).where(columns.id.in_(ids), columns.status == PENDING)
+            place = columns.partition % partitions
+            return connection.execute(move.values(partition=place)).rowcount
 
     # --- for the commands and health
 
@@ -145,21 +161,33 @@ class OutboxStore:
         table = self.table
         by_status = sa.select(table.c.status, sa.func.count()).group_by(table.c.status)
         with self._database.begin() as connection:
-            found: dict[str, int] = dict(connection.execute(by_status).tuples().all())
+            found = {row[0]: int(row[1]) for row in connection.execute(by_status)}
         return {status: found.get(status, 0) for status in (PENDING, SENT, PARKED)} | {
             "oldest_pending_seconds": self.oldest_pending_age()
         }
 
     def oldest_pending_age(self) -> float | None:
-        """Return how long the oldest due row has been waiting, in seconds; None if none is."""
-        table = self.table
-        age = sa.select(database_now() - table.c.created_at).where(
-            table.c.status == PENDING,
-            sa.or_(table.c.available_at.is_(None), table.c.available_at <= database_now()),
+        """Return how long the oldest due row has been waiting, in seconds; None if none is.
+
+        One look at the index for each partition that has rows, however many rows those are.
+        """
+        columns, now = self.table.c, self._database.now()
+        oldest = (
+            sa.select(columns.partition, database_now() - columns.created_at)
+            .where(
+                _is_pending(self.table),
+                sa.or_(columns.available_at.is_(None), columns.available_at <= now),
+            )
+            .order_by(columns.partition, columns.id)
+            .limit(1)
         )
+        ages: list[float] = []
+        partition = -1
         with self._database.begin() as connection:
-            value = connection.execute(age.order_by(table.c.id).limit(1)).scalar()
-        return None if value is None else max(0.0, float(value))
+            while row := connection.execute(oldest.where(columns.partition > partition)).first():
+                partition, age = row
+                ages.append(max(0.0, float(age)))
+        return max(ages, default=None)
 
     def list(self, status: str | None, limit: int, after: int = 0) -> list[dict[str, Any]]:
         """Return rows without their payload, oldest first."""
@@ -190,18 +218,40 @@ class OutboxStore:
         :returns: how many; fewer than ``batch`` means that there are no more.
         """
         table = self.table
-        age = table.c.sent_at if status == SENT else table.c.created_at
-        old = (
-            sa.select(table.c.id)
-            .where(table.c.status == status, age < database_now() - older_than)
-            .limit(batch)
-        )
+        old = sa.select(table.c.id).where(self._is_old(status, older_than)).limit(batch)
         with self._database.begin() as connection:
             ids = [row.id for row in connection.execute(old)]
             if not ids:
                 return 0
             delete = sa.delete(table).where(table.c.id.in_(ids), table.c.status == status)
             return connection.execute(delete).rowcount
+
+    def count_old(self, status: str, older_than: float) -> int:
+        """Return how many rows ``purge`` would delete, were it called until none is left."""
+        query = sa.select(sa.func.count()).where(self._is_old(status, older_than))
+        with self._database.begin() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def _is_old(self, status: str, older_than: float) -> sa.ColumnElement[bool]:
+        columns = self.table.c
+        age = columns.sent_at if status == SENT else columns.created_at
+        return sa.and_(columns.status == status, age < database_now() - older_than)
+
+
+def _is_pending(table: sa.FromClause) -> sa.ColumnElement[bool]:
+    """Say so in the text of the query: a bound value does not show that the index fits."""
+    pending: sa.ColumnElement[str] = sa.literal_column(f"'{PENDING}'", sa.String)
+    return table.c.status == pending
+
+
+def _failure(row_id: int, failure: Failure) -> dict[str, Any]:
+    return {
+        "row_id": row_id,
+        "error": failure.error[:1024],
+        "attempt": int(failure.refused),
+        "wait": failure.wait,
+        "new_status": PARKED if failure.park else PENDING,
+    }
 
 
 def _message(row: Any) -> OutgoingMessage:
@@ -219,18 +269,18 @@ def _by_stream(sent: Mapping[int, StoredAck]) -> dict[str, str]:
 # rows would cost a round trip each, and a CASE of five hundred arms is parsed anew each time.
 _MARK_SENT = {
     "sqlite": "UPDATE {0} SET status = 'sent', stream = :stream, stream_sequence = d.seq,"
-    " sent_at = ((julianday('now') - 2440587.5) * 86400.0)"
+    " sent_at = {now}"
     " FROM (SELECT json_extract(value, '$[0]') AS id, json_extract(value, '$[1]') AS seq"
     # The plus keeps SQLite from using the index of pending rows, all of them, for the join.
     " FROM json_each(:rows)) AS d WHERE {0}.id = d.id AND +{0}.status = 'pending'",
     "postgresql": "UPDATE {0} SET status = 'sent', stream = :stream, stream_sequence = d.seq,"
-    " sent_at = EXTRACT(EPOCH FROM clock_timestamp())"
+    " sent_at = {now}"
     " FROM (SELECT CAST(value->>0 AS bigint) AS id, CAST(value->>1 AS bigint) AS seq"
     " FROM json_array_elements(CAST(:rows AS json))) AS d"
     " WHERE {0}.id = d.id AND {0}.status = 'pending'",
     "mysql": "UPDATE {0} JOIN JSON_TABLE(:rows, '$[*]' COLUMNS"
     " (id BIGINT PATH '$[0]', seq BIGINT PATH '$[1]')) AS d ON {0}.id = d.id"
     " SET status = 'sent', stream = :stream, stream_sequence = d.seq,"
-    " sent_at = UNIX_TIMESTAMP(SYSDATE(6)) WHERE {0}.status = 'pending'",
+    " sent_at = {now} WHERE {0}.status = 'pending'",
 }
 _MARK_SENT["mariadb"] = _MARK_SENT["mysql"]

@@ -232,11 +232,12 @@ class DeadLetters:
             return None
         return self._record(stored)
 
-    def replay(self, record: DeadLetterRecord) -> StoredAck:
+    def replay(self, record: DeadLetterRecord, *, force: bool = False) -> StoredAck:
         """Send the message again, to the subscriber that failed only, and remove the dead letter.
 
         It keeps its event id; other subscribers see that it is not for them and skip it.
 
+        :param force: have it handled even if the inbox says that it was handled before.
         :raises PublishError: it could not be stored; the dead letter stays.
         :raises BrokerError: the body was left out and is no longer in the original stream.
         """
@@ -247,6 +248,9 @@ class DeadLetters:
         headers[REPLAY_COUNT] = str(number(headers.get(REPLAY_COUNT)) + 1)
         if record.subscriber != UNKNOWN:
             headers[REPLAY_FOR] = record.subscriber
+        headers.pop(REPLAY_FORCE, None)  # of an earlier replay, which has failed
+        if force:
+            headers[REPLAY_FORCE] = "true"
         message = OutgoingMessage(record.original_subject, original.data, headers)
         ack = store_one(self._broker, message, self._settings.publish_timeout)
         self.discard(record)

@@ -8,17 +8,28 @@ same time the unique key lets one wait for the other and then skip.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import orm
+from sqlalchemy import event, orm
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from ..database import Database, Seconds, database_now, insert_new
+from ..database import Database, Identifier, Seconds, database_now, insert_new
+from ..errors import DatabaseError, NatsPubsubError
 
 _log = logging.getLogger("flask_natspubsub.worker")
 
 _INFO = "natspubsub_inbox"
+_WORK = "natspubsub_work"
 CLEAN_BATCH = 1000
+
+
+class TransactionLost(NatsPubsubError):
+    """The database gave the handler's transaction up, and the handler did not notice."""
+
+    code = "transaction-lost"
 
 
 def define_table(metadata: sa.MetaData) -> sa.Table:
@@ -28,7 +39,7 @@ def define_table(metadata: sa.MetaData) -> sa.Table:
         table = metadata.info[_INFO] = sa.Table(
             "natspubsub_inbox",
             metadata,
-            sa.Column("event_id", sa.String(255), primary_key=True),
+            sa.Column("event_id", Identifier, primary_key=True),
             sa.Column("subscriber", sa.String(191), primary_key=True),
             sa.Column("processed_at", Seconds, nullable=False, index=True),
         )
@@ -41,6 +52,13 @@ class Inbox:
     def __init__(self, database: Database, table: sa.Table) -> None:
         self.table = table
         self._database = database
+        this_row = sa.and_(
+            table.c.event_id == sa.bindparam("event_id"),
+            table.c.subscriber == sa.bindparam("subscriber"),
+        )
+        self._find = sa.select(sa.literal(1)).where(this_row)
+        self._forget = sa.delete(table).where(this_row)
+        self._warned: set[str] = set()
 
     def begin(self, event_id: str, subscriber: str, *, once: bool) -> HandlerWork | None:
         """Begin what one handler does with one event.
@@ -48,21 +66,51 @@ class Inbox:
         :param once: insert the inbox row; waits for another transaction that has inserted it
             and has not ended yet.
         :returns: None if ``once`` and this was handled before.
-        :raises TablesMissing: the tables are not in the database.
+        :raises DatabaseError: the inbox could not be asked, or its table is missing.
         """
-        session = self._database.session
+        session = self.session
         if once:
-            self._database.require_table(session, self.table)
-            if not self._insert(session, event_id, subscriber):
-                session.rollback()
-                return None
+            with _asking():
+                self._database.require_table(session, self.table)
+                if not self.claim(session, event_id, subscriber):
+                    session.rollback()
+                    return None
         return HandlerWork(self, session, event_id, subscriber, once)
 
-    def _insert(self, session: orm.Session, event_id: str, subscriber: str) -> bool:
-        table = self.table
+    @property
+    def session(self) -> orm.Session:
+        """The session of the application context, which may not be the one it had before."""
+        return self._database.session
+
+    def claim(self, session: orm.Session, event_id: str, subscriber: str) -> bool:
+        """Insert the row in the session's transaction; False if it is there already."""
         values = {"event_id": event_id, "subscriber": subscriber, "processed_at": database_now()}
-        connection = session.connection(bind_arguments={"clause": table})
-        return insert_new(connection, table, values)
+        return insert_new(self._connection(session), self.table, values)
+
+    def unclaim(self, session: orm.Session, event_id: str, subscriber: str) -> None:
+        """Delete the row in the session's transaction."""
+        key = {"event_id": event_id, "subscriber": subscriber}
+        self._connection(session).execute(self._forget, key)
+
+    def has(self, session: orm.Session, event_id: str, subscriber: str) -> bool:
+        """Whether the session's transaction sees the row."""
+        key = {"event_id": event_id, "subscriber": subscriber}
+        return self._connection(session).execute(self._find, key).first() is not None
+
+    def _connection(self, session: orm.Session) -> sa.Connection:
+        return session.connection(bind_arguments={"clause": self.table})
+
+    def warn_of_commit(self, subscriber: str) -> None:
+        """Name, once, a handler that does not leave the commit to the worker."""
+        if subscriber in self._warned:
+            return
+        self._warned.add(subscriber)
+        _log.warning(
+            "the handler %s commits by itself: if it fails or dies after that, what it has "
+            "committed happens twice. Leave the commit to the worker, or use "
+            "session.begin_nested()",
+            subscriber,
+        )
 
     # --- for the commands and the relay
 
@@ -71,14 +119,14 @@ class Inbox:
         column = self.table.c.subscriber
         query = sa.select(column, sa.func.count()).group_by(column).order_by(column)
         with self._database.begin() as connection:
-            return dict(connection.execute(query).tuples().all())
+            return {row[0]: int(row[1]) for row in connection.execute(query)}
 
     def purge(self, older_than: float, batch: int = CLEAN_BATCH) -> int:
         """Delete up to ``batch`` rows older than so many seconds; returns how many."""
         table = self.table
         old = (
             sa.select(table.c.event_id, table.c.subscriber)
-            .where(table.c.processed_at < database_now() - older_than)
+            .where(self._is_old(older_than))
             .limit(batch)
         )
         with self._database.begin() as connection:
@@ -88,6 +136,15 @@ class Inbox:
             key = sa.tuple_(table.c.event_id, table.c.subscriber)
             return connection.execute(sa.delete(table).where(key.in_(keys))).rowcount
 
+    def count_old(self, older_than: float) -> int:
+        """Return how many rows ``purge`` would delete, were it called until none is left."""
+        query = sa.select(sa.func.count()).where(self._is_old(older_than))
+        with self._database.begin() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def _is_old(self, older_than: float) -> sa.ColumnElement[bool]:
+        return self.table.c.processed_at < database_now() - older_than
+
 
 class HandlerWork:
     """The transaction of one handler, open until ``commit`` or the end of the app context."""
@@ -96,24 +153,82 @@ class HandlerWork:
         self, inbox: Inbox, session: orm.Session, event_id: str, subscriber: str, once: bool
     ) -> None:
         self._inbox = inbox
-        self._session = session
-        self._event_id = event_id
-        self._subscriber = subscriber
-        self._claimed_in = session.get_transaction() if once else None
+        self._key = event_id, subscriber
+        self._once = once
+        self._claimed_in = session.get_transaction()
+        self._by_itself = False
+        if once:
+            session.info[_WORK] = self
 
-    def commit(self) -> None:
+    def commit(self) -> bool:
         """Commit what the handler did, together with its inbox row and its outbox rows.
 
-        A handler that has ended the transaction itself took the row with it: it is inserted
-        again after a rollback, and named after a commit, since what it committed by itself
-        could be committed twice.
+        :returns: False, with nothing committed, if the handler ended the transaction by itself
+            and the message was then handled elsewhere.
+        :raises DatabaseError: the connection was lost, and nobody knows what is committed.
         """
-        session = self._session
-        ended = self._claimed_in is not None and session.get_transaction() is not self._claimed_in
-        if ended and not self._inbox._insert(session, self._event_id, self._subscriber):
-            _log.warning(
-                "the handler %s commits by itself, so its inbox cannot make one of all it does: "
-                "leave the commit to the worker, or use session.begin_nested()",
-                self._subscriber,
+        session = self._inbox.session
+        session.info.pop(_WORK, None)
+        try:
+            if self._once and not self._still_claimed(session):
+                session.rollback()
+                return False
+            session.commit()
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise DatabaseError(
+                    f"The connection was lost at the commit: {error.orig}"
+                ) from error
+            raise
+        return True
+
+    def _still_claimed(self, session: orm.Session) -> bool:
+        """Whether the inbox row will be committed with the rest.
+
+        Where the handler has ended the transaction, the row is gone and is inserted again.
+        """
+        if session.get_transaction() is not self._claimed_in:
+            with _asking():
+                return self._inbox.claim(session, *self._key) or self._by_itself
+        if not self._is_there(session):
+            raise TransactionLost(
+                "The database gave the handler's transaction up, at an error that was caught.",
+                "Call session.rollback() there, or work in session.begin_nested().",
             )
-        session.commit()
+        return True
+
+    def _is_there(self, session: orm.Session) -> bool:
+        """Look: after an error PostgreSQL takes a COMMIT, and silently rolls back."""
+        try:
+            return self._inbox.has(session, *self._key)
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise
+            return False
+
+    def on_commit_by_handler(self, session: orm.Session) -> None:
+        """Take the row out of what the handler commits: it has not come to its end yet.
+
+        With the row in it, a message whose handler then failed would not be handled again.
+        """
+        self._by_itself = True
+        self._inbox.warn_of_commit(self._key[1])
+        if session.get_transaction() is self._claimed_in:
+            self._inbox.unclaim(session, *self._key)
+
+
+@event.listens_for(orm.Session, "before_commit")
+def _on_commit(session: orm.Session) -> None:
+    """Notice a handler's own commit; the end of a savepoint is none."""
+    work: HandlerWork | None = session.info.get(_WORK)
+    if work is not None and session.get_nested_transaction() is None:
+        work.on_commit_by_handler(session)
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+        raise DatabaseError(f"The inbox could not be asked: {cause}") from error

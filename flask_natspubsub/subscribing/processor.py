@@ -73,13 +73,14 @@ class Outcome:
 class Work(Protocol):
     """What a handler does in the database, still open."""
 
-    def commit(self) -> None:
-        """Make it last."""
+    def commit(self) -> bool:
+        """Make it last; False, with nothing done, if another delivery was quicker."""
 
 
 class _NoWork:
-    def commit(self) -> None:
+    def commit(self) -> bool:
         """Nothing is open."""
+        return True
 
 
 _NO_WORK = _NoWork()
@@ -164,13 +165,17 @@ class Processor:
             if work is None:
                 delivery.ack()
                 return "skipped"
+            if self._is_taken_over(delivery):
+                raise HandlerTimeout("The message was handed back while the inbox waited for it.")
             message = self.subscription.decode(received.message)
             self._emit(message_received, context=context)
             self._call(context, message)
             if not self._decides(delivery, "handler"):
                 raise HandlerTimeout("The handler ended after its message was handed back.")
-            work.commit()
+            committed = work.commit()
         delivery.ack()
+        if not committed:
+            return "skipped"
         self._emit(message_handled, context=context, seconds=time.perf_counter() - started)
         return "handled"
 
@@ -247,6 +252,9 @@ class Processor:
     def take_over(self, delivery: Delivery) -> bool:
         """Let the time limit decide, not the handler; False if that one has just ended."""
         return self._decides(delivery, "time limit")
+
+    def _is_taken_over(self, delivery: Delivery) -> bool:
+        return delivery.settled or self._deciders.get(delivery) == "time limit"
 
     def time_out(self, delivery: Delivery) -> None:
         """Hand a delivery back that was taken over: its handler is still running."""

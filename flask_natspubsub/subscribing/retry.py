@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import DeadLetter, DecodingError, Discard, Retry
+from ..errors import DatabaseError, DeadLetter, DecodingError, Discard, Retry
 from ..values import seconds
 
 #: Why a message was given up on; ``x-dlq-reason`` of its dead letter.
@@ -67,7 +67,8 @@ def classify(
     """Decide what becomes of a message whose delivery number ``attempt`` ended in ``error``.
 
     A ``Retry`` is an ordinary failure with a delay of its own: it counts, and ends in a
-    dead letter at ``max_deliver`` too, or a handler could keep a message for ever.
+    dead letter at ``max_deliver`` too, or a handler could keep a message for ever. A database
+    that cannot be asked is no fault of the message, which waits for it as long as it takes.
     """
     if isinstance(error, Discard):
         return Drop(str(error))
@@ -75,7 +76,7 @@ def classify(
         return GiveUp("rejected", error)
     if isinstance(error, DecodingError):
         return GiveUp(error.reason, error)
-    if attempt >= max_deliver:
+    if attempt >= max_deliver and not isinstance(error, DatabaseError):
         return GiveUp("handler_error", error)
     asked = _asked_delay(error)
     return RetryLater(backoff_delay(attempt, backoff, random) if asked is None else asked)

@@ -1,4 +1,4 @@
-"""A worker as a process: signals end it, in order or at once."""
+"""A worker, or a relay, as a process: signals end it, in order or at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # it brings asyncio, which most commands do without
+if TYPE_CHECKING:  # they bring asyncio and SQLAlchemy, which most commands do without
+    from ..publishing.relay import Relay
     from .runner import Worker
 
 _log = logging.getLogger("flask_natspubsub.worker")
@@ -23,22 +24,20 @@ CLOSE_TIMEOUT = 5.0
 LAST_WORDS = 1.0
 
 
-class WorkerProcess:
-    """Runs a worker until a signal ends it.
+class Process:
+    """Runs something until a signal ends it.
 
-    The worker lives in a thread and the main thread only waits for signals, so that a second
-    one is obeyed whatever the first one's orderly end is waiting for.
+    It lives in a thread and the main thread only waits for signals, so that a second one is
+    obeyed whatever the first one's orderly end is waiting for.
 
     :param close: sends what is buffered and closes the broker, in so many seconds.
-    :param burst: end when there is nothing left to do.
     """
 
-    def __init__(
-        self, worker: Worker, close: Callable[[float], None], *, burst: bool = False
-    ) -> None:
-        self._worker = worker
+    #: What the first signal has it do, for the log.
+    last_work = "finishing what has begun"
+
+    def __init__(self, close: Callable[[float], None]) -> None:
         self._close = close
-        self._burst = burst
         self._stop = threading.Event()
         self._news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._clean = False
@@ -47,29 +46,31 @@ class WorkerProcess:
     def run(self) -> int:
         """Run to the end; call it in the main thread.
 
-        :returns: the exit code: 0, or 1 if handlers were still running after
-            NATSPUBSUB_SHUTDOWN_TIMEOUT. They are abandoned and their messages handed back.
-        :raises TopologyError: see ``Worker.start``.
+        :returns: the exit code: 0, or 1 if it did not end in order.
         """
         with caught_signals(self._news.put):
-            threading.Thread(target=self._live, name="natspubsub-worker", daemon=True).start()
+            threading.Thread(target=self._live, name="natspubsub-process", daemon=True).start()
             while (number := self._news.get()) is not None:
                 self._on_signal(number)
         if self._error is not None:
             raise self._error
         return 0 if self._clean else 1
 
+    def work(self) -> bool:
+        """Work until the end, or until ``stop``; returns whether all ended in order."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Have ``work`` return soon."""
+        self._stop.set()
+
+    def hand_back(self) -> None:
+        """Give back what others could go on with; for an end without waiting."""
+
     def _live(self) -> None:
         try:
             try:
-                self._worker.start(self._stop)
-                _log.info("started")
-                if self._burst:
-                    self._worker.wait_until_idle(self._stop)
-                else:
-                    self._stop.wait()
-                self._clean = self._worker.stop()
-                self._worker.hand_back_all()
+                self._clean = self.work()
             finally:
                 self._close(CLOSE_TIMEOUT)
             _log.info("stopped")
@@ -83,20 +84,93 @@ class WorkerProcess:
         if self._stop.is_set():
             _log.warning("%s again: ending at once", name)
             self._leave()
-        _log.info("%s: finishing what has begun; once more ends at once", name)
+        _log.info("%s: %s; once more ends at once", name, self.last_work)
         self._stop.set()
+        self.stop()
 
     def _leave(self) -> None:
         """End the process without waiting for anybody; what is in hand is handed back."""
-        last_words = threading.Thread(target=self._hand_back, daemon=True)
+        last_words = threading.Thread(target=self._say_last_words, daemon=True)
         last_words.start()
         last_words.join(LAST_WORDS)
         sys.stderr.flush()
         os._exit(1)
 
-    def _hand_back(self) -> None:
-        self._worker.hand_back_all()
+    def _say_last_words(self) -> None:
+        self.hand_back()
         self._close(LAST_WORDS)
+
+
+class WorkerProcess(Process):
+    """Runs a worker until a signal ends it.
+
+    Its exit code is 1 if handlers were still running after NATSPUBSUB_SHUTDOWN_TIMEOUT. They
+    are abandoned and their messages handed back.
+
+    :param burst: end when there is nothing left to do.
+    """
+
+    def __init__(
+        self, worker: Worker, close: Callable[[float], None], *, burst: bool = False
+    ) -> None:
+        super().__init__(close)
+        self._worker = worker
+        self._burst = burst
+
+    def work(self) -> bool:
+        """Start the worker and, in the end, stop it.
+
+        :raises TopologyError: see ``Worker.start``.
+        """
+        self._worker.start(self._stop)
+        _log.info("started")
+        if self._burst:
+            self._worker.wait_until_idle(self._stop)
+        else:
+            self._stop.wait()
+        clean = self._worker.stop()
+        self._worker.hand_back_all()
+        return clean
+
+    def hand_back(self) -> None:
+        """Have the messages in hand delivered again."""
+        self._worker.hand_back_all()
+
+
+class RelayProcess(Process):
+    """Runs a relay until a signal ends it, or, with ``once``, until nothing is due.
+
+    Its leases are given back in any case, so that another relay goes on at once.
+    """
+
+    last_work = "finishing the batch in hand"
+
+    def __init__(self, relay: Relay, close: Callable[[float], None], *, once: bool = False) -> None:
+        super().__init__(close)
+        #: How many rows were sent, with ``once``.
+        self.sent = 0
+        self._relay = relay
+        self._once = once
+
+    def work(self) -> bool:
+        """Relay.
+
+        :raises NatsPubsubError: with ``once``, if the database or the connection failed.
+        """
+        if self._once:
+            self.sent = self._relay.run_once()
+        else:
+            _log.info("started")
+            self._relay.run()
+        return True
+
+    def stop(self) -> None:
+        """Have it end after the batch in hand."""
+        self._relay.stop()
+
+    def hand_back(self) -> None:
+        """Give the leases back."""
+        self._relay.release()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -273,11 +274,21 @@ def publish(event_id):
 """
 
 
+# A worker that gets SIGTERM before this point takes it for its parent's, and lives on.
+HOOKS = """
+def post_worker_init(worker):
+    with open("ready", "a") as file:
+        print(worker.pid, file=file)
+"""
+
+
 @pytest.mark.parametrize("worker", ["sync", "gthread"])
 def test_gunicorn_with_a_connection_made_before_it_forks(
     shop: NatsPubsub, server: MonitoredServer, env: str, tmp_path: Path, worker: str
 ) -> None:
     (tmp_path / "shop.py").write_text(PRELOADED)
+    (tmp_path / "gunicorn.conf.py").write_text(HOOKS)
+    ready = tmp_path / "ready"
     port = free_port()
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", "gunicorn", "shop:app"]
     command += ["--preload", "--workers", "4", "--bind", f"127.0.0.1:{port}", "--no-control-socket"]
@@ -285,7 +296,12 @@ def test_gunicorn_with_a_connection_made_before_it_forks(
     variables = {"FLASK_NATSPUBSUB_URLS": server.url, "FLASK_NATSPUBSUB_ENV": env}
     with (tmp_path / "log").open("wb") as log:
         gunicorn = subprocess.Popen(
-            command, cwd=tmp_path, env={**os.environ, **variables}, stdout=log, stderr=log
+            command,
+            cwd=tmp_path,
+            env={**os.environ, **variables},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
     def post(event_id: str) -> str:
@@ -295,26 +311,26 @@ def test_gunicorn_with_a_connection_made_before_it_forks(
             text: str = answer.read().decode()
             return text
 
-    def answers() -> bool:
-        try:
-            return bool(post("first"))
-        except OSError:
-            assert gunicorn.poll() is None, (tmp_path / "log").read_text()
-            return False
+    def is_ready() -> bool:
+        assert gunicorn.poll() is None, (tmp_path / "log").read_text()
+        return ready.exists() and len(ready.read_text().splitlines()) == 4
 
     try:
-        eventually(answers, 20, "gunicorn does not answer")
+        eventually(is_ready, 20, "gunicorn does not start")
         with ThreadPoolExecutor(8) as pool:
             pids = list(pool.map(post, (f"e{n}" for n in range(100))))
         connections = server.connections()
     finally:
         gunicorn.terminate()
-        code = gunicorn.wait(20)
+        try:
+            code = gunicorn.wait(20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(gunicorn.pid, signal.SIGKILL)
+            gunicorn.wait()
 
     assert code == 0
-    assert Counter(event_ids(stored(shop))) == Counter(
-        ["master", "first", *(f"e{n}" for n in range(100))]
-    )
+    assert Counter(event_ids(stored(shop))) == Counter(["master", *(f"e{n}" for n in range(100))])
     processes = {gunicorn.pid, *map(int, pids)}
     assert len(processes) > 2  # more than one worker has had its turn
     assert {name: connections[name] for name in (f"shop-{pid}" for pid in processes)} == {

@@ -1,0 +1,261 @@
+"""An app with rows of its own, an outbox beside them, and what a test wants to know of both."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_natspubsub import NatsPubsub
+from flask_natspubsub.brokers.base import Broker, CoreMessage, StoredMessage
+from flask_natspubsub.brokers.topology import wakeup_subject
+from flask_natspubsub.publishing.relay import Relay
+
+from ..waiting import eventually
+
+TIMEOUT = 20.0
+
+
+def engine_options(url: str) -> dict[str, Any]:
+    """Room for all the writers of a test."""
+    return {"pool_size": 60} if not url.startswith("sqlite") else {}
+
+
+def use_wal(engine: sa.Engine) -> None:
+    """Have a SQLite database keep a write-ahead log, as the docs advise."""
+    if engine.dialect.name == "sqlite":
+        with engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+
+
+def begin_transactions(engine: sa.Engine) -> None:
+    """Make savepoints of SQLite work: its driver begins no transaction for them.
+
+    See "Serializable isolation / Savepoints / Transactional DDL" in SQLAlchemy's docs.
+    """
+    if engine.dialect.name != "sqlite":
+        return
+
+    @sa.event.listens_for(engine, "connect")
+    def connected(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+
+    @sa.event.listens_for(engine, "begin")
+    def began(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    engine.dispose()
+
+
+class OutboxShop:
+    """A shop with orders and products; leave it to close everything.
+
+    :param settings: of the extension; the broker is in memory unless ``urls`` says otherwise.
+    """
+
+    def __init__(self, url: str, *, tables: bool = True, **settings: Any) -> None:
+        self.app = Flask("shop")
+        self.app.config["SQLALCHEMY_DATABASE_URI"] = url
+        self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = engine_options(url)
+        settings = {"urls": "memory://", "app_name": "shop", "use_outbox": True, **settings}
+        for key, value in settings.items():
+            self.app.config[f"NATSPUBSUB_{key.upper()}"] = value
+        self.db = SQLAlchemy(self.app)
+        self.Order, self.Product = define_models(self.db)
+        self.pubsub = NatsPubsub(self.app, self.db)
+        self.state = self.pubsub.state(self.app)
+        self._relays: list[tuple[Relay, threading.Thread]] = []
+        with self.app.app_context():
+            use_wal(self.db.engine)
+            if tables:
+                self.db.create_all()
+
+    def __enter__(self) -> OutboxShop:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for relay, _ in self._relays:
+            relay.stop()
+        for _, thread in self._relays:
+            thread.join(TIMEOUT)
+        self.pubsub.shutdown(self.app)
+        with self.app.app_context():
+            for engine in self.db.engines.values():
+                engine.dispose()
+
+    # --- what the test does
+
+    @property
+    def session(self) -> Any:
+        return self.db.session
+
+    @property
+    def broker(self) -> Broker:
+        return self.state.broker()
+
+    def publish(self, *numbers: int, topic: str = "order.created", **options: Any) -> None:
+        """Publish ``{"n": number}`` for each."""
+        for number in numbers:
+            self.pubsub.publish(topic, {"n": number}, **options)
+
+    def commit(self, *numbers: int, **options: Any) -> None:
+        """Publish each, and commit, in an application context of their own."""
+        with self.app.app_context():
+            self.publish(*numbers, **options)
+            self.session.commit()
+
+    def relay(self) -> Relay:
+        """A relay that is not started."""
+        return self.pubsub.state(self.app).make_relay()
+
+    def start_relay(self) -> Relay:
+        """A relay in a thread; it is stopped at the end."""
+        relay = self.relay()
+        thread = threading.Thread(target=relay.run, name="relay")
+        self._relays.append((relay, thread))
+        thread.start()
+        return relay
+
+    def stop_relay(self, relay: Relay) -> None:
+        relay.stop()
+        next(thread for one, thread in self._relays if one is relay).join(TIMEOUT)
+
+    # --- what the test looks at
+
+    @property
+    def engine(self) -> sa.Engine:
+        persistence = self.state.persistence
+        assert persistence is not None
+        return persistence.database.engine
+
+    @property
+    def store(self) -> Any:
+        persistence = self.state.persistence
+        assert persistence is not None
+        return persistence.store
+
+    def execute(self, statement: Any, *values: Any) -> Any:
+        """Run a statement in a transaction of its own; its rows, if any."""
+        if isinstance(statement, str):
+            statement = sa.text(statement)
+        with self.engine.begin() as connection:
+            result = connection.execute(statement, *values)
+            return result.all() if result.returns_rows else result.rowcount
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The committed rows of the outbox, in order."""
+        table = self.store.table
+        return [dict(row._mapping) for row in self.execute(sa.select(table).order_by(table.c.id))]
+
+    @property
+    def orders(self) -> list[str]:
+        """The names of the committed orders, in order."""
+        order = self.Order
+        return list(map(str, self.execute_scalars(sa.select(order.name).order_by(order.id))))
+
+    def execute_scalars(self, statement: Any) -> list[Any]:
+        with self.engine.connect() as connection:
+            return list(connection.scalars(statement))
+
+    @property
+    def numbers(self) -> list[int]:
+        """``n`` of each row, in order."""
+        return [numbers_of(row["payload"]) for row in self.rows]
+
+    @property
+    def stored(self) -> list[StoredMessage]:
+        """The messages in the stream, in order."""
+        return list(self.broker.messages(self.state.settings.stream))
+
+    @property
+    def sent(self) -> list[int]:
+        """``n`` of each message in the stream, in order."""
+        return [numbers_of(message.data) for message in self.stored]
+
+    def count_stored(self) -> int:
+        info = self.broker.stream_info(self.state.settings.stream)
+        return info.messages if info else 0
+
+    def wait_for_sent(self, count: int, timeout: float = TIMEOUT) -> None:
+        eventually(
+            lambda: self.count_stored() >= count,
+            timeout,
+            f"{count} messages were expected within {timeout} s",
+        )
+
+    def wait_until_marked(self, timeout: float = TIMEOUT) -> None:
+        """Wait until no row is pending."""
+        eventually(lambda: not self.store.counts()["pending"], timeout, "rows are still pending")
+
+    @contextmanager
+    def counting(self) -> Iterator[list[str]]:
+        """Collect the statements of the block, without BEGIN and COMMIT."""
+        statements: list[str] = []
+
+        def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            statements.append(statement)
+
+        sa.event.listen(self.engine, "before_cursor_execute", note)
+        try:
+            yield statements
+        finally:
+            sa.event.remove(self.engine, "before_cursor_execute", note)
+
+    @contextmanager
+    def hints(self) -> Iterator[list[bytes]]:
+        """Collect the hints that are given to relays; of a broker in memory only."""
+        found: list[bytes] = []
+
+        def note(message: CoreMessage) -> None:
+            found.append(message.data)
+
+        listening = self.broker.listen(wakeup_subject(self.state.settings), note)
+        try:
+            yield found
+        finally:
+            with suppress(Exception):
+                listening.stop()
+
+
+def define_models(db: SQLAlchemy) -> tuple[Any, Any]:
+    """Define the shop's models in the metadata of ``db``."""
+
+    class Order(db.Model):  # type: ignore[name-defined,misc]
+        __tablename__ = "orders"
+        id = sa.Column(sa.Integer, primary_key=True)
+        name = sa.Column(sa.String(80), nullable=False, unique=True)
+
+    class Product(db.Model):  # type: ignore[name-defined,misc]
+        __tablename__ = "products"
+        id = sa.Column(sa.Integer, primary_key=True)
+        name = sa.Column(sa.String(80), nullable=False)
+        price = sa.Column(sa.Numeric(10, 2))
+        stock = sa.Column(sa.Integer, default=0)
+        api_token = sa.Column(sa.String(80))
+
+    return Order, Product
+
+
+def numbers_of(payload: bytes) -> int:
+    """``n`` of an encoded envelope."""
+    number: int = message_of(payload)["n"]
+    return number
+
+
+def message_of(payload: bytes) -> dict[str, Any]:
+    """The message in an encoded envelope."""
+    message: dict[str, Any] = json.loads(payload)["message"]
+    return message
+
+
+def is_subsequence(part: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether ``part`` can be had from ``whole`` by leaving some out."""
+    rest = iter(whole)
+    return all(number in rest for number in part)

@@ -1,0 +1,207 @@
+"""The tables as Flask-Migrate, ``db.create_all()`` and ``outbox ddl`` make them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from flask_natspubsub import ConfigurationError
+from flask_natspubsub.persistence import DIALECTS
+
+from .conftest import KINDS, MakeShop, MakeUrl
+from .shop import OutboxShop
+
+TABLES = {"natspubsub_outbox", "natspubsub_lease", "natspubsub_inbox"}
+
+APP = """
+import sqlalchemy as sa
+from flask import Flask
+from flask_migrate import Migrate
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_natspubsub import NatsPubsub
+
+db = SQLAlchemy()
+
+
+class Order(db.Model):
+    id = sa.Column(sa.Integer, primary_key=True)
+
+
+def create_app():
+    app = Flask("shop")
+    app.config["NATSPUBSUB_URLS"] = "memory://"
+    app.config["NATSPUBSUB_USE_OUTBOX"] = True
+    app.config.from_prefixed_env()
+    db.init_app(app)
+    Migrate(app, db)
+    NatsPubsub(app, db)
+    return app
+"""
+
+
+def describe(url: str) -> dict[str, Any]:
+    """The extension's tables as the database reports them."""
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    inspector = sa.inspect(engine)
+    found = {}
+    for table in sorted(TABLES & set(inspector.get_table_names())):
+        found[table] = {
+            "columns": [
+                (one["name"], str(one["type"]), one["nullable"])
+                for one in inspector.get_columns(table)
+            ],
+            "primary key": inspector.get_pk_constraint(table)["constrained_columns"],
+            "indexes": sorted(
+                (str(one["name"]), one["column_names"], json.dumps(condition_of(one)))
+                for one in inspector.get_indexes(table)
+                if not one.get("duplicates_constraint")
+            ),
+            "unique": [one["column_names"] for one in inspector.get_unique_constraints(table)],
+        }
+    return found
+
+
+def condition_of(index: Any) -> str | None:
+    """The condition of a partial index."""
+    options = index.get("dialect_options", {})
+    for name in ("postgresql_where", "sqlite_where"):
+        if name in options:
+            return str(options[name])
+    return None
+
+
+class Project:
+    """A folder with an app that has migrations."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder, self.url = folder, url
+        folder.mkdir()
+        (folder / "app.py").write_text(APP)
+
+    def flask(self, *arguments: str) -> str:
+        """Run a command; what it wrote."""
+        done = subprocess.run(
+            [sys.executable, "-m", "flask", "--app", "app", *arguments],
+            cwd=self.folder,
+            env={**os.environ, "FLASK_SQLALCHEMY_DATABASE_URI": self.url},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    @property
+    def migrations(self) -> list[str]:
+        files = sorted((self.folder / "migrations" / "versions").glob("*.py"))
+        return [file.read_text() for file in files]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flask_migrate_creates_the_tables_and_then_finds_no_change(
+    kind: str, make_url: MakeUrl, make_shop: MakeShop, tmp_path: Path
+) -> None:
+    project = Project(tmp_path / "project", make_url(kind))
+    project.flask("db", "init")
+    project.flask("db", "migrate", "-m", "first")
+    (migration,) = project.migrations
+    for table in TABLES:
+        assert f"create_table('{table}'" in migration
+    project.flask("db", "upgrade")
+
+    other = make_url(kind)
+    make_shop(other)
+    assert set(describe(project.url)) == TABLES
+    assert describe(project.url) == describe(other)
+
+    assert "No changes in schema detected" in project.flask("db", "migrate", "-m", "second")
+    assert len(project.migrations) == 1
+    project.flask("db", "downgrade")
+    assert describe(project.url) == {}
+
+
+def test_rows_go_through_tables_that_were_migrated(
+    make_url: MakeUrl, make_shop: MakeShop, tmp_path: Path
+) -> None:
+    project = Project(tmp_path / "project", make_url("sqlite"))
+    for command in (["init"], ["migrate"], ["upgrade"]):
+        project.flask("db", *command)
+    shop = make_shop(project.url, tables=False)
+    shop.commit(1, 2)
+    assert shop.relay().run_once() == 2
+    assert shop.sent == [1, 2]
+
+
+def test_ddl_makes_the_same_tables_as_create_all(
+    new_url: str, make_url: MakeUrl, make_shop: MakeShop, request: pytest.FixtureRequest
+) -> None:
+    empty = make_shop(new_url, tables=False)
+    run_script(empty, ddl_of(empty))
+    kind = "mysql" if new_url.startswith("mysql") else new_url.partition(":")[0].partition("+")[0]
+    other = make_url(kind)
+    make_shop(other)
+    assert set(describe(new_url)) == TABLES
+    assert describe(new_url) == describe(other)
+    empty.commit(1)
+    assert empty.relay().run_once() == 1
+
+
+def ddl_of(shop: OutboxShop, dialect: str | None = None) -> str:
+    assert shop.state.persistence is not None
+    ddl: str = shop.state.persistence.ddl(dialect)
+    return ddl
+
+
+def run_script(shop: OutboxShop, script: str) -> None:
+    with shop.engine.begin() as connection:
+        for statement in script.split(";"):
+            if statement.strip():
+                connection.exec_driver_sql(statement.replace("%", "%%"))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_ddl_of_each_dialect(sqlite_shop: OutboxShop, dialect: str) -> None:
+    """It needs no connection, and no driver, of the database it is for."""
+    script = ddl_of(sqlite_shop, dialect)
+    assert script.count("CREATE TABLE") == 3
+    assert script.count("CREATE INDEX") == 4
+    assert ("WHERE status = 'pending'" in script) == (dialect in ("sqlite", "postgresql"))
+    assert ("LONGBLOB" in script) == (dialect in ("mysql", "mariadb"))
+
+
+def test_ddl_of_an_unknown_dialect(sqlite_shop: OutboxShop) -> None:
+    with pytest.raises(ConfigurationError, match="sqlite, postgresql, mysql, mariadb"):
+        ddl_of(sqlite_shop, "oracle")
+
+
+def test_two_apps_share_one_metadata(make_shop: MakeShop, sqlite: str, env: str) -> None:
+    """As in the tests of a project: one ``db``, and an app for each test."""
+    from flask import Flask
+
+    from flask_natspubsub import NatsPubsub
+
+    shop = make_shop(sqlite)
+    again = Flask("again")
+    again.config.update(
+        SQLALCHEMY_DATABASE_URI=sqlite,
+        NATSPUBSUB_URLS="memory://",
+        NATSPUBSUB_ENV=env,
+        NATSPUBSUB_USE_OUTBOX=True,
+    )
+    shop.db.init_app(again)
+    pubsub = NatsPubsub(again)
+    with again.app_context():
+        pubsub.publish("order.created", {"n": 1})
+        shop.db.session.commit()
+        shop.db.engine.dispose()
+    pubsub.shutdown()
+    assert shop.numbers == [1]

@@ -1,0 +1,129 @@
+"""Scenarios 6 and 7: the whole way from HTTP to the effect, while parts of it are away."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from ..waiting import eventually
+from .ledger import Result, count
+from .processes import Child
+from .run import Run
+from .site import Site
+
+CUSTOMERS = 4
+
+
+class Shop:
+    """The web process, and customers who order at it."""
+
+    def __init__(self, site: Site) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port: int = probe.getsockname()[1]
+        self._process = site.start_web(self._port)
+        self.sent = 0
+        self.accepted = 0
+        self.slowest = 0.0
+        eventually(self._is_up, 30, "no web server")
+
+    def _is_up(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def order(self) -> None:
+        """Order once."""
+        self.sent += 1
+        began = time.monotonic()
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+        try:
+            connection.request("POST", "/orders")
+            accepted = connection.getresponse().status == 201
+        finally:
+            connection.close()
+        self.slowest = max(self.slowest, time.monotonic() - began)
+        self.accepted += accepted
+
+    def orders(self, number: int) -> float:
+        """Have the customers order; the slowest order, in milliseconds."""
+        with self.ordering(number):
+            pass
+        return self.slowest * 1000
+
+    @contextmanager
+    def ordering(self, number: int) -> Iterator[None]:
+        """Have the customers order while the block runs, and wait until all have."""
+        self.slowest = 0.0
+        with ThreadPoolExecutor(CUSTOMERS) as customers:
+            futures = [customers.submit(self.order) for _ in range(number)]
+            try:
+                yield
+            except BaseException:
+                customers.shutdown(wait=False, cancel_futures=True)
+                raise
+            for future in futures:
+                future.result()
+
+
+def nats_down(run: Run) -> Result:
+    """Orders while nats-server is down, and while it is killed and started again."""
+    requests = run.size["requests"]
+    with Site() as site:
+        shop = Shop(site)
+        site.start_relay()
+        site.start_worker()
+        up = shop.orders(requests)
+        run.progress("requests", shop.accepted, 3 * requests)
+        site.nats.stop()
+        down = shop.orders(requests)
+        run.progress("requests", shop.accepted, 3 * requests)
+        site.nats.start()
+        with shop.ordering(requests):
+            begin = shop.accepted
+            eventually(lambda: shop.accepted > begin + requests // 3, 60)
+            site.nats.kill()
+            eventually(lambda: shop.accepted > begin + requests * 2 // 3, 60)
+            site.nats.start()
+        site.finish(120)
+        result = count(run.name, site, sent=shop.sent)
+        result.facts = {"slowest ms, up": up, "down": down}
+        result.expect(result.committed == shop.sent == shop.accepted, "requests were refused")
+    return result
+
+
+def end_to_end(run: Run) -> Result:
+    """Orders while worker, relay and nats-server are killed again and again."""
+    messages, kills = run.size["messages"], run.size["kills"]
+    killed = {"worker": 0, "relay": 0, "nats": 0}
+    with Site(lease=2) as site:
+        shop = Shop(site)
+        children = {"relay": site.start_relay(), "worker": site.start_worker()}
+        starts: dict[str, Callable[[], Child]] = {
+            "relay": site.start_relay,
+            "worker": site.start_worker,
+        }
+        with shop.ordering(messages):
+            for number in range(kills):
+                some = messages * (number + 1) // (kills + 1)
+                eventually(lambda some=some: shop.accepted >= some, 120, "no orders accepted")
+                run.progress("kills", number, kills)
+                victim = run.random.choice(list(killed)) if number > 2 else list(killed)[number]
+                killed[victim] += 1
+                if victim == "nats":
+                    site.nats.kill()
+                    site.nats.start()
+                else:
+                    children[victim].kill()
+                    children[victim] = starts[victim]()
+        site.finish(120)
+        result = count(run.name, site, sent=shop.sent)
+        result.facts = dict(killed)
+        result.expect(result.committed == shop.sent == shop.accepted, "requests were refused")
+    return result

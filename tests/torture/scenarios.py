@@ -1,0 +1,55 @@
+"""The list of scenarios, with their sizes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from . import commits, kills, outages, relays
+from .run import Scenario
+
+_POSTGRES = {"database": "postgresql"}
+
+SCENARIOS = [
+    Scenario("relay-killed", kills.relay_killed, {"kills": 12}, {"kills": 200}),
+    Scenario(
+        "relay-killed-postgresql",
+        partial(kills.relay_killed, **_POSTGRES),
+        {"kills": 3},
+        {"kills": 200},
+    ),
+    Scenario("relay-killed-late", kills.relay_killed_late, {"kills": 3}, {"kills": 50}),
+    Scenario("worker-killed", kills.worker_killed, {"kills": 12}, {"kills": 200}),
+    Scenario(
+        "worker-killed-postgresql",
+        partial(kills.worker_killed, **_POSTGRES),
+        {"kills": 3},
+        {"kills": 200},
+    ),
+    Scenario(
+        "worker-killed-without-inbox",
+        kills.worker_killed_without_inbox,
+        {"kills": 2},
+        {"kills": 20},
+    ),
+    Scenario("two-copies", kills.two_copies, {"messages": 200}, {"messages": 5000}),
+    Scenario(
+        "two-copies-postgresql",
+        partial(kills.two_copies, **_POSTGRES),
+        {"messages": 500},
+        {"messages": 5000},
+    ),
+    Scenario("commits-killed", commits.commits_killed, {"kills": 20}, {"kills": 100}),
+    Scenario(
+        "many-relays",
+        relays.many_relays,
+        {"relays": 4, "rows": 5_000},
+        {"relays": 10, "rows": 100_000},
+    ),
+    Scenario("nats-down", outages.nats_down, {"requests": 100}, {"requests": 5_000}),
+    Scenario(
+        "end-to-end",
+        outages.end_to_end,
+        {"messages": 500, "kills": 6},
+        {"messages": 20_000, "kills": 100},
+    ),
+]

@@ -1,0 +1,208 @@
+"""A site to torture: nats-server, a database, and the shop's processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import sqlalchemy as sa
+
+from flask_natspubsub import NatsPubsub
+from flask_natspubsub.state import AppState
+
+from ..databases import sqlite_url
+from ..servers import NatsServer
+from ..waiting import eventually
+from . import failpoints
+from .processes import Child, Children
+from .shop import create_app, db, place_order
+
+FLASK = (sys.executable, "-m", "flask", "--app", "tests.torture.shop", "natspubsub")
+
+
+class Site:
+    """A place of its own for one scenario; a context manager that leaves nothing behind.
+
+    :param database: its address; default a SQLite file.
+    :param lease: how long a dead relay holds its partitions; default as in production.
+    :param settings: ``NATSPUBSUB_`` keys in lower case, for all processes.
+    """
+
+    def __init__(
+        self, database: str | None = None, *, lease: float | None = None, **settings: Any
+    ) -> None:
+        self.nats = NatsServer()
+        self._stack = ExitStack()
+        self._database = database
+        self._lease = lease
+        self.settings = {
+            "env": "torture",
+            "app_name": "shop",
+            "use_inbox": True,
+            "ack_wait": 2,
+            "backoff": [0.2],
+            "max_deliver": 1_000_000,
+            "outbox_poll_interval": 0.2,
+            **settings,
+        }
+
+    def __enter__(self) -> Site:
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            for role in ("relay", "worker", "web"):
+                print(
+                    f"--- the last of the {role}'s log\n{self.children.log(role)}", file=sys.stderr
+                )
+        self._stack.close()
+
+    def _open(self) -> None:
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="torture-")))
+        self.folder = folder
+        url = self._database or f"{sqlite_url(folder)}?timeout=15"
+        self._stack.enter_context(self.nats)
+        config = {f"NATSPUBSUB_{key.upper()}": value for key, value in self.settings.items()}
+        config |= {"NATSPUBSUB_URLS": self.nats.url, "SQLALCHEMY_DATABASE_URI": url}
+        environment = {f"FLASK_{key}": json.dumps(value) for key, value in config.items()}
+        environment[failpoints.RESENT] = str(folder / "resent")
+        if self._lease is not None:
+            environment[failpoints.LEASE] = str(self._lease)
+        self.children = self._stack.enter_context(Children(folder, environment))
+        self.app = create_app(config)
+        self.pubsub: NatsPubsub = self.app.extensions["natspubsub"].extension
+        self._stack.callback(self._close_app)
+        with self.app.app_context():
+            db.create_all()
+            assert self.pubsub.is_connected
+
+    def _close_app(self) -> None:
+        self.pubsub.shutdown(self.app)
+        with self.app.app_context():
+            db.engine.dispose()
+
+    @property
+    def state(self) -> AppState:
+        """What the extension keeps for the application in this process."""
+        return self.pubsub.state(self.app)
+
+    # --- the processes
+
+    def start_relay(self, **environment: str) -> Child:
+        """Start ``flask natspubsub relay``."""
+        return self.children.start("relay", *FLASK, "relay", **environment)
+
+    def start_worker(self, concurrency: int = 4, **environment: str) -> Child:
+        """Start ``flask natspubsub worker --no-relay``."""
+        command = (*FLASK, "worker", "--no-relay", "--concurrency", str(concurrency))
+        return self.children.start("worker", *command, **environment)
+
+    def start_web(self, port: int) -> Child:
+        """Start gunicorn with four threads."""
+        options = ("--bind", f"127.0.0.1:{port}", "--threads", "4", "--graceful-timeout", "2")
+        command = (sys.executable, "-m", "gunicorn", *options, "tests.torture.shop:create_app()")
+        return self.children.start("web", *command)
+
+    # --- the database
+
+    def publish(self, count: int, keys: Iterable[str | None] = (None,), each: int = 10) -> None:
+        """Place ``count`` orders, ``each`` in one transaction, their ordering keys in turn."""
+        turn = list(keys)
+        for start in range(0, count, each):
+            with self.app.app_context():
+                for number in range(start, min(start + each, count)):
+                    place_order(self.pubsub, turn[number % len(turn)])
+                db.session.commit()
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """The rows of a query."""
+        with self.app.app_context(), db.engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(sa.text(query))]
+
+    def number(self, query: str) -> int:
+        """The one number that a query gives."""
+        return int(self.rows(query)[0][0])
+
+    @property
+    def pending(self) -> int:
+        """Rows that the relay has still to send."""
+        return self.number("SELECT count(*) FROM natspubsub_outbox WHERE status <> 'sent'")
+
+    @property
+    def resent(self) -> list[str]:
+        """The rows that a relay sent although the stream had them already."""
+        path = self.folder / "resent"
+        return path.read_text().split() if path.exists() else []
+
+    # --- the stream
+
+    @property
+    def stored(self) -> int:
+        """Messages in the stream."""
+        info = self.state.broker().stream_info(self.state.settings.stream)
+        return info.messages if info else 0
+
+    def relay_all(self) -> None:
+        """Send what is pending from this process."""
+        with self.app.app_context():
+            eventually(lambda: self.pubsub.make_relay().run_once() or not self.pending, 60)
+
+    def is_consumed(self) -> bool:
+        """Whether the worker has nothing left to do: all is delivered and settled."""
+        (subscription,) = self.state.subscriptions()
+        info = self.state.broker().consumer_info(self.state.settings.stream, subscription.durable)
+        return info is not None and not info.pending and not info.ack_pending
+
+    def await_effects(self, timeout: float = 60.0) -> None:
+        """Wait until all rows are relayed and all messages consumed."""
+        eventually(lambda: self.pending == 0, timeout, "rows are still pending", 0.1)
+        eventually(self.is_consumed, timeout, "messages are still to be handled", 0.1)
+
+    def finish(self, timeout: float = 60.0) -> None:
+        """Let the processes finish their work in peace, and end in order."""
+        self.await_effects(timeout)
+        codes = self.children.stop_all()
+        assert not any(codes), f"exit codes {codes}"
+
+
+def kill_in_turn(
+    site: Site,
+    kills: int,
+    start: Callable[[], Child],
+    feed: Callable[[], None],
+    progress: Callable[[int], None],
+    lanes: int = 2,
+) -> list[Child]:
+    """Keep ``lanes`` processes alive that kill themselves, until ``kills`` of them have."""
+    alive = [start() for _ in range(lanes)]
+    ended: list[Child] = []
+    while len(ended) < kills:
+        feed()
+        dead = eventually(
+            lambda: next((child for child in alive if child.has_ended), None), 60, "none died"
+        )
+        site.children.check_killed(dead)
+        alive.remove(dead)
+        ended.append(dead)
+        progress(len(ended))
+        if len(ended) < kills:
+            alive.append(start())
+    for child in alive:
+        child.kill()
+    return ended
