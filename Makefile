@@ -16,7 +16,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test lint bench torture docs clean
 
 help:  ## show this list
 	@sed -En 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -34,6 +34,9 @@ lint: $(VENV)/.stamp-dev $(VENV)/.stamp-lint  ## check style and types
 
 bench: $(VENV)/.stamp-dev  ## measure
 	@$(RUN) -m tests.bench $(ARGS)
+
+torture: $(VENV)/.stamp-dev  ## kill processes, servers and connections for an hour, and count what is lost
+	@$(RUN) -m tests.torture --long $(ARGS)
 
 docs: $(VENV)/.stamp-dev $(VENV)/.stamp-docs  ## build the documentation into docs/_build/html
 	@$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from .publishing.relay import Relay
 
 EXTENSION = "natspubsub"
+_BROKER = "broker"
 
 _log = logging.getLogger("flask_natspubsub")
 
@@ -52,8 +52,7 @@ class AppState:
         self.registry: Registry = extension.registry
         self.checks: list[Check] = [Check("nats", lambda: self.is_connected)]
         self._app = weakref.ref(app)  # the app holds this state: no cycle to collect
-        self._broker: Broker | None = None
-        self._lock = threading.Lock()
+        self._kept: dict[str, Broker] = {}
         self._subscriptions: list[Subscription] = []
         self._declared: tuple[object, ...] = ()
         self._persistence: Persistence | None = None
@@ -74,24 +73,25 @@ class AppState:
 
     def broker(self) -> Broker:
         """Return the broker, made at the first call."""
-        if self._broker is None:
-            with self._lock:
-                if self._broker is None:
-                    self._broker = make_broker(self.settings)
-                    if self.settings.auto_setup:
-                        self._broker.want(wanted_streams(self.settings))
-        return self._broker
+        broker = self._kept.get(_BROKER)
+        if broker is None:
+            made = make_broker(self.settings)
+            if self.settings.auto_setup:
+                made.want(wanted_streams(self.settings))
+            # No lock, which a forked child could inherit held: making one does no I/O, and of
+            # two made at the same moment one is forgotten.
+            broker = self._kept.setdefault(_BROKER, made)
+        return broker
 
     def use_broker(self, broker: Broker) -> Broker | None:
         """Replace the broker (for tests) and return the one there was."""
-        with self._lock:
-            old, self._broker = self._broker, broker
+        old = self._kept.pop(_BROKER, None)
+        self._kept[_BROKER] = broker
         return old
 
     def forget_broker(self) -> None:
         """Let the next use make a new broker; the old one is the caller's to close."""
-        with self._lock:
-            self._broker = None
+        self._kept.pop(_BROKER, None)
 
     @property
     def is_connected(self) -> bool:
@@ -190,7 +190,6 @@ class AppState:
 
     def close(self, timeout: float) -> None:
         """Close the broker; the next use makes a new one."""
-        with self._lock:
-            broker, self._broker = self._broker, None
+        broker = self._kept.pop(_BROKER, None)
         if broker is not None:
             broker.close(timeout)

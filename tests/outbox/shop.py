@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -12,8 +12,14 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_natspubsub import NatsPubsub
-from flask_natspubsub.brokers.base import Broker, CoreMessage, StoredMessage
+from flask_natspubsub import NatsPubsub, PublishError
+from flask_natspubsub.brokers.base import (
+    Broker,
+    CoreMessage,
+    OutgoingMessage,
+    StoredMessage,
+    Ticket,
+)
 from flask_natspubsub.brokers.topology import wakeup_subject
 from flask_natspubsub.publishing.relay import Relay
 
@@ -28,10 +34,15 @@ def engine_options(url: str) -> dict[str, Any]:
 
 
 def use_wal(engine: sa.Engine) -> None:
-    """Have a SQLite database keep a write-ahead log, as the docs advise."""
-    if engine.dialect.name == "sqlite":
-        with engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+    """Have a SQLite database keep a write-ahead log, as the docs advise, and not wait for disks."""
+    if engine.dialect.name != "sqlite":
+        return
+
+    @sa.event.listens_for(engine, "connect")
+    def connected(connection: Any, _record: Any) -> None:
+        if "mode=ro" not in str(engine.url):
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = OFF")
 
 
 def begin_transactions(engine: sa.Engine) -> None:
@@ -125,6 +136,17 @@ class OutboxShop:
     def stop_relay(self, relay: Relay) -> None:
         relay.stop()
         next(thread for one, thread in self._relays if one is relay).join(TIMEOUT)
+
+    def use_flaky_broker(self) -> FlakyBroker:
+        """Have publishes go through a broker that fails as the test says."""
+        flaky = FlakyBroker(self.broker)
+        self.state.use_broker(flaky)  # type: ignore[arg-type]  # it has all that a broker has
+        return flaky
+
+    def advance(self, seconds: float) -> None:
+        """Move the clock by which rows are due."""
+        assert self.state.persistence is not None
+        self.state.persistence.database.skew += seconds
 
     # --- what the test looks at
 
@@ -222,6 +244,43 @@ class OutboxShop:
         finally:
             with suppress(Exception):
                 listening.stop()
+
+
+class FlakyBroker:
+    """A broker in front of another one that fails messages, by their ``n``."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        #: The errors that the next attempts to send a number end in.
+        self.failures: dict[int, list[PublishError]] = {}
+        #: What each call was to send.
+        self.calls: list[list[int]] = []
+        #: Called before each call is carried out.
+        self.before: Callable[[], object] = lambda: None
+        self.loses_hints = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._broker, name)
+
+    def send(self, subject: str, payload: bytes) -> None:
+        if not self.loses_hints:
+            self._broker.send(subject, payload)
+
+    def submit(self, messages: Sequence[OutgoingMessage], timeout: float) -> Ticket:
+        self.calls.append([numbers_of(message.payload) for message in messages])
+        self.before()
+        ticket = Ticket(len(messages))
+        for index, message in enumerate(messages):
+            errors = self.failures.get(self.calls[-1][index])
+            if errors:
+                ticket.settle(index, errors.pop(0))
+                continue
+            inner = self._broker.submit([message], timeout)
+            assert inner.wait(timeout + 1)
+            result = inner.results[0]
+            assert result is not None
+            ticket.settle(index, result)
+        return ticket
 
 
 def define_models(db: SQLAlchemy) -> tuple[Any, Any]:

@@ -37,11 +37,17 @@ def many_relays(run: Run) -> Result:
             run.progress("rows", rows - left, rows)
             eventually(lambda left=left: site.pending < left, 60, "no relay sends", 0.2)
         result = count_sent(run.name, site)
+        holders = len(_holders(site))
         disorder = site.number(OUT_OF_ORDER)
         result.expect(not disorder, f"{disorder} rows overtook another of their key")
         killed = _seconds_after(site, running, Child.kill)
         stopped = _seconds_after(site, running, Child.terminate)
-        result.facts = {"relays": relays, "after kill s": killed, "after SIGTERM s": stopped}
+        result.facts = {
+            "relays": relays,
+            "with a lease": holders,
+            "s after kill": killed,
+            "s after SIGTERM": stopped,
+        }
         result.expect(killed <= TAKE_OVER, f"taken over {killed:.1f} s after a kill")
         result.expect(stopped <= HAND_OVER, f"handed over in {stopped:.1f} s")
     return result

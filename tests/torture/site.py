@@ -145,6 +145,11 @@ class Site:
         return self.number("SELECT count(*) FROM natspubsub_outbox WHERE status <> 'sent'")
 
     @property
+    def handled(self) -> int:
+        """Effects so far."""
+        return self.number("SELECT count(*) FROM effect")
+
+    @property
     def resent(self) -> list[str]:
         """The rows that a relay sent although the stream had them already."""
         path = self.folder / "resent"

@@ -1,0 +1,26 @@
+"""The scenarios in a size for every day; ``make torture`` runs them in full."""
+
+from __future__ import annotations
+
+import pytest
+
+from ..databases import PostgresServer
+from .run import Run, Scenario
+from .scenarios import SCENARIOS
+
+pytestmark = pytest.mark.real_server
+
+SEED = 1
+LIMIT = 120.0
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_nothing_is_lost_and_no_effect_happens_twice(
+    scenario: Scenario, postgres_server: PostgresServer
+) -> None:
+    run = Run(scenario.name, scenario.short, SEED, lambda: postgres_server, LIMIT)
+    result = scenario.function(run)
+    print(result)
+
+    assert result.problems == []
+    assert result.effects >= result.committed > 0
