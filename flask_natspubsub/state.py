@@ -111,7 +111,7 @@ class AppState:
         """
         registry = self.registry
         registry.import_all(self.settings.subscribers)
-        declared = registry.fingerprint()
+        declared = registry.fingerprint(self.settings.subscribers)
         if declared != self._declared:
             self._subscriptions, self._declared = registry.resolve(self.settings), declared
         return self._subscriptions

@@ -133,8 +133,9 @@ def tail_command(
     with onlooker(state) as broker:
         broker.listen(subject, keep)
         broker.stream_info(state.settings.stream)  # once it answers, the server listens as well
-        click.echo(f"Listening to {subject} at {state.settings.safe_urls}; Ctrl-C ends.", err=True)
         try:
+            where = state.settings.safe_urls
+            click.echo(f"Listening to {subject} at {where}; Ctrl-C ends.", err=True)
             for message in itertools.islice(_received(inbox), count):
                 show(message)
         except KeyboardInterrupt:

@@ -271,7 +271,7 @@ class Relay:
                 continue
             if not self._is_ours(held, timeout):
                 break
-            self.beat = time.monotonic()
+            self.beat = started = time.monotonic()
             results = self._submit(batch, timeout)
             for row, result in zip(batch, results, strict=True):
                 if isinstance(result, StoredAck):
@@ -280,8 +280,8 @@ class Relay:
                     errors[row.id] = result
                     stuck.add(row.ordering_key)
             stuck.discard(None)  # rows without a key wait for none
-            if all(isinstance(one, PublishError) and one.temporary for one in results):
-                break  # the others would fail too, and take as long
+            if errors and time.monotonic() - started > timeout / 2:
+                break  # no answer came, and to wait for the others would take as long again
         return sent, errors
 
     def _submit(self, rows: Sequence[DueRow], timeout: float) -> list[StoredAck | PublishError]:

@@ -24,6 +24,10 @@ from .subscription import Subscription, resolve
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+#: Modules that some app lists in NATSPUBSUB_SUBSCRIBERS: the classes in them are for the apps
+#: that list them, and not for every app of the process.
+_listed: set[str] = set()
+
 
 class _Declarations:
     """What Registry and SubscriberGroup share: handlers are declared to them."""
@@ -178,7 +182,8 @@ class Registry(_Declarations):
             message type cannot be found.
         """
         chosen: dict[str, tuple[Declaration, tuple[Middleware, ...]]] = {}
-        for declaration, around in sorted(self._all(), key=lambda pair: pair[0].order):
+        declared = self._all(settings.subscribers)
+        for declaration, around in sorted(declared, key=lambda pair: pair[0].order):
             durable = declaration.durable(settings.app_name)
             if durable in chosen:
                 older, _ = chosen.pop(durable)
@@ -189,9 +194,12 @@ class Registry(_Declarations):
             for declaration, around in chosen.values()
         ]
 
-    def fingerprint(self) -> tuple[object, ...]:
-        """Return what changes when something else is declared."""
-        declared = [(one.order, id(one.source), around) for one, around in self._all()]
+    def fingerprint(self, names: Sequence[str]) -> tuple[object, ...]:
+        """Return what changes when something else is declared.
+
+        :param names: the app's NATSPUBSUB_SUBSCRIBERS.
+        """
+        declared = [(one.order, id(one.source), around) for one, around in self._all(names)]
         return (*declared, *self._middleware)
 
     def import_all(self, names: Iterable[str]) -> None:
@@ -200,6 +208,7 @@ class Registry(_Declarations):
         :raises ConfigurationError: an import failed; its cause is the ImportError.
         """
         for name in names:
+            _listed.add(name)
             try:
                 _import_tree(name)
             except ImportError as error:
@@ -208,9 +217,13 @@ class Registry(_Declarations):
                     "Check its spelling, and that what it imports is installed.",
                 ) from error
 
-    def _all(self) -> Iterator[tuple[Declaration, tuple[Middleware, ...]]]:
-        for declaration in (*self._declared.values(), *unbound_classes()):
+    def _all(self, names: Sequence[str]) -> Iterator[tuple[Declaration, tuple[Middleware, ...]]]:
+        for declaration in self._declared.values():
             yield declaration, ()
+        for declaration in unbound_classes():
+            module = declaration.source.__module__
+            if _is_in(module, names) or not _is_in(module, _listed):
+                yield declaration, ()
         for group in self._groups:
             yield from group.declarations()
 
@@ -224,6 +237,10 @@ def _check_replaces(newer: Declaration, older: Declaration, what: str) -> None:
         f"{older.who} and {newer.who} both have {what}.",
         "List all topics of one handler in one declaration, or give each its own name=...",
     )
+
+
+def _is_in(module: str, names: Iterable[str]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in names)
 
 
 def _import_tree(name: str) -> None:

@@ -125,16 +125,7 @@ def test_flask_migrate_creates_the_tables_and_then_finds_no_change(
 
     assert "No changes in schema detected" in project.flask("db", "migrate", "-m", "second")
     assert len(project.migrations) == 1
-    project.flask("db", "downgrade")
-    assert describe(project.url) == {}
 
-
-def test_rows_go_through_tables_that_were_migrated(
-    make_url: MakeUrl, make_shop: MakeShop, tmp_path: Path
-) -> None:
-    project = Project(tmp_path / "project", make_url("sqlite"))
-    for command in (["init"], ["migrate"], ["upgrade"]):
-        project.flask("db", *command)
     shop = make_shop(project.url, tables=False)
     shop.commit(1, 2)
     assert shop.relay().run_once() == 2

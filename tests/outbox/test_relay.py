@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -44,7 +45,8 @@ def write(shop: OutboxShop, *rows: tuple[int, str | None]) -> None:
 def relay_all(shop: OutboxShop) -> None:
     """Relay until all is sent, moving the clock over the waits."""
     for _ in range(50):
-        shop.relay().run_once()
+        with suppress(PublishError):
+            shop.relay().run_once()
         if not shop.store.counts()["pending"]:
             return
         shop.advance(LATER)
@@ -102,7 +104,7 @@ def test_key_waits_for_its_row_that_failed_and_others_do_not(shop: OutboxShop, e
     assert shop.relay().run_once() == 0, "neither the row nor those behind it are due"
     shop.advance(LATER)
     assert shop.relay().run_once() == 3
-    assert shop.sent == [1, 5, 6, 7, 2, 4, 3]
+    assert shop.sent == [1, 5, 6, 7, 2, 3, 4]
 
 
 def test_order_by_key_holds_whatever_fails(sqlite_shop: OutboxShop) -> None:
@@ -199,7 +201,7 @@ def test_row_too_large_for_the_server_holds_nobody_up(sqlite_shop: OutboxShop) -
     replaced = shop.state.use_broker(smaller)
     shop.relay().run_once()
     assert shop.sent == [1, 3]
-    assert "5," in shop.rows[1]["last_error"]
+    assert "more than the 2000" in shop.rows[1]["last_error"]
     assert shop.rows[1]["attempts"] == 1
     assert replaced is not None
     replaced.close()
@@ -276,9 +278,13 @@ def test_age_of_the_oldest_row_that_is_due(make_shop: MakeShop, url: str) -> Non
     shop.commit(1, delay=60)
     assert shop.store.oldest_pending_age() is None
     shop.commit(*range(2, 30))
-    shop.execute("UPDATE natspubsub_outbox SET created_at = created_at - 100 WHERE id % 9 = 0")
+    table = shop.store.table
+    of_one = sa.update(table).where(
+        table.c.partition == shop.rows[-1]["partition"], table.c.available_at.is_(None)
+    )
+    shop.execute(of_one.values(created_at=table.c.created_at - 100))
     assert 100 <= shop.store.oldest_pending_age() < 130
-    shop.execute("UPDATE natspubsub_outbox SET status = 'sent' WHERE id % 9 = 0")
+    shop.execute(of_one.values(status="sent"))
     assert 0 <= shop.store.oldest_pending_age() < 30
 
 
@@ -445,9 +451,6 @@ def test_due_rows_are_found_by_the_index(make_shop: MakeShop, url: str) -> None:
     fill_with_sent_rows(shop, 3000)
     shop.execute({"mysql": "ANALYZE TABLE natspubsub_outbox"}.get(shop.engine.name, "ANALYZE"))
     explain = {"sqlite": "EXPLAIN QUERY PLAN "}.get(shop.engine.name, "EXPLAIN ")
-    with shop.counting() as statements:
-        shop.store.due(0, 100)
-        shop.store.oldest_pending_age()
     found: list[tuple[str, Any]] = []
 
     def note(_: Any, __: Any, statement: str, parameters: Any, ___: Any, ____: Any) -> None:
@@ -515,8 +518,8 @@ def test_relay_cleans_up_also_while_it_is_busy(
         statements = list(statements)
     deletes = [one for one in statements if one.startswith("DELETE FROM natspubsub_outbox")]
     assert len(deletes) == 3
-    shop.wait_for_sent(n - 10)
-    assert shop.store.counts()["pending"] == 1
+    eventually(lambda: shop.store.counts()["pending"] == 1)
+    assert shop.count_stored() == n - 10
 
 
 def test_lease_of_a_partition_that_nobody_has(shop: OutboxShop) -> None:

@@ -1,7 +1,7 @@
 """Scenario 4: the database connection is lost around COMMIT.
 
-Half of it before or while PostgreSQL commits; half when it has committed and has not said so,
-which a stand-by that nobody runs brings about: a synchronous commit waits for it for ever.
+Some before, some while PostgreSQL commits, and some when it has committed and has not said so:
+a stand-by that nobody runs brings this about, since a synchronous commit waits for it for ever.
 """
 
 from __future__ import annotations
@@ -110,11 +110,13 @@ def _commit(
     try:
         db.session.flush()
         pid = db.session.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
-        how = dice.choice(["leave", "leave", "around", "after"])
+        how = dice.choice(["leave", "leave", "before", "around", "after"])
         if how == "after":
             db.session.execute(sa.text(_AFTER))
         if how != "leave":
             killer = pool.submit(_kill, server, pid, how, dice.uniform(0, AROUND))
+        if how == "before" and killer is not None:
+            killer.result()
         db.session.commit()
     except OperationalError:
         db.session.rollback()
@@ -127,10 +129,10 @@ def _kill(server: PostgresServer, pid: int, how: str, delay: float) -> bool:
         try:
             if how == "after":
                 eventually(lambda: connection.execute(_WAITS, [pid]).fetchone(), 10, interval=0.001)
-            else:
+            elif how == "around":
                 threading.Event().wait(delay)
         finally:  # or it would wait for ever
-            killed = connection.execute("SELECT pg_terminate_backend(%s)", [pid]).fetchone()
+            killed = connection.execute("SELECT pg_terminate_backend(%s, 5000)", [pid]).fetchone()
     return bool(killed and killed[0])
 
 

@@ -52,7 +52,8 @@ def install() -> FailPoints:
     _around(store.OutboxStore, "mark", before=lambda *marked: _on_mark(points, marked[2]))
     _around(inbox.HandlerWork, "commit", after=lambda: points.reach(COMMITTED))
     if seconds := os.environ.get(LEASE):
-        store.LEASE_SECONDS = relay.LEASE_SECONDS = float(seconds)
+        for module in (store, relay):
+            vars(module)["LEASE_SECONDS"] = float(seconds)
         relay.STAND_BY_INTERVAL = 0.2
     return points
 

@@ -21,7 +21,7 @@ EACH_LIFE = 60
 
 def relay_killed(run: Run, database: str = "sqlite") -> Result:
     """Killed between publish and mark: within the duplicate window the stream has no copies."""
-    with Site(run.database(database), lease=1, outbox_batch_size=BATCH) as site:
+    with Site(run.database(database), lease=0.7, outbox_batch_size=BATCH) as site:
         site.start_worker()
         _kill_relays(run, site)
         result = _end(run, site)
@@ -47,9 +47,7 @@ def _kill_relays(run: Run, site: Site) -> None:
     kills = run.size["kills"]
 
     def start() -> Child:
-        return site.start_relay(
-            **{failpoints.FAIL: f"{failpoints.MARK}:{run.random.randint(1, 3)}"}
-        )
+        return site.start_relay(f"{failpoints.MARK}:{run.random.randint(1, 3)}")
 
     kill_in_turn(
         site,
@@ -90,7 +88,7 @@ def _worker_killed(run: Run, database: str, places: tuple[str, ...], *, inbox: b
         def start() -> Child:
             place = run.random.choice(places)
             point = f"{place}:{run.random.randint(1, 12)}"
-            child = site.start_worker(**{failpoints.FAIL: point})
+            child = site.start_worker(point)
             place_of[child.pid] = place
             return child
 
@@ -110,12 +108,12 @@ def _worker_killed(run: Run, database: str, places: tuple[str, ...], *, inbox: b
 def two_copies(run: Run, database: str = "sqlite") -> Result:
     """Two messages of one event id, to twenty handlers at once."""
     messages = run.size["messages"]
-    with Site(run.database(database)) as site:
+    with Site(run.database(database), slowness=0.01) as site:
         ids = [f"order-{number}" for number in range(messages)]
         published = dict.fromkeys(ids, time.time())
         _publish_twice(site, ids)
         for _ in range(2):
-            site.start_worker(10, TORTURE_SLOWNESS="0.01")
+            site.start_worker(concurrency=10)
         site.finish(run.limit)
         result = count(run.name, site, sent=2 * messages, committed=published)
         result.facts["copies"] = site.stored - messages

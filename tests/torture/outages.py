@@ -6,13 +6,13 @@ import http.client
 import socket
 import statistics
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from ..waiting import eventually
 from .ledger import Result, count
+from .processes import Child
 from .run import Run
 from .site import Site
 
@@ -102,23 +102,27 @@ def nats_down(run: Run) -> Result:
 def end_to_end(run: Run) -> Result:
     """Orders while worker, relay and nats-server are killed again and again."""
     messages, kills = run.size["messages"], run.size["kills"]
-    victims = [*("worker", "relay", "nats") * (kills // 3), *("worker", "relay", "nats")][:kills]
+    victims = [("worker", "relay", "nats")[number % 3] for number in range(kills)]
     run.random.shuffle(victims)
     with Site(lease=2) as site:
         shop = Shop(site)
         crew = Crew(site)
         for number, victim in enumerate(victims):
             run.progress("kills", number, kills)
-            handled = site.handled
             with shop.ordering(messages // kills):
                 # All of the way works, so whichever is killed now was at work.
-                eventually(lambda handled=handled: site.handled > handled, 60, "no effects")
+                _await_more_effects(site)
                 crew.replace(victim)
         site.finish(120)
         result = count(run.name, site, sent=shop.sent)
-        result.facts = Counter(f"{victim} killed" for victim in victims)
+        result.facts = {f"{name} killed": victims.count(name) for name in sorted(set(victims))}
         result.expect(result.committed == shop.sent == shop.accepted, "requests were refused")
     return result
+
+
+def _await_more_effects(site: Site) -> None:
+    before = site.handled
+    eventually(lambda: site.handled > before, 60, "no more effects")
 
 
 class Crew:
@@ -126,7 +130,10 @@ class Crew:
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._starts = {"relay": site.start_relay, "worker": site.start_worker}
+        self._starts: dict[str, Callable[[], Child]] = {
+            "relay": site.start_relay,
+            "worker": site.start_worker,
+        }
         self._children = {name: start() for name, start in self._starts.items()}
 
     def replace(self, name: str) -> None:

@@ -33,9 +33,7 @@ def many_relays(run: Run) -> Result:
     with Site(run.database("postgresql"), outbox_partitions=relays) as site:
         running = [site.start_relay() for _ in range(relays)]
         _write(site, rows)
-        while left := site.pending:
-            run.progress("rows", rows - left, rows)
-            eventually(lambda left=left: site.pending < left, 60, "no relay sends", 0.2)
+        _await_sent(run, site, rows)
         result = count_sent(run.name, site)
         holders = len(_holders(site))
         disorder = site.number(OUT_OF_ORDER)
@@ -62,6 +60,18 @@ def _write(site: Site, rows: int) -> None:
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(write, range(WRITERS)))
+
+
+def _await_sent(run: Run, site: Site, rows: int) -> None:
+    left = rows
+
+    def fewer() -> bool:
+        return site.pending < left
+
+    while left:
+        eventually(fewer, 60, "no relay sends", 0.2)
+        left = site.pending
+        run.progress("rows", rows - left, rows)
 
 
 def _seconds_after(site: Site, running: list[Child], end: Callable[[Child], None]) -> float:

@@ -7,13 +7,11 @@ from functools import partial
 from . import commits, kills, outages, relays
 from .run import Scenario
 
-_POSTGRES = {"database": "postgresql"}
-
 SCENARIOS = [
     Scenario("relay-killed", kills.relay_killed, {"kills": 12}, {"kills": 200}),
     Scenario(
         "relay-killed-postgresql",
-        partial(kills.relay_killed, **_POSTGRES),
+        partial(kills.relay_killed, database="postgresql"),
         {"kills": 3},
         {"kills": 200},
     ),
@@ -21,7 +19,7 @@ SCENARIOS = [
     Scenario("worker-killed", kills.worker_killed, {"kills": 12}, {"kills": 200}),
     Scenario(
         "worker-killed-postgresql",
-        partial(kills.worker_killed, **_POSTGRES),
+        partial(kills.worker_killed, database="postgresql"),
         {"kills": 3},
         {"kills": 200},
     ),
@@ -34,7 +32,7 @@ SCENARIOS = [
     Scenario("two-copies", kills.two_copies, {"messages": 200}, {"messages": 5000}),
     Scenario(
         "two-copies-postgresql",
-        partial(kills.two_copies, **_POSTGRES),
+        partial(kills.two_copies, database="postgresql"),
         {"messages": 500},
         {"messages": 5000},
     ),

@@ -45,7 +45,8 @@ class Effect(db.Model):  # type: ignore[name-defined,misc]
 def create_app(config: dict[str, Any] | None = None) -> Flask:
     """Make the application, with the fail-points of the environment in it if it is a process."""
     app = Flask("torture")
-    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"pool_size": 25}
+    # This process must not fail because it finds a connection that it has had killed.
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"pool_size": 25, "pool_pre_ping": config is not None}
     app.config.from_prefixed_env()
     app.config.update(config or {})
     points = failpoints.FailPoints("") if config else failpoints.install()

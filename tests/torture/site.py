@@ -31,16 +31,23 @@ class Site:
 
     :param database: its address; default a SQLite file.
     :param lease: how long a dead relay holds its partitions; default as in production.
+    :param slowness: longest time that a handler takes, seconds; each takes another.
     :param settings: ``NATSPUBSUB_`` keys in lower case, for all processes.
     """
 
     def __init__(
-        self, database: str | None = None, *, lease: float | None = None, **settings: Any
+        self,
+        database: str | None = None,
+        *,
+        lease: float | None = None,
+        slowness: float = 0.0,
+        **settings: Any,
     ) -> None:
         self.nats = NatsServer()
         self._stack = ExitStack()
         self._database = database
         self._lease = lease
+        self._slowness = slowness
         self.settings = {
             "env": "torture",
             "app_name": "shop",
@@ -82,6 +89,7 @@ class Site:
         config |= {"NATSPUBSUB_URLS": self.nats.url, "SQLALCHEMY_DATABASE_URI": url}
         environment = {f"FLASK_{key}": json.dumps(value) for key, value in config.items()}
         environment[failpoints.RESENT] = str(folder / "resent")
+        environment["TORTURE_SLOWNESS"] = str(self._slowness)
         if self._lease is not None:
             environment[failpoints.LEASE] = str(self._lease)
         self.children = self._stack.enter_context(Children(folder, environment))
@@ -104,14 +112,14 @@ class Site:
 
     # --- the processes
 
-    def start_relay(self, **environment: str) -> Child:
-        """Start ``flask natspubsub relay``."""
-        return self.children.start("relay", *FLASK, "relay", **environment)
+    def start_relay(self, fail: str = "") -> Child:
+        """Start ``flask natspubsub relay``, with a fail-point if it is to die."""
+        return self.children.start("relay", *FLASK, "relay", **{failpoints.FAIL: fail})
 
-    def start_worker(self, concurrency: int = 4, **environment: str) -> Child:
-        """Start ``flask natspubsub worker --no-relay``."""
+    def start_worker(self, fail: str = "", *, concurrency: int = 4) -> Child:
+        """Start ``flask natspubsub worker --no-relay``, with a fail-point if it is to die."""
         command = (*FLASK, "worker", "--no-relay", "--concurrency", str(concurrency))
-        return self.children.start("worker", *command, **environment)
+        return self.children.start("worker", *command, **{failpoints.FAIL: fail})
 
     def start_web(self, port: int) -> Child:
         """Start gunicorn with four threads."""
@@ -199,9 +207,8 @@ def kill_in_turn(
     ended: list[Child] = []
     while len(ended) < kills:
         feed()
-        dead = eventually(
-            lambda: next((child for child in alive if child.has_ended), None), 60, "none died"
-        )
+        eventually(lambda: any(child.has_ended for child in alive), 60, "none died")
+        dead = next(child for child in alive if child.has_ended)
         site.children.check_killed(dead)
         alive.remove(dead)
         ended.append(dead)

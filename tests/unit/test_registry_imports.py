@@ -134,3 +134,20 @@ class Unbound(Subscriber):
         "bound": ("new",),
         "unbound": ("new",),
     }
+
+
+def test_a_class_of_a_listed_module_is_for_the_apps_that_list_it(
+    registry: Registry, modules: Callable[..., None]
+) -> None:
+    source = """
+from flask_natspubsub.subscribing.subscriber import Subscriber
+
+class Listed(Subscriber):
+    topics = ["order.created"]
+    def handle(self, message): ...
+"""
+    modules({"listed/__init__.py": "", "listed/subscribers.py": source})
+    registry.import_all(["listed"])
+    theirs = Settings(app_name="listing", subscribers=("listed",))
+    assert [one.name for one in registry.resolve(theirs)] == ["listed"]
+    assert registry.resolve(Settings(app_name="other")) == []
