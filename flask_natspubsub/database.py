@@ -50,7 +50,8 @@ def _now_sqlite(element: object, compiler: object, **options: object) -> str:
 
 @compiles(database_now, "postgresql")
 def _now_postgresql(element: object, compiler: object, **options: object) -> str:
-    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)"
+    # Not clock_timestamp(): it may change within a statement, so no index could be used.
+    return "CAST(EXTRACT(EPOCH FROM statement_timestamp()) AS DOUBLE PRECISION)"
 
 
 @compiles(database_now, "mysql")

@@ -15,7 +15,6 @@ from pathlib import Path
 import click
 import pytest
 from flask import Flask
-from sqlalchemy import Engine
 
 import flask_natspubsub.cli
 from docs.generated import commands_text, presets_text, settings_text
@@ -78,10 +77,17 @@ def namespace(monkeypatch, request, tmp_path):
         yield vars(module)
     for broker in brokers:
         broker.close()
-    for engine in [one for one in gc.get_objects() if isinstance(one, Engine)]:
-        engine.dispose()
+    for made in [one for one in vars(module).values() if type(one) is Flask]:
+        close_databases(made)
     vars(module).clear()
     gc.collect()  # subscriber classes of the page: nobody else should meet them
+
+
+def close_databases(app: Flask) -> None:
+    if "sqlalchemy" in app.extensions:
+        with app.app_context():
+            for engine in app.extensions["sqlalchemy"].engines.values():
+                engine.dispose()
 
 
 @with_python

@@ -33,6 +33,7 @@ _log = logging.getLogger("flask_natspubsub")
 
 PENDING, SENT, PARKED = "pending", "sent", "parked"
 TABLE = "natspubsub_outbox"
+PENDING_INDEX = "ix_natspubsub_outbox_pending"
 #: Ids that one query asks for.
 ID_CHUNK = 500
 _INFO = "natspubsub_outbox"
@@ -90,7 +91,7 @@ def _outbox_table(metadata: sa.MetaData) -> sa.Table:
         sa.Column("stream_sequence", BigInt),
         sa.Column("confirmed_at", Seconds),
         sa.Index(
-            "ix_natspubsub_outbox_pending",
+            PENDING_INDEX,
             "status", "partition", "id",
             postgresql_where=pending, sqlite_where=pending,
         ),

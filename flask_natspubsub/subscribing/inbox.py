@@ -23,6 +23,7 @@ _log = logging.getLogger("flask_natspubsub.worker")
 
 _INFO = "natspubsub_inbox"
 _WORK = "natspubsub_work"
+_FAILED = "natspubsub_failed"
 CLEAN_BATCH = 1000
 
 
@@ -84,8 +85,10 @@ class Inbox:
 
     def claim(self, session: orm.Session, event_id: str, subscriber: str) -> bool:
         """Insert the row in the session's transaction; False if it is there already."""
+        connection = self._connection(session)
+        connection.info.pop(_FAILED, None)
         values = {"event_id": event_id, "subscriber": subscriber, "processed_at": database_now()}
-        return insert_new(self._connection(session), self.table, values)
+        return insert_new(connection, self.table, values)
 
     def unclaim(self, session: orm.Session, event_id: str, subscriber: str) -> None:
         """Delete the row in the session's transaction."""
@@ -93,9 +96,12 @@ class Inbox:
         self._connection(session).execute(self._forget, key)
 
     def has(self, session: orm.Session, event_id: str, subscriber: str) -> bool:
-        """Whether the session's transaction sees the row."""
+        """Whether the session's transaction still has the row; looks after an error only."""
+        connection = self._connection(session)
+        if _FAILED not in connection.info:
+            return True
         key = {"event_id": event_id, "subscriber": subscriber}
-        return self._connection(session).execute(self._find, key).first() is not None
+        return connection.execute(self._find, key).first() is not None
 
     def _connection(self, session: orm.Session) -> sa.Connection:
         return session.connection(bind_arguments={"clause": self.table})
@@ -198,7 +204,7 @@ class HandlerWork:
         return True
 
     def _is_there(self, session: orm.Session) -> bool:
-        """Look: after an error PostgreSQL takes a COMMIT, and silently rolls back."""
+        """Look: after an error PostgreSQL takes a COMMIT and silently rolls back."""
         try:
             return self._inbox.has(session, *self._key)
         except DBAPIError as error:
@@ -223,6 +229,13 @@ def _on_commit(session: orm.Session) -> None:
     work: HandlerWork | None = session.info.get(_WORK)
     if work is not None and session.get_nested_transaction() is None:
         work.on_commit_by_handler(session)
+
+
+@event.listens_for(sa.Engine, "handle_error")
+def _on_error(context: sa.ExceptionContext) -> None:
+    """Note that the database may have ended the transaction."""
+    if context.connection is not None and not context.connection.invalidated:
+        context.connection.info[_FAILED] = True
 
 
 @contextmanager

@@ -231,6 +231,26 @@ class OutboxShop:
             sa.event.remove(self.engine, "before_cursor_execute", note)
 
     @contextmanager
+    def explaining(self) -> Iterator[list[str]]:
+        """Collect how the database carries out the statements on the outbox, at the end."""
+        found: list[tuple[str, Any]] = []
+        plans: list[str] = []
+
+        def note(_: Any, __: Any, statement: str, parameters: Any, ___: Any, ____: Any) -> None:
+            if "natspubsub_outbox" in statement:
+                found.append((statement, parameters))
+
+        sa.event.listen(self.engine, "before_cursor_execute", note)
+        yield plans
+        sa.event.remove(self.engine, "before_cursor_execute", note)
+        explain = "EXPLAIN QUERY PLAN " if self.engine.name == "sqlite" else "EXPLAIN "
+        with self.engine.connect() as connection:
+            for statement, parameters in found:
+                rows = connection.exec_driver_sql(explain + statement, parameters).mappings()
+                # MySQL also names the indexes that it could have used.
+                plans.append(str([row.get("key", dict(row)) for row in rows]))
+
+    @contextmanager
     def hints(self) -> Iterator[list[bytes]]:
         """Collect the hints that are given to relays; of a broker in memory only."""
         found: list[bytes] = []

@@ -105,31 +105,32 @@ def test_commit_whose_connection_is_cut(
     make_shop: MakeShop, postgresql: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nobody can say whether it was committed, but the event is there if the order is."""
-    kills = 100 if TORTURE else 15
+    kills = 100 if TORTURE else 20
     shop = make_shop(postgresql)
     dice = random.Random(7)
-    for number in range(kills):
-        with shop.app.app_context(), suppress(sa.exc.DBAPIError):
-            shop.session.add(shop.Order(name=str(number)))
-            shop.publish(number)
-            shop.session.flush()
-            pid = shop.session.scalar(sa.text("SELECT pg_backend_pid()"))
-            cut = threading.Timer(dice.random() * 0.003, terminate, (postgresql, pid))
-            cut.start()
-            try:
-                shop.session.commit()
-            finally:
-                cut.join()
-        shop.engine.dispose()  # it may have been cut after the commit
+    killer = sa.create_engine(postgresql, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    with killer.connect() as connection:
+        for number in range(kills):
+            with shop.app.app_context(), suppress(sa.exc.DBAPIError):
+                shop.session.add(shop.Order(name=str(number)))
+                shop.publish(number)
+                shop.session.flush()
+                pid = shop.session.scalar(sa.text("SELECT pg_backend_pid()"))
+                cut = threading.Timer(dice.random() * 0.002, terminate, (connection, pid))
+                cut.start()
+                try:
+                    shop.session.commit()
+                finally:
+                    cut.join()
+            shop.engine.dispose()  # it may have been cut after the commit
     shop.relay().run_once()
     assert [str(number) for number in shop.sent] == shop.orders
     with capsys.disabled():
         print(f"\n{kills} commits cut: {len(shop.orders)} orders, {len(shop.sent)} messages")
 
 
-def terminate(url: str, pid: int) -> None:
-    with sa.create_engine(url, poolclass=sa.NullPool).connect() as connection:
-        connection.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+def terminate(connection: sa.Connection, pid: int) -> None:
+    connection.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
 
 
 def test_writers_on_sqlite_and_a_relay_do_not_lock_each_other_out(
