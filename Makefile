@@ -25,7 +25,7 @@ demo: $(VENV)/.stamp-example  ## run the example shop on a real nats-server unti
 	@$(RUN) -m example_app.demo $(if $(filter-out 0,$(ONCE)),--once)
 
 test: $(VENV)/.stamp-dev  ## run the tests
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.stamp-dev $(VENV)/.stamp-lint  ## check style and types
 	@$(RUN) -m ruff check .

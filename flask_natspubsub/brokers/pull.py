@@ -24,7 +24,9 @@ from .wire import DESCRIPTION, STATUS, Outgoing, Route, parse_ack_subject
 _log = logging.getLogger("flask_natspubsub.broker")
 
 EXPIRES = 30.0
-HEARTBEAT = 5.0
+# A pull can vanish without a word: the server drops one that it has not looked at yet when the
+# consumer is deleted. Two missed heartbeats tell, so a silent pull is replaced within 7 seconds.
+HEARTBEAT = 2.5
 #: Seconds for which acks are collected while they keep coming.
 LINGER = 0.001
 FLOOR_INTERVAL = 30.0
@@ -312,7 +314,7 @@ class Pull(Consumption):
 
     async def _watch(self) -> None:
         while not self._stopped:
-            await asyncio.sleep(HEARTBEAT)
+            await asyncio.sleep(HEARTBEAT / 2)
             try:
                 await self._look()
             except Exception:  # noqa: BLE001 - nobody else would notice a silent pull

@@ -13,10 +13,13 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
+from flask_sqlalchemy_lite import SQLAlchemy as Lite
+from sqlalchemy import orm
 from sqlalchemy.exc import IntegrityError
 
 from flask_natspubsub import Discard, NatsPubsub
 from flask_natspubsub.subscribing.processor import Outcome, Processor
+from flask_natspubsub.testing import TestBroker
 from flask_natspubsub.worker.asynchronous import AsyncHandlers
 
 from ..databases import sqlite_url
@@ -208,6 +211,40 @@ def test_an_id_of_any_kind_is_handled_once(desk: Desk, event_id: str) -> None:
 
     assert results == ["handled", "skipped"]
     assert desk.effects == ["done"]
+
+
+def test_flask_sqlalchemy_lite_does_as_well(tmp_path: Any) -> None:
+    class Base(orm.DeclarativeBase):
+        pass
+
+    class Effect(Base):
+        __tablename__ = "effect"
+        id: orm.Mapped[int] = orm.mapped_column(primary_key=True)
+
+    app, db = Flask("desk"), Lite()
+    app.config["SQLALCHEMY_ENGINES"] = {"default": sqlite_url(tmp_path)}
+    app.config.update(NATSPUBSUB_URLS="memory://", NATSPUBSUB_USE_INBOX=True)
+    db.init_app(app)
+    pubsub = NatsPubsub(app, db, Base.metadata)
+
+    @pubsub.subscriber("order.created")
+    def handler(message: Any, context: Any) -> None:
+        db.session.add(Effect())
+        db.session.flush()
+        if context.attempt == 1:
+            raise ValueError
+
+    with app.app_context():
+        Base.metadata.create_all(db.engine)
+    with TestBroker(app) as broker:
+        broker.deliver("order.created", {"id": 1})
+        broker.drain()
+        broker.duplicate()
+        broker.drain()
+        with app.app_context():
+            assert len(db.session.scalars(sa.select(Effect)).all()) == 1
+            db.engine.dispose()
+    assert [outcome.result for outcome in broker.outcomes] == ["retried", "handled", "skipped"]
 
 
 # --- two copies at once

@@ -76,6 +76,24 @@ def test_lease_that_has_expired_may_be_renewed_if_nobody_took_it(shop: OutboxSho
     relay.release()
 
 
+def test_lease_that_was_renewed_meanwhile_is_not_taken(
+    shop: OutboxShop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at it and the attempt to take it."""
+    leases = shop.store.leases
+    lease = leases.acquire("outbox/0", "slow")
+    expire_leases(shop)
+    take = type(leases)._take
+
+    def meanwhile(self: Any, wanted: Any) -> Any:
+        assert leases.renew(lease)
+        return take(self, wanted)
+
+    monkeypatch.setattr(type(leases), "_take", meanwhile)
+    assert leases.acquire("outbox/0", "quick") is None
+    assert leases.holders()[0]["owner"] == "slow"
+
+
 def test_relay_that_has_lost_its_lease_marks_nothing(shop: OutboxShop) -> None:
     """It stood still between reading and marking, and another one went on meanwhile."""
     flaky = shop.use_flaky_broker()

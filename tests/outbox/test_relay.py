@@ -240,6 +240,25 @@ def test_rows_of_partitions_that_are_no_more(make_shop: MakeShop, url: str) -> N
         assert is_subsequence(range(key, 60, 5), fewer.sent)
 
 
+def test_key_waits_for_its_rows_in_another_partition(make_shop: MakeShop, url: str) -> None:
+    """They were written before there were more partitions, and another relay may have those."""
+    before = make_shop(url, outbox_partitions=1)
+    write(before, *((n, f"key-{n % 5}") for n in range(20)))
+    shop = make_shop(url, env=before.state.settings.env, outbox_partitions=4)
+    write(shop, *((n, f"key-{n % 5}") for n in range(20, 40)))
+    write(shop, *((n, f"new-{n % 5}") for n in range(40, 60)))
+    lease = shop.store.leases.acquire("outbox/0", "another")
+    relay = shop.relay()
+    relay.run_once()
+    assert min(shop.sent) >= 40, "what has no row in partition 0"
+    shop.store.leases.release(lease)
+    for _ in range(3):
+        shop.relay().run_once()
+    assert sorted(shop.sent) == list(range(60))
+    for key in range(5):
+        assert is_subsequence(range(key, 40, 5), shop.sent)
+
+
 # --- when rows are due
 
 
@@ -420,7 +439,7 @@ def test_failures_of_a_batch_are_one_statement(sqlite_shop: OutboxShop) -> None:
     relay.release()
 
 
-@pytest.mark.parametrize(("poll", "most"), [(60.0, 2), (0.5, 9)])
+@pytest.mark.parametrize(("poll", "most"), [(60.0, 3), (0.5, 10)])
 def test_idle_relay_looks_as_often_as_it_was_told(
     make_shop: MakeShop, sqlite: str, poll: float, most: int
 ) -> None:

@@ -49,13 +49,11 @@ def _kill_relays(run: Run, site: Site) -> None:
     def start() -> Child:
         return site.start_relay(f"{failpoints.MARK}:{run.random.randint(1, 3)}")
 
-    kill_in_turn(
-        site,
-        kills,
-        start,
-        lambda: site.publish(EACH_LIFE, each=5),
-        lambda done: run.progress("kills", done, kills),
-    )
+    def feed() -> None:
+        if site.pending < EACH_LIFE:
+            site.publish(EACH_LIFE, each=5)
+
+    kill_in_turn(site, kills, start, feed, lambda done: run.progress("kills", done, kills))
 
 
 def _end(run: Run, site: Site) -> Result:
@@ -93,8 +91,9 @@ def _worker_killed(run: Run, database: str, places: tuple[str, ...], *, inbox: b
             return child
 
         def feed() -> None:
-            site.publish(30)
-            site.relay_all()
+            if site.unhandled < EACH_LIFE:
+                site.publish(EACH_LIFE)
+                site.relay_all()
 
         dead = kill_in_turn(
             site, kills, start, feed, lambda done: run.progress("kills", done, kills)

@@ -154,8 +154,13 @@ class Site:
 
     @property
     def handled(self) -> int:
-        """Effects so far."""
-        return self.number("SELECT count(*) FROM effect")
+        """Messages that have had their effect."""
+        return self.number("SELECT count(DISTINCT event_id) FROM effect")
+
+    @property
+    def unhandled(self) -> int:
+        """Committed messages that have had no effect yet."""
+        return self.number("SELECT count(*) FROM natspubsub_outbox") - self.handled
 
     @property
     def resent(self) -> list[str]:
