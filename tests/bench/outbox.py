@@ -1,0 +1,131 @@
+"""The outbox: what a request costs while NATS is up and while it is down, and the relay."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flask import Flask
+from flask.testing import FlaskClient
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_natspubsub import NatsPubsub
+
+from .harness import Comparison, Variant, measure
+from .peers import per_second
+
+REQUESTS = 300
+ROWS = 5_000
+NAIVE_ROWS = 300
+
+
+def comparisons(url: str, rounds: int) -> list[Comparison]:
+    """Measure on SQLite in WAL mode."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers here
+        down_url = f"nats://127.0.0.1:{closed.getsockname()[1]}"
+        up, down = _Site(folder, "up", url), _Site(folder, "down", down_url)
+        try:
+            pairs = [
+                Comparison(
+                    Variant("request with outbox, NATS down", down.requests("/order")),
+                    Variant("the same, NATS up", up.requests("/order")),
+                    0.8,
+                ),
+                Comparison(
+                    Variant("request with outbox", up.requests("/order")),
+                    Variant("the same without a publish", up.requests("/plain")),
+                ),
+                Comparison(
+                    Variant("relay, batches of 500", up.relay),
+                    Variant("row by row, a commit each", up.relay_row_by_row),
+                    30,
+                ),
+            ]
+            return measure(pairs, rounds)
+        finally:
+            up.close()
+            down.close()
+
+
+class _Site:
+    """A small site with a database of its own."""
+
+    def __init__(self, folder: str, name: str, url: str) -> None:
+        self.app = Flask(name)
+        self.app.config.update(
+            SQLALCHEMY_DATABASE_URI=f"sqlite:///{Path(folder) / name}.db",
+            NATSPUBSUB_URLS=url,
+            NATSPUBSUB_ENV="bench",
+            NATSPUBSUB_USE_OUTBOX=True,
+        )
+        self.db = SQLAlchemy(self.app)
+        self.pubsub = NatsPubsub(self.app, self.db)
+        self.order = self._model()
+        self.app.add_url_rule("/order", "order", lambda: self._request(publish=True))
+        self.app.add_url_rule("/plain", "plain", lambda: self._request(publish=False))
+        with self.app.app_context():
+            self.db.session.execute(self.db.text("PRAGMA journal_mode=WAL"))
+            self.db.create_all()
+
+    def _model(self) -> Any:
+        db = self.db
+
+        class Order(db.Model):  # type: ignore[name-defined,misc]
+            id = db.Column(db.Integer, primary_key=True)
+            note = db.Column(db.String(200))
+
+        return Order
+
+    def _request(self, *, publish: bool) -> str:
+        self.db.session.add(self.order(note="x" * 150))
+        if publish:
+            self.pubsub.publish("order.created", {"order_id": 1, "note": "x" * 150})
+        self.db.session.commit()
+        return "ok"
+
+    def requests(self, path: str) -> Callable[[], float]:
+        client: FlaskClient = self.app.test_client()
+
+        def run() -> None:
+            for _ in range(REQUESTS):
+                assert client.get(path).status_code == 200
+
+        return lambda: per_second(REQUESTS, run)
+
+    def _fill(self, count: int) -> None:
+        with self.app.app_context():
+            self.pubsub.make_relay().run_once()
+            self.pubsub.publish_many([("order.created", {"n": n}) for n in range(count)])
+            self.db.session.commit()
+
+    def relay(self) -> float:
+        self._fill(ROWS)
+        relay = self.pubsub.make_relay()
+        return per_second(ROWS, relay.run_once)
+
+    def relay_row_by_row(self) -> float:
+        """Do as one would by hand: read a row, publish it, mark it, commit."""
+        self._fill(NAIVE_ROWS)
+        with self.app.app_context():
+            return per_second(NAIVE_ROWS, self._row_by_row)
+
+    def _row_by_row(self) -> None:
+        session, text = self.db.session, self.db.text
+        for _ in range(NAIVE_ROWS):
+            row = session.execute(
+                text("SELECT id FROM natspubsub_outbox WHERE status='pending' ORDER BY id LIMIT 1")
+            ).one()
+            self.pubsub.publish("order.created", {"n": 1}, outbox=False)
+            session.execute(
+                text("UPDATE natspubsub_outbox SET status='sent' WHERE id=:id"), {"id": row.id}
+            )
+            session.commit()
+
+    def close(self) -> None:
+        self.pubsub.shutdown()
+        with self.app.app_context():
+            self.db.engine.dispose()
