@@ -35,7 +35,7 @@ lint: $(VENV)/.stamp-dev $(VENV)/.stamp-lint  ## check style and types
 bench: $(VENV)/.stamp-dev  ## measure
 	@$(RUN) -m tests.bench $(ARGS)
 
-torture: $(VENV)/.stamp-dev  ## kill processes, servers and connections for an hour, and count what is lost
+torture: $(VENV)/.stamp-dev  ## kill processes, servers and connections for half an hour, and count the losses
 	@$(RUN) -m tests.torture --long $(ARGS)
 
 docs: $(VENV)/.stamp-dev $(VENV)/.stamp-docs  ## build the documentation into docs/_build/html

@@ -289,9 +289,9 @@ class Programs(RuleBasedStateMachine):
         """As at the end of a request: what was not committed is gone."""
         self.context.pop()
         self.model_rollback()
-        self.check()
         self.context = self.shop.app.app_context()
         self.context.push()
+        self.check()
 
     # --- errors
 

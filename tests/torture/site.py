@@ -123,7 +123,7 @@ class Site:
 
     def start_web(self, port: int) -> Child:
         """Start gunicorn with four threads."""
-        options = ("--bind", f"127.0.0.1:{port}", "--threads", "4", "--graceful-timeout", "2")
+        options = ("--bind", f"127.0.0.1:{port}", "--threads", "4", "--no-control-socket")
         command = (sys.executable, "-m", "gunicorn", *options, "tests.torture.shop:create_app()")
         return self.children.start("web", *command)
 
