@@ -14,6 +14,7 @@ import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from ..errors import BrokerError, NatsPubsubError, NotConnected
@@ -83,6 +84,15 @@ class Listener(Protocol):
 Dial = Callable[[Settings, str, Callable[[str, str], None]], Awaitable[Connection]]
 
 
+@dataclass(slots=True)
+class _Interest:
+    """What is listened to, and the handle for that of the present connection; 0: none yet."""
+
+    subject: str
+    handler: Route
+    handle: int = 0
+
+
 class Link:
     """The connection of one process. All but ``wake`` and ``run`` is for the loop's thread."""
 
@@ -99,7 +109,7 @@ class Link:
         self._loop = loop
         self._dial = dial
         self._connection: Connection | None = None
-        self._routes: dict[int, tuple[str, Route, int]] = {}
+        self._routes: dict[int, _Interest] = {}
         self._route_number = 0
         self._changed = asyncio.Event()
         self._known = list(settings.urls)
@@ -153,18 +163,30 @@ class Link:
         """Have what arrives on ``subject`` passed to ``handler``, after reconnects too."""
         self._route_number += 1
         key = self._route_number
-        handle = 0
+        self._routes[key] = interest = _Interest(subject, handler)
         if self._connection is not None:
-            handle = await self._connection.subscribe(subject, handler)
-        self._routes[key] = (subject, handler, handle)
+            await self._subscribe(self._connection, key, interest)
         return key
 
     async def unroute(self, key: int, *, flush: bool = False) -> None:
         """Lose interest; with ``flush``, only after what is on its way has arrived."""
-        _, _, handle = self._routes.pop(key, ("", None, 0))
-        if handle and self._connection is not None:
+        interest = self._routes.pop(key, None)
+        if interest is not None and interest.handle and self._connection is not None:
             with contextlib.suppress(Exception):  # a lost connection has lost it as well
-                await self._connection.unsubscribe(handle, flush=flush)
+                await self._connection.unsubscribe(interest.handle, flush=flush)
+
+    async def _subscribe(self, connection: Connection, key: int, interest: _Interest) -> None:
+        interest.handle = await connection.subscribe(interest.subject, interest.handler)
+        if key not in self._routes:  # given up meanwhile
+            await connection.unsubscribe(interest.handle, flush=False)
+
+    async def _subscribe_all(self, connection: Connection) -> None:
+        """Subscribe for every route, also for those that are added while we do."""
+        for interest in self._routes.values():
+            interest.handle = 0
+        while pending := [(key, one) for key, one in self._routes.items() if not one.handle]:
+            for key, interest in pending:
+                await self._subscribe(connection, key, interest)
 
     async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
         """Ask the server, waiting for a connection if need be."""
@@ -264,10 +286,7 @@ class Link:
         :raises OSError: it broke before it could be used.
         """
         try:
-            for key, (subject, handler, _) in list(self._routes.items()):
-                handle = await connection.subscribe(subject, handler)
-                self._routes[key] = (subject, handler, handle)
-            await connection.flush(self._settings.connect_timeout)
+            await self._subscribe_all(connection)
         except Exception as error:  # noqa: BLE001 - a connection that broke at once
             await connection.close()
             raise OSError(_one_line(error)) from None

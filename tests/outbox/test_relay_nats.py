@@ -37,7 +37,8 @@ def test_hint_crosses_from_one_process_to_another(
     writer = make_shop(sqlite, urls=nats_server.url, outbox_poll_interval=60)
     other = make_shop(sqlite, urls=nats_server.url, outbox_poll_interval=60)
     wait_for_lease(other.start_relay())
-    writer.broker.connect(10)  # while there is no connection, a hint is lost
+    for shop in (writer, other):
+        shop.broker.connect(10)  # while there is no connection, a hint is lost
     for n in range(3):
         began = time.monotonic()
         writer.commit(n)
