@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from flask import Blueprint, Flask, current_app, has_app_context
+from flask import Blueprint, Flask, current_app
 
 from .errors import ConfigurationError
 from .observability import tracing
 from .observability.health import Check, make_blueprint
 from .publishing.batch import Batch
-from .publishing.draft import Draft, PublishReceipt, make_drafts
+from .publishing.draft import Draft, PublishReceipt, drafts_for
 from .publishing.forwarding import Build, forward
 from .settings import Settings
 from .state import EXTENSION, AppState
-from .subscribing.middleware import Middleware, compose
+from .subscribing.middleware import Middleware
 from .subscribing.registry import Registry, SubscriberGroup
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class NatsPubsub:
 
     def __init__(self, app: Flask | None = None, db: Any = None, metadata: Any = None) -> None:
         self.registry = Registry()
-        self._publish_middleware: list[Middleware] = []
+        #: Functions around every publish; see ``publish_middleware``.
+        self.publishing: list[Middleware] = []
         self._checks: list[Check] = []
         self._changes: ChangeFeed | None = None
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
@@ -65,7 +66,7 @@ class NatsPubsub:
                 "Import and use that one instead of calling init_app again.",
             )
         settings = Settings.from_config(app.config, app.name)
-        app.extensions[EXTENSION] = AppState(self, app, settings, self._around, db, metadata)
+        app.extensions[EXTENSION] = AppState(self, app, settings, db, metadata)
         self._apps.add(app)
         tracing.install(app, settings.trace_header)
         if settings.health_url_prefix is not None:
@@ -86,7 +87,10 @@ class NatsPubsub:
         :raises RuntimeError: no application can be meant, or it was not initialised.
         """
         if app is None:
-            app = current_app._get_current_object() if has_app_context() else self._only_app()  # type: ignore[attr-defined]  # a proxy
+            try:
+                app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
+            except RuntimeError:
+                app = self._only_app()
         state = app.extensions.get(EXTENSION)
         if not isinstance(state, AppState) or state.extension is not self:
             raise RuntimeError(
@@ -141,10 +145,11 @@ class NatsPubsub:
         :raises InvalidTopic: the topic cannot be addressed.
         """
         publisher = self.state().publisher
-        drafts = make_drafts(topic, message, **_draft_options(options))
-        if isinstance(topic, str):
-            return publisher.publish(drafts[0], timeout)
-        return publisher.publish_all(drafts, timeout)
+        if options:
+            _check_options(options)
+        if isinstance(topic, (list, tuple)):
+            return publisher.publish_all(drafts_for(topic, message, **options), timeout)
+        return publisher.publish(Draft(topic, message, **options), timeout)
 
     def publish_event(
         self, domain: str, resource: str, action: str, message: Any, **options: Any
@@ -165,7 +170,10 @@ class NatsPubsub:
         publisher = self.state().publisher
         drafts: list[Draft] = []
         for topic, message, *rest in items:
-            drafts += make_drafts(topic, message, **_draft_options(*rest))
+            options = rest[0] if rest else {}
+            if options:
+                _check_options(options)
+            drafts += drafts_for(topic, message, **options)
         return publisher.publish_all(drafts, timeout)
 
     def batch(self, *, timeout: float | None = None) -> Batch:
@@ -176,9 +184,8 @@ class NatsPubsub:
         self, topic: str, message: Any, *, timeout: float | None = None, **options: Any
     ) -> Future[PublishReceipt]:
         """Publish without waiting; the future gives the receipt or the error."""
-        publisher = self.state().publisher
-        (draft,) = make_drafts(topic, message, **_draft_options(options))
-        return publisher.publish_nowait(draft, timeout)
+        _check_options(options)
+        return self.state().publisher.publish_nowait(Draft(topic, message, **options), timeout)
 
     async def publish_async(
         self, topic: str, message: Any, *, timeout: float | None = None, **options: Any
@@ -196,11 +203,8 @@ class NatsPubsub:
         It may change the draft, and returns what ``call_next()`` returns: the receipt in
         ``publish``; where several are sent together, the prepared message.
         """
-        self._publish_middleware.append(function)
+        self.publishing.append(function)
         return function
-
-    def _around(self, innermost: Callable[[Draft], Any]) -> Callable[[Draft], Any]:
-        return compose(self._publish_middleware, innermost)
 
     # --- signals and model changes
 
@@ -220,7 +224,8 @@ class NatsPubsub:
         :param outbox: False publishes directly, outside the transaction.
         :param options: as for ``publish``.
         """
-        options = _draft_options(options) | {"outbox": outbox}
+        _check_options(options)
+        options = options | {"outbox": outbox}
         forward(signal, message, lambda made: self.publish(topic, made, **options))
 
     def forward(self, signal: Signal, topic: str, **options: Any) -> Callable[[F], F]:
@@ -349,14 +354,11 @@ class NatsPubsub:
         return make_blueprint(lambda: [*self.state().checks, *self._checks])
 
 
-def _draft_options(options: dict[str, Any] | None = None) -> dict[str, Any]:
+def _check_options(options: Mapping[str, Any]) -> None:
     """Check the options of a publish; a typo is a TypeError, as for any function."""
-    if not options:
-        return {}
     for name in options:
         if name not in _DRAFT_OPTIONS:
             raise TypeError(f"publish() got an unexpected keyword argument {name!r}")
-    return options
 
 
 _DRAFT_OPTIONS = frozenset(Draft.__dataclass_fields__) - {"topic", "message"}

@@ -15,9 +15,10 @@ from .brokers.topology import wakeup_subject, wanted_streams
 from .errors import ConfigurationError, PublishError
 from .observability.health import Check
 from .publishing.draft import PublishReceipt
-from .publishing.publisher import Around, Outbox, Publisher
+from .publishing.publisher import Outbox, Publisher
 from .settings import Settings
 from .signals import message_published, outbox_relayed, send
+from .subscribing.middleware import compose
 from .subscribing.registry import Registry
 from .subscribing.subscription import Subscription
 
@@ -42,7 +43,6 @@ class AppState:
         extension: Any,
         app: Flask,
         settings: Settings,
-        around: Around,
         db: Any = None,
         metadata: Any = None,
     ) -> None:
@@ -58,7 +58,13 @@ class AppState:
         self._persistence: Persistence | None = None
         self._warned = False
         self.publisher = Publisher(
-            settings, self.broker, around, self._published, self._outbox, self._before_direct
+            settings,
+            self.broker,
+            extension.publishing,
+            compose,
+            self._published,
+            self._outbox,
+            self._before_direct,
         )
         if db is not None or settings.use_outbox or settings.use_inbox:
             self.attach_database(db, metadata)
@@ -185,8 +191,7 @@ class AppState:
         send(signal, self.app, **arguments)
 
     def _published(self, receipt: PublishReceipt) -> None:
-        if message_published.receivers:
-            self.emit(message_published, receipt=receipt)
+        self.emit(message_published, receipt=receipt)
 
     def close(self, timeout: float) -> None:
         """Close the broker; the next use makes a new one."""

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from ..errors import BrokerError, NatsPubsubError, NotConnected
 from ..settings import Settings
 from .loop import BackgroundLoop
-from .wire import Outgoing, Route
+from .wire import Route
 
 _log = logging.getLogger("flask_natspubsub.broker")
 
@@ -52,8 +52,8 @@ class Connection(Protocol):
     def servers(self) -> Sequence[str]:
         """Return the URLs of further servers of the cluster."""
 
-    def send(self, outgoing: Sequence[Outgoing | bytes]) -> None:
-        """Write messages."""
+    def send(self, frames: Sequence[bytes]) -> None:
+        """Write frames of messages."""
 
     async def subscribe(self, subject: str, route: Route) -> int:
         """Start to listen; returns a handle."""
@@ -122,8 +122,10 @@ class Link:
 
     def wake(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` soon on the loop; nothing happens once the loop is closed."""
-        with contextlib.suppress(RuntimeError):
+        try:  # noqa: SIM105 - at each publish: a context manager would cost as much again
             self._loop.loop.call_soon_threadsafe(callback)
+        except RuntimeError:
+            pass
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float) -> T:
         """Run on the loop and wait; NotConnected or BrokerError when it takes too long."""
@@ -154,10 +156,10 @@ class Link:
         """Return a subject that nobody else listens to."""
         return f"_INBOX.{secrets.token_hex(11)}"
 
-    def send(self, outgoing: Sequence[Outgoing | bytes]) -> None:
-        """Write messages; what is written without a connection is lost."""
+    def send(self, frames: Sequence[bytes]) -> None:
+        """Write frames of messages; what is written without a connection is lost."""
         if self._connection is not None:
-            self._connection.send(outgoing)
+            self._connection.send(frames)
 
     async def route(self, subject: str, handler: Route) -> int:
         """Have what arrives on ``subject`` passed to ``handler``, after reconnects too."""

@@ -20,7 +20,8 @@ class BackgroundLoop:
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._has_ended = False
+        #: Set when the thread ends; a forked child, which has no such thread, sees it unset.
+        self.has_ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -29,7 +30,7 @@ class BackgroundLoop:
         try:
             self.loop.run_forever()
         finally:
-            self._has_ended = True
+            self.has_ended = True
             for task in (pending := asyncio.all_tasks(self.loop)):
                 task.cancel()
             self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
@@ -39,7 +40,7 @@ class BackgroundLoop:
     @property
     def is_alive(self) -> bool:
         """Whether the thread runs; ``loop.is_running()`` would lie after a fork."""
-        return not self._has_ended and self._thread.is_alive()
+        return not self.has_ended and self._thread.is_alive()
 
     @property
     def is_current(self) -> bool:

@@ -13,8 +13,7 @@ import logging
 import os
 import re
 import ssl
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -26,7 +25,7 @@ from ..errors import BrokerError, ConfigurationError
 from ..settings import Settings
 from .link import ConnectionRefused
 from .session import JetStreamBroker
-from .wire import NO_HEADERS, FrameTap, Outgoing, Route, frame
+from .wire import NO_HEADERS, NOT_PASSED_ON, FrameTap, Route
 
 _log = logging.getLogger("flask_natspubsub.broker")
 
@@ -102,16 +101,6 @@ class _Client(Client):
             writer.transport.abort()
 
 
-def _pass_on(
-    route: Route, subject: str, reply: str, headers: Mapping[str, str], data: bytes
-) -> None:
-    """Call a route; an exception would end nats-py's read loop for good."""
-    try:
-        route(subject, reply, headers, data)
-    except Exception:  # noqa: BLE001 - whatever it is, it is logged
-        _log.exception("a message on %r could not be passed on", subject)
-
-
 class _Connection:
     """One connection made by nats-py; see ``link.Connection``.
 
@@ -124,6 +113,7 @@ class _Connection:
         self.closed = client.lost
         self._client = client
         self._routes: dict[int, Route] = {}
+        self._is_websocket = not hasattr(client._transport, "_io_writer")
         reader = getattr(client._transport, "_io_reader", None)
         if isinstance(reader, asyncio.StreamReader):
             tap = FrameTap(self._routes, reader.feed_data)
@@ -139,29 +129,28 @@ class _Connection:
     def servers(self) -> list[str]:
         return [url.geturl() for url in self._client.discovered_servers]
 
-    def send(self, outgoing: Sequence[Outgoing | bytes]) -> None:
-        transport = getattr(self._client, "_transport", None)
-        if transport is not None and self._client.is_connected:
-            frames = [out if isinstance(out, bytes) else frame(out) for out in outgoing]
+    def send(self, frames: Sequence[bytes]) -> None:
+        transport = self._client._transport
+        if transport is not None and not self.closed.is_set():
             transport.write(b"".join(frames))
-            if not hasattr(transport, "_io_writer"):
-                # A WebSocket sends when it is drained, a socket by itself.
+            if self._is_websocket:  # sends when it is drained, a socket by itself
                 task = asyncio.ensure_future(_drain(transport))
                 self._draining.add(task)
                 task.add_done_callback(self._draining.discard)
 
     async def subscribe(self, subject: str, route: Route) -> int:
         async def long_way(message: Msg) -> None:
-            _pass_on(
-                route, message.subject, message.reply, message.headers or NO_HEADERS, message.data
-            )
+            try:  # an exception would end nats-py's read loop for good
+                route(message.subject, message.reply, message.headers or NO_HEADERS, message.data)
+            except Exception:  # noqa: BLE001 - whatever it is, it is logged
+                _log.exception(NOT_PASSED_ON, message.subject)
 
         subscription = await self._client.subscribe(subject, cb=long_way)
         # nats-py queues the SUB, while send() writes at once: without this, a request could
         # reach the server before the interest in its answer.
         await self._client.flush(2)
         handle: int = subscription._id
-        self._routes[handle] = partial(_pass_on, route)
+        self._routes[handle] = route
         self._subscriptions[handle] = subscription
         return handle
 

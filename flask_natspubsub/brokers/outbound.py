@@ -23,12 +23,14 @@ from ..errors import (
     PublishError,
 )
 from .base import OutgoingMessage, StoredAck, Ticket
-from .wire import STATUS, Outgoing, frame_around_reply, header_block
+from .wire import STATUS, frame, header_block
 
 IN_FLIGHT = 4_000
 IN_FLIGHT_BYTES = 32 * 1024 * 1024
 QUEUED = 10_000
 QUEUED_BYTES = 64 * 1024 * 1024
+#: So many messages are written at once.
+WRITE = 128
 SWEEP = 0.05
 # "No responders" is also what a server says while a stream elects its leader (ADR-22), so
 # it is tried again after these seconds before it is an error.
@@ -44,8 +46,8 @@ class OutboundLink(Protocol):
     refused: str
     max_payload: int
 
-    def send(self, outgoing: Sequence[Outgoing | bytes]) -> None:
-        """Write messages, or frames of messages, to the socket."""
+    def send(self, frames: Sequence[bytes]) -> None:
+        """Write frames of messages to the socket."""
 
     def describe_down(self) -> str:
         """Say why there is no connection, without secrets."""
@@ -70,91 +72,47 @@ class _PubAck(msgspec.Struct):
 _decode_ack = msgspec.json.Decoder(_PubAck).decode
 
 
-class _Item:
-    """One message and where its result belongs."""
+class _Item(msgspec.Struct):
+    """One message and where its result belongs: entry ``index`` of ``ticket``."""
 
-    __slots__ = (
-        "deadline", "due", "head", "index", "message", "sent", "size", "tail", "ticket", "tries"
-    )  # fmt: skip
-
-    def __init__(
-        self, message: OutgoingMessage, prefix: str, ticket: Ticket, index: int, deadline: float
-    ) -> None:
-        self.message = message
-        block = header_block(message.headers)
-        self.size = len(block) + len(message.payload)
-        self.head, self.tail = frame_around_reply(message.subject, prefix, block, message.payload)
-        self.ticket = ticket
-        self.index = index
-        self.deadline = deadline
-        self.due = 0.0
-        self.sent = False
-        self.tries = 0
+    message: OutgoingMessage
+    headers: bytes
+    size: int
+    ticket: Ticket
+    index: int
+    deadline: float
+    due: float = 0.0
+    sent: bool = False
+    tries: int = 0
 
     def settle(self, result: StoredAck | PublishError) -> None:
         self.ticket.settle(self.index, result)
 
 
-class _Backlog:
-    """What waits to be sent, in order, and how much it is."""
-
-    def __init__(self) -> None:
-        self._items: deque[_Item] = deque()
-        self.bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def add(self, items: Iterable[_Item]) -> None:
-        for item in items:
-            self._items.append(item)
-            self.bytes += item.size
-
-    def put_back(self, items: Iterable[_Item]) -> None:
-        """Add in front of all others, in the order given."""
-        for item in reversed(list(items)):
-            self._items.appendleft(item)
-            self.bytes += item.size
-
-    def take(self) -> _Item:
-        item = self._items.popleft()
-        self.bytes -= item.size
-        return item
-
-    def take_all(self) -> list[_Item]:
-        items = list(self._items)
-        self._items.clear()
-        self.bytes = 0
-        return items
-
-    def take_overdue(self, now: float) -> list[_Item]:
-        overdue = [item for item in self._items if item.deadline <= now]
-        if overdue:
-            self._items = deque(item for item in self._items if item.deadline > now)
-            self.bytes -= sum(item.size for item in overdue)
-        return overdue
-
-
 class PublishWindow:
     """The queue, and the window of what was sent and is not yet acknowledged.
 
-    Threads put messages into ``_arrived``, under the lock; all else is the loop's alone.
+    Threads put items into ``_arrived`` and count them, under the lock; all else is the loop's
+    alone. What is queued, there or in ``_queue``, is bounded, and so is what is in flight.
     """
 
     def __init__(self, link: OutboundLink, inbox: str) -> None:
         self._link = link
         self._prefix = inbox + "."
-        self._arrived = _Backlog()
-        self._queue = _Backlog()
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._waiting = 0
+        self._arrived: list[_Item] = []
+        self._queued = 0
+        self._queued_bytes = 0
+        self._scheduled = False
+        self._is_closed = False
+        self._queue: deque[_Item] = deque()
         self._delayed: list[_Item] = []
         self._in_flight: dict[int, _Item] = {}
         self._bytes = 0
         self._token = 0
-        self._scheduled = False
         self._sweeping = False
-        self._room = threading.Condition(threading.Lock())
-        self._waiting = 0
-        self._is_closed = False
 
     # --- any thread
 
@@ -162,77 +120,82 @@ class PublishWindow:
         """Queue messages; their results arrive in the ticket within ``timeout``."""
         ticket = Ticket(len(messages))
         deadline = time.monotonic() + timeout
-        items = [
-            _Item(message, self._prefix, ticket, i, deadline) for i, message in enumerate(messages)
-        ]
-        refusal = self._arrive(items, deadline)
-        if refusal is None:
-            self._wake()
-        else:
+        items, total = [], 0
+        for index, message in enumerate(messages):
+            headers = header_block(message.headers)
+            size = len(headers) + len(message.payload)
+            total += size
+            items.append(_Item(message, headers, size, ticket, index, deadline))
+        refusal, wake = None, False
+        with self._lock:
+            if self._is_full or self._is_closed:
+                refusal = self._wait_for_room(deadline)
+            if refusal is None:
+                self._arrived += items
+                self._queued += len(items)
+                self._queued_bytes += total
+                wake, self._scheduled = not self._scheduled, True
+        if wake:
+            self._link.wake(self._drain)
+        elif refusal is not None:
             for item in items:
                 item.settle(refusal)
         return ticket
 
-    def _arrive(self, items: list[_Item], deadline: float) -> PublishError | None:
-        """Queue the items as soon as there is room; the error if there is none in time."""
-        with self._room:
-            if not self._has_room():
-                self._waiting += 1
-                try:
-                    self._room.wait_for(self._has_room, deadline - time.monotonic())
-                finally:
-                    self._waiting -= 1
-            if self._is_closed:
-                return _closed()
-            if not self._has_room():
-                return PublishError(
-                    f"{self._load():,} messages are waiting to be sent already.",
-                    "The server is slower than this process; publish less at once.",
-                )
-            self._arrived.add(items)
-            return None
-
-    def _load(self) -> int:
-        return len(self._arrived) + len(self._queue)
-
-    def _has_room(self) -> bool:
+    def _wait_for_room(self, deadline: float) -> PublishError | None:
+        """Wait, with the lock, until there is room; the error if there is none in time."""
+        self._waiting += 1
+        try:
+            self._room.wait_for(
+                lambda: self._is_closed or not self._is_full, deadline - time.monotonic()
+            )
+        finally:
+            self._waiting -= 1
         if self._is_closed:
-            return True  # to be told so
-        return self._load() < QUEUED and self._arrived.bytes + self._queue.bytes < QUEUED_BYTES
+            return _closed()
+        if self._is_full:
+            return PublishError(
+                f"{self._queued:,} messages are waiting to be sent already.",
+                "The server is slower than this process; publish less at once.",
+            )
+        return None
 
-    def _wake(self) -> None:
-        if not self._scheduled:
-            self._scheduled = True
-            self._link.wake(self._drain)
+    @property
+    def _is_full(self) -> bool:
+        return self._queued >= QUEUED or self._queued_bytes >= QUEUED_BYTES
 
     @property
     def idle(self) -> bool:
         """Whether nothing is queued or in flight."""
-        return not (self._arrived or self._queue or self._in_flight or self._delayed)
+        return not (self._queued or self._in_flight or self._delayed)
 
     # --- the loop's thread
 
     def _drain(self) -> None:
-        self._scheduled = False
+        """Send what has arrived, as far as the window allows."""
         self._take_in()
         if self._link.refused:
             self.fail_all(NotConnected(self._link.refused))
         elif self._link.is_up:
             self._fill_window()
-        self._start_sweep()
-        if self._waiting:
-            with self._room:
-                self._room.notify_all()
+        if not self._sweeping and not self.idle:
+            self._sweeping = True
+            self._link.later(SWEEP, self._sweep)
 
     def _take_in(self) -> None:
-        with self._room:
-            self._queue.add(self._arrived.take_all())
+        with self._lock:
+            self._scheduled = False
+            arrived, self._arrived = self._arrived, []
+        self._queue += arrived
 
     def _fill_window(self) -> None:
-        out: list[Outgoing | bytes] = []
+        frames: list[bytes] = []
+        count = size = 0
         limit = self._link.max_payload
         while self._queue and len(self._in_flight) < IN_FLIGHT and self._bytes < IN_FLIGHT_BYTES:
-            item = self._queue.take()
+            item = self._queue.popleft()
+            count += 1
+            size += item.size
             if item.size > limit:
                 item.settle(_too_large(item, limit))
                 continue
@@ -240,9 +203,34 @@ class PublishWindow:
             self._in_flight[self._token] = item
             self._bytes += item.size
             item.sent = True
-            out.append(b"%b%d%b" % (item.head, self._token, item.tail))
-        if out:
-            self._link.send(out)
+            message, reply = item.message, f"{self._prefix}{self._token}"
+            frames.append(frame(message.subject, message.payload, reply, item.headers))
+            if len(frames) == WRITE:  # the server can begin while the others are encoded
+                self._link.send(frames)
+                frames = []
+        if frames:
+            self._link.send(frames)
+        self._unqueue(count, size)
+
+    def _unqueue(self, count: int, size: int) -> None:
+        """Tell those who wait that so much has left the queue; negative: was put back."""
+        with self._lock:
+            self._queued -= count
+            self._queued_bytes -= size
+            if self._waiting:
+                self._room.notify_all()
+
+    def _put_back(self, items: Iterable[_Item]) -> None:
+        """Queue in front of all others, in the order given."""
+        back = list(items)
+        self._queue.extendleft(reversed(back))
+        self._unqueue(-len(back), -sum(item.size for item in back))
+
+    def _take_from_queue(self, items: list[_Item]) -> list[_Item]:
+        gone = {id(item) for item in items}
+        self._queue = deque(item for item in self._queue if id(item) not in gone)
+        self._unqueue(len(items), sum(item.size for item in items))
+        return items
 
     def on_reply(self, subject: str, reply: str, headers: Mapping[str, str], data: bytes) -> None:
         """Settle the message whose token is the last part of ``subject``."""
@@ -250,12 +238,13 @@ class PublishWindow:
         if item is None:
             return
         self._bytes -= item.size
-        if headers.get(STATUS) == NO_RESPONDERS:
+        if headers and headers.get(STATUS) == NO_RESPONDERS:
             self._no_responders(item)
         else:
-            item.settle(_result(item, data))
-        if self._queue:
-            self._wake()
+            item.ticket.settle(item.index, _result(item, data))
+        if self._queue and not self._scheduled:
+            self._scheduled = True
+            self._link.wake(self._drain)
 
     def _no_responders(self, item: _Item) -> None:
         now = time.monotonic()
@@ -279,7 +268,7 @@ class PublishWindow:
 
     def on_down(self) -> None:
         """Put what was in flight back in front: same id, so a second copy is not stored."""
-        self._queue.put_back(self._in_flight.values())
+        self._put_back(self._in_flight.values())
         self._in_flight.clear()
         self._bytes = 0
 
@@ -301,7 +290,8 @@ class PublishWindow:
     def fail_all(self, error: PublishError) -> None:
         """Settle everything with ``error``; what was sent keeps an unknown outcome."""
         self._take_in()
-        items = [*self._in_flight.values(), *self._delayed, *self._queue.take_all()]
+        queued = self._take_from_queue(list(self._queue))
+        items = [*self._in_flight.values(), *self._delayed, *queued]
         self._in_flight.clear()
         self._delayed.clear()
         self._bytes = 0
@@ -310,18 +300,13 @@ class PublishWindow:
 
     def close(self) -> None:
         """Settle everything, and whatever comes later, as closed."""
-        with self._room:
+        with self._lock:
             self._is_closed = True
             self._room.notify_all()
         self.fail_all(_closed())
 
     def _forget(self, token: int) -> None:
         self._bytes -= self._in_flight.pop(token).size
-
-    def _start_sweep(self) -> None:
-        if not self._sweeping and not self.idle:
-            self._sweeping = True
-            self._link.later(SWEEP, self._sweep)
 
     def _sweep(self) -> None:
         self._sweeping = False
@@ -331,7 +316,8 @@ class PublishWindow:
                 self._forget(token)
                 item.settle(self._timed_out(item))
         self._release_delayed(now)
-        for item in self._queue.take_overdue(now):
+        overdue = [item for item in self._queue if item.deadline <= now]
+        for item in self._take_from_queue(overdue) if overdue else ():
             item.settle(self._timed_out(item))
         self._drain()
 
@@ -339,7 +325,7 @@ class PublishWindow:
         due = [item for item in self._delayed if item.due <= now]
         if due:
             self._delayed = [item for item in self._delayed if item.due > now]
-            self._queue.put_back(due)
+            self._put_back(due)
 
     def _timed_out(self, item: _Item) -> PublishError:
         if not self._link.is_up:

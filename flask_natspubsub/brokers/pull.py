@@ -19,7 +19,7 @@ from ..errors import NatsPubsubError
 from ..messages.codec import encode_value
 from .base import ConsumerConfig, Consumption, Delivery
 from .jetstream import Floor, JetStreamApi
-from .wire import DESCRIPTION, STATUS, Outgoing, Route, parse_ack_subject
+from .wire import DESCRIPTION, STATUS, Route, frame, parse_ack_subject
 
 _log = logging.getLogger("flask_natspubsub.broker")
 
@@ -39,8 +39,8 @@ class PullLink(Protocol):
 
     is_up: bool
 
-    def send(self, outgoing: Sequence[Outgoing]) -> None:
-        """Write messages to the socket; the loop's thread."""
+    def send(self, frames: Sequence[bytes]) -> None:
+        """Write frames of messages to the socket; the loop's thread."""
 
     def wake(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` soon on the loop; any thread."""
@@ -76,12 +76,12 @@ class ReplyWriter:
 
     def __init__(self, link: PullLink) -> None:
         self._link = link
-        self._replies: deque[Outgoing] = deque()
+        self._replies: deque[bytes] = deque()
         self._scheduled = False
 
     def put(self, reply: str, payload: bytes) -> None:
         """Queue one reply; never waits."""
-        self._replies.append(Outgoing(reply, payload=payload))
+        self._replies.append(frame(reply, payload))
         if not self._scheduled:
             self._scheduled = True
             self._link.wake(self._send_on)
@@ -247,7 +247,7 @@ class Pull(Consumption):
         }
         self._outstanding += self._wanted
         self._wanted = 0
-        self._link.send([Outgoing(self._next, self._inbox, payload=encode_value(body))])
+        self._link.send([frame(self._next, encode_value(body), self._inbox)])
 
     def _on_message(
         self, subject: str, reply: str, headers: Mapping[str, str], data: bytes

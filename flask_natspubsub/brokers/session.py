@@ -37,7 +37,7 @@ from .link import DEFAULT_MAX_PAYLOAD, Dial, Link
 from .loop import BackgroundLoop, bind_to_process
 from .outbound import PublishWindow
 from .pull import Pull, ReplyWriter
-from .wire import Outgoing
+from .wire import frame
 
 _log = logging.getLogger("flask_natspubsub.broker")
 
@@ -217,12 +217,15 @@ class JetStreamBroker(Broker):
     # --- publishing
 
     def submit(self, messages: Sequence[OutgoingMessage], timeout: float) -> Ticket:  # noqa: D102
-        return self._live().window.submit(messages, timeout)
+        session = self._session
+        if session is None or session.loop.has_ended or self._pid != os.getpid():
+            session = self._live()
+        return session.window.submit(messages, timeout)
 
     def send(self, subject: str, payload: bytes) -> None:  # noqa: D102
         with contextlib.suppress(NotConnected):
             link = self._live().link
-            link.wake(lambda: link.send([Outgoing(subject, payload=payload)]))
+            link.wake(lambda: link.send([frame(subject, payload)]))
 
     # --- consuming
 

@@ -6,10 +6,15 @@ described in ADR-15. Pure functions.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+_log = logging.getLogger("flask_natspubsub.broker")
+
+NOT_PASSED_ON = "a message on %r could not be passed on"
 HEADER_LINE = b"NATS/1.0"
+_MESSAGES = (b"MSG ", b"HMSG ")
 NO_HEADERS: Mapping[str, str] = {}
 STATUS = "Status"
 DESCRIPTION = "Description"
@@ -18,47 +23,21 @@ DESCRIPTION = "Description"
 Route = Callable[[str, str, Mapping[str, str], bytes], None]
 
 
-class Outgoing(NamedTuple):
-    """What one PUB or HPUB carries."""
-
-    subject: str
-    reply: str = ""
-    headers: bytes = b""
-    payload: bytes = b""
-
-
 def header_block(headers: Mapping[str, str]) -> bytes:
     """Encode headers; empty when there are none. Their text must have been checked before."""
     if not headers:
         return b""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    return b"%b\r\n%b\r\n" % (HEADER_LINE, lines.encode())
+    lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+    return "".join(["NATS/1.0\r\n", *lines, "\r\n"]).encode()
 
 
-def frame(out: Outgoing) -> bytes:
-    """Encode one message as the server reads it."""
-    if out.headers:
-        size = len(out.headers)
-        total = size + len(out.payload)
-        line = f"HPUB {out.subject} {out.reply} {size} {total}\r\n".encode()
-    else:
-        line = f"PUB {out.subject} {out.reply} {len(out.payload)}\r\n".encode()
-    return b"%b%b%b\r\n" % (line, out.headers, out.payload)
-
-
-def frame_around_reply(
-    subject: str, prefix: str, headers: bytes, payload: bytes
-) -> tuple[bytes, bytes]:
-    """Encode a message but for the token that ends its reply subject ``{prefix}{token}``.
-
-    Done in the publishing thread, so that the loop has only to put the token between.
-    """
-    size = len(payload)
+def frame(subject: str, payload: bytes, reply: str = "", headers: bytes = b"") -> bytes:
+    """Encode one message as the server reads it; ``headers`` as ``header_block`` makes them."""
     if not headers:
-        return f"PUB {subject} {prefix}".encode(), b" %d\r\n%b\r\n" % (size, payload)
-    head = f"HPUB {subject} {prefix}".encode()
-    block = len(headers)
-    return head, b" %d %d\r\n%b%b\r\n" % (block, block + size, headers, payload)
+        return b"%b%b\r\n" % (f"PUB {subject} {reply} {len(payload)}\r\n".encode(), payload)
+    size = len(headers)
+    line = f"HPUB {subject} {reply} {size} {size + len(payload)}\r\n"
+    return b"%b%b%b\r\n" % (line.encode(), headers, payload)
 
 
 def parse_headers(block: bytes) -> dict[str, str]:
@@ -132,27 +111,29 @@ class FrameTap:
             if line_end < 0:
                 break
             frame_end = line_end + 2
-            if data.startswith((b"MSG ", b"HMSG "), at):
+            if data.startswith(_MESSAGES, at):
                 words = data[at:line_end].split()
                 frame_end += int(words[-1]) + 2
                 if frame_end > end:
                     break
                 route = self._routes.get(int(words[2]))
                 if route is not None:
-                    _dispatch(route, words, data[line_end + 2 : frame_end - 2])
+                    self._dispatch(route, words, data[line_end + 2 : frame_end - 2])
                     at = frame_end
                     continue
             self._forward(data[at:frame_end])
             at = frame_end
         self._rest = data[at:]
 
-
-def _dispatch(route: Route, words: list[bytes], body: bytes) -> None:
-    """Call ``route`` with a frame: ``MSG subject sid [reply] size``, ``HMSG ... header size``."""
-    if words[0] == b"MSG":
-        reply = words[3].decode() if len(words) == 5 else ""
-        route(words[1].decode(), reply, NO_HEADERS, body)
-        return
-    split = int(words[-2])
-    reply = words[3].decode() if len(words) == 6 else ""
-    route(words[1].decode(), reply, parse_headers(body[:split]), body[split:])
+    def _dispatch(self, route: Route, words: list[bytes], body: bytes) -> None:
+        """Call ``route`` for ``MSG subject sid [reply] size`` or ``HMSG ... header size``."""
+        subject = words[1].decode()
+        try:
+            if words[0] == b"MSG":
+                route(subject, words[3].decode() if len(words) == 5 else "", NO_HEADERS, body)
+            else:
+                split = int(words[-2])
+                reply = words[3].decode() if len(words) == 6 else ""
+                route(subject, reply, parse_headers(body[:split]), body[split:])
+        except Exception:  # noqa: BLE001 - the other messages must still be read
+            _log.exception(NOT_PASSED_ON, subject)

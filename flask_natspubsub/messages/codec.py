@@ -38,7 +38,10 @@ def encode_object(message: object) -> bytes:
 
 def message_type_of(message: object) -> str | None:
     """Return the class name of a typed message; None for a dict or another mapping."""
-    return None if isinstance(message, Mapping) else type(message).__name__
+    # The first question costs a tenth of the second, and dicts are what is published most.
+    if type(message) is dict or isinstance(message, Mapping):
+        return None
+    return type(message).__name__
 
 
 def encode_value(value: object) -> bytes:

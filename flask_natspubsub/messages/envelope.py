@@ -83,7 +83,8 @@ def headers_for(
     :raises EncodingError: a header of ``extra`` cannot be sent; see ``check_headers``.
     """
     # A topic may have any character; the header is one line all the same.
-    headers = {"topic": _CONTROL.sub("_", envelope.topic)}
+    topic = envelope.topic
+    headers = {"topic": topic if topic.isprintable() else _CONTROL.sub("_", topic)}
     if envelope.trace_id is not None:
         headers["trace_id"] = envelope.trace_id
     headers["Nats-Msg-Id"] = envelope.event_id

@@ -58,7 +58,8 @@ def subject_for(env: str, app_name: str, topic: str) -> str:
 
     :raises InvalidTopic: see ``normalize_topic``; also when the subject is too long.
     """
-    _check_text(topic)
+    if type(topic) is not str:
+        _check_text(topic)
     return _subject(env, app_name, topic, wildcards=False)
 
 

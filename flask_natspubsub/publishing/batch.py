@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from typing import Any, Self
 
-from .draft import Prepared, PublishReceipt, make_drafts
+from .draft import Prepared, PublishReceipt, drafts_for
 from .publisher import Publisher
 
 
@@ -25,7 +25,7 @@ class Batch:
 
     def publish(self, topic: str | list[str], message: Any, **options: Any) -> None:
         """Add a message; takes what ``NatsPubsub.publish`` takes, but for ``timeout``."""
-        drafts = make_drafts(topic, message, **options)
+        drafts = drafts_for(topic, message, **options)
         self._prepared += self._publisher.prepare_all(drafts)
 
     def __len__(self) -> int:

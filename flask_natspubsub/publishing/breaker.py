@@ -30,7 +30,7 @@ class CircuitBreaker:
 
     def check(self) -> None:
         """Raise ``CircuitOpen`` while the circuit is open; let one through at each reset."""
-        if not self.is_open:
+        if not 0 < self._threshold <= self._failures:
             return
         now = time.monotonic()
         if now < self._retry_at:

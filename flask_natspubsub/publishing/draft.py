@@ -20,7 +20,7 @@ from ..messages.envelope import (
     resource_id_of,
 )
 from ..messages.ids import derived_event_id, format_timestamp, new_event_id, now_timestamp
-from ..messages.lineage import current_lineage
+from ..messages.lineage import Lineage, current_lineage
 from ..messages.plain import to_plain
 from ..messages.subjects import subject_for
 from ..settings import Settings
@@ -106,7 +106,7 @@ class Prepared(msgspec.Struct, frozen=True):
         return PublishReceipt(self.event_id, self.topic, subject, None, None, duplicate, "outbox")
 
 
-def make_drafts(topics: Any, message: Any, **options: Any) -> list[Draft]:
+def drafts_for(topics: Any, message: Any, **options: Any) -> list[Draft]:
     """Make a draft for the topic or for each of a list; later ids derive from a given one."""
     if not isinstance(topics, (list, tuple)):
         return [Draft(topics, message, **options)]
@@ -122,51 +122,65 @@ def make_drafts(topics: Any, message: Any, **options: Any) -> list[Draft]:
 def prepare(draft: Draft, settings: Settings) -> Prepared:
     """Check and encode; every error here is the caller's to mend, and nothing was sent."""
     subject = subject_for(settings.env, settings.app_name, draft.topic)
-    envelope = _envelope(draft, settings.app_name)
-    headers = headers_for(envelope, draft.headers, current_lineage().traceparent)
-    delay, available_at = _due(draft)
+    lineage = current_lineage()
+    envelope = _envelope(draft, settings.app_name, lineage)
+    headers = headers_for(envelope, draft.headers, lineage.traceparent)
+    outgoing = OutgoingMessage(subject, envelope.encode(), headers)
     outbox = settings.use_outbox if draft.outbox is None else draft.outbox
-    if not outbox and (delay is not None or available_at is not None):
-        raise ConfigurationError(
-            "A message with delay= or available_at= needs the outbox, which keeps it until then.",
-            "Publish it with outbox=True, or set NATSPUBSUB_USE_OUTBOX.",
-        )
+    named = draft.event_id is not None
+    if not outbox:
+        if draft.delay is not None or draft.available_at is not None:
+            raise _needs_outbox()
+        return Prepared(envelope.event_id, draft.topic, outgoing, False, named)
+    delay, available_at = _due(draft)
+    key = _identifier(draft.ordering_key, "ordering_key")
     return Prepared(
-        envelope.event_id,
-        draft.topic,
-        OutgoingMessage(subject, envelope.encode(), headers),
-        outbox,
-        draft.event_id is not None,
-        _identifier(draft.ordering_key, "ordering_key"),
-        delay,
-        available_at,
+        envelope.event_id, draft.topic, outgoing, True, named, key, delay, available_at
     )
 
 
-def _envelope(draft: Draft, producer: str) -> Envelope:
-    lineage = current_lineage()
-    domain, resource, action = draft.event or (None, None, None)
+def _needs_outbox() -> ConfigurationError:
+    return ConfigurationError(
+        "A message with delay= or available_at= needs the outbox, which keeps it until then.",
+        "Publish it with outbox=True, or set NATSPUBSUB_USE_OUTBOX.",
+    )
+
+
+def _envelope(draft: Draft, producer: str, lineage: Lineage) -> Envelope:
+    own = draft.event_id, draft.trace_id, draft.correlation_id, draft.causation_id
+    if own != _NO_IDS:
+        for value, name in zip(own, _ID_NAMES, strict=True):
+            _identifier(value, name)
+    event_id, trace_id, correlation_id, causation_id = own
+    domain = resource = action = resource_id = None
+    if draft.event is not None:
+        domain, resource, action = draft.event
+        resource_id = resource_id_of(to_plain(draft.message))
     occurred_at = draft.occurred_at
     return Envelope(
-        event_id=_identifier(draft.event_id, "event_id") or new_event_id(),
+        event_id=event_id or new_event_id(),
         topic=draft.topic,
         producer=producer,
-        occurred_at=format_timestamp(occurred_at) if occurred_at else now_timestamp(),
+        occurred_at=now_timestamp() if occurred_at is None else format_timestamp(occurred_at),
         schema_version=SCHEMA_VERSION,
         message=msgspec.Raw(codec.encode_object(draft.message)),
         message_type=draft.message_type or codec.message_type_of(draft.message),
-        trace_id=_identifier(draft.trace_id, "trace_id") or lineage.trace_id,
+        trace_id=trace_id or lineage.trace_id,
         domain=domain,
         resource=resource,
         action=action,
-        resource_id=resource_id_of(to_plain(draft.message)) if draft.event else None,
-        correlation_id=_identifier(draft.correlation_id, "correlation_id")
-        or lineage.correlation_id,
-        causation_id=_identifier(draft.causation_id, "causation_id") or lineage.causation_id,
+        resource_id=resource_id,
+        correlation_id=correlation_id or lineage.correlation_id,
+        causation_id=causation_id or lineage.causation_id,
     )
 
 
+_ID_NAMES = ("event_id", "trace_id", "correlation_id", "causation_id")
+_NO_IDS = (None,) * len(_ID_NAMES)
+
+
 def _due(draft: Draft) -> tuple[float | None, float | None]:
+    """Return the delay in seconds, and the time since the epoch, that a draft asks for."""
     if draft.delay is None and draft.available_at is None:
         return None, None
     try:

@@ -15,6 +15,7 @@ from ..brokers.base import Broker, StoredAck, Ticket
 from ..brokers.wire import header_block
 from ..errors import PayloadTooLarge, PublishError
 from ..settings import Settings
+from ..signals import message_published
 from .breaker import CircuitBreaker
 from .draft import Draft, Prepared, PublishReceipt, prepare
 
@@ -48,14 +49,15 @@ class Outbox(Protocol):
         """Add rows to the caller's transaction; whether each was there already."""
 
 
-Around = Callable[[Callable[[Draft], Any]], Callable[[Draft], Any]]
+Compose = Callable[[Sequence[Any], Callable[[Draft], Any]], Callable[[Draft], Any]]
 
 
 class Publisher:
     """Publishes for one application.
 
     :param broker: returns the broker, making it at the first call.
-    :param around: wraps a function of a draft in the publish middleware.
+    :param middleware: the publish middleware, now and as it grows.
+    :param compose: wraps a function of a draft in middleware.
     :param published: told of every message that was stored.
     :param outbox: returns the outbox; ConfigurationError where there is no database.
     :param before_direct: called before a publish that goes round the outbox.
@@ -65,7 +67,8 @@ class Publisher:
         self,
         settings: Settings,
         broker: Callable[[], Broker],
-        around: Around,
+        middleware: Sequence[Any],
+        compose: Compose,
         published: Callable[[PublishReceipt], None],
         outbox: Callable[[], Outbox],
         before_direct: Callable[[], None],
@@ -73,7 +76,8 @@ class Publisher:
         self.breaker = CircuitBreaker(settings.breaker_threshold, settings.breaker_reset)
         self._settings = settings
         self._broker = broker
-        self._around = around
+        self._middleware = middleware
+        self._compose = compose
         self._published = published
         self._outbox = outbox
         self._before_direct = before_direct
@@ -84,9 +88,14 @@ class Publisher:
         """Publish one message and wait until it is stored."""
 
         def innermost(inner: Draft) -> PublishReceipt:
-            return self.send([self._prepare(inner)], timeout)[0]
+            prepared = [prepare(inner, self._settings)]
+            if prepared[0].outbox:
+                return self._write(prepared)[0]
+            return self._send(prepared, timeout)[0]
 
-        receipt = self._around(innermost)(draft)
+        if not self._middleware:
+            return innermost(draft)
+        receipt = self._compose(self._middleware, innermost)(draft)
         if not isinstance(receipt, PublishReceipt):
             raise _no_result(receipt)
         return receipt
@@ -112,12 +121,16 @@ class Publisher:
             except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
                 future.set_exception(error)
 
-        self._submit(prepared, self._timeout(timeout)).on_done(done)
+        self.breaker.check()
+        seconds = self._settings.publish_timeout if timeout is None else timeout
+        self._broker().submit([prepared[0].outgoing], seconds).on_done(done)
         return future
 
     def prepare_all(self, drafts: Iterable[Draft]) -> list[Prepared]:
         """Run drafts through the middleware and encode them."""
-        wrapped = self._around(self._prepare)
+        if not self._middleware:
+            return [prepare(draft, self._settings) for draft in drafts]
+        wrapped = self._compose(self._middleware, lambda draft: prepare(draft, self._settings))
         prepared = [wrapped(draft) for draft in drafts]
         for item in prepared:
             if not isinstance(item, Prepared):
@@ -159,8 +172,9 @@ class Publisher:
         if not prepared:
             return []
         self._before_direct()
-        seconds = self._timeout(timeout)
-        ticket = self._submit(prepared, seconds)
+        self.breaker.check()
+        seconds = self._settings.publish_timeout if timeout is None else timeout
+        ticket = self._broker().submit([item.outgoing for item in prepared], seconds)
         if not ticket.wait(seconds + STUCK):
             self.breaker.failure()
             raise PublishError(
@@ -170,33 +184,32 @@ class Publisher:
             )
         return self._receipts(prepared, ticket)
 
-    def _submit(self, prepared: Sequence[Prepared], seconds: float) -> Ticket:
-        self.breaker.check()
-        return self._broker().submit([item.outgoing for item in prepared], seconds)
-
     def _receipts(self, prepared: Sequence[Prepared], ticket: Ticket) -> list[PublishReceipt]:
+        receipts = [
+            item.receipt(result)
+            for item, result in zip(prepared, ticket.results, strict=True)
+            if type(result) is StoredAck
+        ]
+        if message_published.receivers:
+            for receipt in receipts:
+                self._published(receipt)
+        if len(receipts) == len(prepared):
+            self.breaker.success()
+            return receipts
+        raise self._failure(prepared, ticket)
+
+    def _failure(self, prepared: Sequence[Prepared], ticket: Ticket) -> PublishError:
+        """Count the failure, and return the error for all: theirs, or ``PartlyPublished``."""
         results = [
             item.receipt(result) if isinstance(result, StoredAck) else cast(PublishError, result)
             for item, result in zip(prepared, ticket.results, strict=True)
         ]
-        receipts = [result for result in results if isinstance(result, PublishReceipt)]
-        for receipt in receipts:
-            self._published(receipt)
-        if len(receipts) == len(results):
-            self.breaker.success()
-            return receipts
         errors = [result for result in results if isinstance(result, PublishError)]
         if any(error.temporary for error in errors):
             self.breaker.failure()
-        if receipts or len({type(error) for error in errors}) > 1:
-            raise PartlyPublished(results)
-        raise errors[0]
-
-    def _prepare(self, draft: Draft) -> Prepared:
-        return prepare(draft, self._settings)
-
-    def _timeout(self, timeout: float | None) -> float:
-        return self._settings.publish_timeout if timeout is None else timeout
+        if len(errors) < len(results) or len({type(error) for error in errors}) > 1:
+            return PartlyPublished(results)
+        return errors[0]
 
 
 def _no_result(got: object) -> PublishError:

@@ -11,7 +11,7 @@ import pytest
 
 from flask_natspubsub.brokers.link import ConnectionRefused
 from flask_natspubsub.brokers.nats import _Client, _Connection, _credentials, _dial_error
-from flask_natspubsub.brokers.wire import Outgoing
+from flask_natspubsub.brokers.wire import frame
 from flask_natspubsub.settings import Settings
 
 
@@ -34,7 +34,7 @@ def test_over_a_websocket_messages_are_sent_at_once_too() -> None:
         client: Any = _Client(lambda subject, why: None)
         client._transport = WebSocket()
         client._status = client.CONNECTED
-        _Connection(client).send([Outgoing("a", "r", b"", b"1"), Outgoing("b", "r", b"", b"2")])
+        _Connection(client).send([frame("a", b"1", "r"), frame("b", b"2", "r")])
         await asyncio.sleep(0)
         transport: WebSocket = client._transport
         return transport

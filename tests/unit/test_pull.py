@@ -27,13 +27,15 @@ class FakeLink:
         self.tasks = []
         self._number = 0
 
-    def send(self, outgoing):
-        for one in outgoing:
-            kind = "pull" if one.subject.startswith("$JS.API") else "reply"
-            detail = one.reply if kind == "pull" else one.payload.split()[0]
-            self.log.append((kind, detail))
-            if kind == "pull":
-                self.asked = getattr(self, "asked", 0) + json.loads(one.payload)["batch"]
+    def send(self, frames):
+        for frame in frames:
+            line, payload, _ = frame.split(b"\r\n")
+            _, subject, *reply, _ = line.decode().split()
+            if subject.startswith("$JS.API"):
+                self.log.append(("pull", *reply))
+                self.asked = getattr(self, "asked", 0) + json.loads(payload)["batch"]
+            else:
+                self.log.append(("reply", payload.split()[0]))
 
     def wake(self, callback):
         callback()

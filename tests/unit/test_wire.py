@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from flask_natspubsub.brokers.wire import (
     AckSubject,
-    Outgoing,
     frame,
     header_block,
     parse_ack_subject,
@@ -20,22 +19,22 @@ def test_a_message_with_headers() -> None:
     block = header_block({"topic": "order.created", "Nats-Msg-Id": "e1"})
 
     assert block == b"NATS/1.0\r\ntopic: order.created\r\nNats-Msg-Id: e1\r\n\r\n"
-    assert frame(Outgoing("a.b", "_INBOX.1", block, b"{}")) == (
+    assert frame("a.b", b"{}", "_INBOX.1", block) == (
         b"HPUB a.b _INBOX.1 %d %d\r\n" % (len(block), len(block) + 2) + block + b"{}\r\n"
     )
 
 
 def test_a_message_without_headers() -> None:
     assert header_block({}) == b""
-    assert frame(Outgoing("a.b", "r", b"", b"hello")) == b"PUB a.b r 5\r\nhello\r\n"
-    assert frame(Outgoing("a.b")) == b"PUB a.b  0\r\n\r\n"
+    assert frame("a.b", b"hello", "r") == b"PUB a.b r 5\r\nhello\r\n"
+    assert frame("a.b", b"") == b"PUB a.b  0\r\n\r\n"
 
 
 def test_sizes_are_counted_in_bytes() -> None:
     block = header_block({"topic": "größe"})
     size = len("NATS/1.0\r\ntopic: größe\r\n\r\n".encode())
 
-    assert frame(Outgoing("s", "r", block, "ü".encode())).startswith(
+    assert frame("s", "ü".encode(), "r", block).startswith(
         b"HPUB s r %d %d\r\n" % (size, size + 2)
     )
 
