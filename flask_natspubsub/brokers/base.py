@@ -47,14 +47,13 @@ class Ticket:
     at a time (the broker's) and read by others only after the lock was released.
     """
 
-    __slots__ = ("_callbacks", "_guard", "_open", "_waiter", "results")
+    __slots__ = ("_callbacks", "_open", "_waiter", "results")
 
     def __init__(self, size: int) -> None:
         #: One entry a message, in order: ``StoredAck`` or the ``PublishError``.
         self.results: list[StoredAck | PublishError | None] = [None] * size
         self._open = size
         self._waiter = threading.Lock()
-        self._guard = threading.Lock()
         self._callbacks: list[Callable[[Ticket], None]] = []
         if size:
             self._waiter.acquire()
@@ -72,12 +71,10 @@ class Ticket:
         if self._open > 1:
             self._open -= 1
             return
-        with self._guard:
-            self._open = 0
-            callbacks, self._callbacks = self._callbacks, []
+        self._open = 0
         self._waiter.release()
-        for callback in callbacks:
-            callback(self)
+        if self._callbacks:
+            self._call_back()
 
     def wait(self, timeout: float) -> bool:
         """Block until all results are in; False if ``timeout`` seconds were not enough."""
@@ -88,11 +85,18 @@ class Ticket:
 
     def on_done(self, callback: Callable[[Ticket], None]) -> None:
         """Call ``callback`` when all results are in, at once if they are; any thread."""
-        with self._guard:
-            if self._open:
-                self._callbacks.append(callback)
+        self._callbacks.append(callback)
+        if self._open == 0:
+            self._call_back()
+
+    def _call_back(self) -> None:
+        """Call each callback once; whoever comes second finds it taken."""
+        while True:
+            try:
+                callback = self._callbacks.pop()
+            except IndexError:
                 return
-        callback(self)
+            callback(self)
 
 
 class Delivery(ABC):

@@ -14,11 +14,20 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 
 
+def _new_loop() -> asyncio.AbstractEventLoop:
+    """Make a loop: uvloop's, which needs half the time for each message, if it is installed."""
+    try:
+        import uvloop  # an optional dependency
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
 class BackgroundLoop:
     """An asyncio loop in a daemon thread of its own. Not usable after ``stop`` or a fork."""
 
     def __init__(self, name: str) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop = _new_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
         #: Set when the thread ends; a forked child, which has no such thread, sees it unset.
         self.has_ended = False

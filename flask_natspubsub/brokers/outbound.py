@@ -128,7 +128,7 @@ class PublishWindow:
             items.append(_Item(message, headers, size, ticket, index, deadline))
         refusal, wake = None, False
         with self._lock:
-            if self._is_full or self._is_closed:
+            if self._queued >= QUEUED or self._queued_bytes >= QUEUED_BYTES or self._is_closed:
                 refusal = self._wait_for_room(deadline)
             if refusal is None:
                 self._arrived += items

@@ -27,8 +27,10 @@ def header_block(headers: Mapping[str, str]) -> bytes:
     """Encode headers; empty when there are none. Their text must have been checked before."""
     if not headers:
         return b""
-    lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
-    return "".join(["NATS/1.0\r\n", *lines, "\r\n"]).encode()
+    text = "NATS/1.0\r\n"
+    for name, value in headers.items():
+        text += f"{name}: {value}\r\n"
+    return f"{text}\r\n".encode()
 
 
 def frame(subject: str, payload: bytes, reply: str = "", headers: bytes = b"") -> bytes:

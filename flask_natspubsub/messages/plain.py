@@ -37,8 +37,9 @@ def to_plain(value: object) -> Any:
 
     :raises EncodingError: it, or a part of it, has no JSON form; ``path`` says which.
     """
+    kind = type(value)
     try:
-        return _plain(value, 0)
+        return (_CONVERTERS.get(kind) or _converter_of(kind))(value, 0)
     except _NoJsonForm as error:
         raise error.as_encoding_error() from None
 

@@ -20,22 +20,23 @@ class CircuitBreaker:
     def __init__(self, threshold: int, reset: float) -> None:
         self._threshold = threshold
         self._reset = reset
-        self._failures = 0
+        #: Failures in a row.
+        self.failures = 0
         self._retry_at = 0.0
 
     @property
     def is_open(self) -> bool:
         """Whether publishing is suspended."""
-        return 0 < self._threshold <= self._failures
+        return 0 < self._threshold <= self.failures
 
     def check(self) -> None:
         """Raise ``CircuitOpen`` while the circuit is open; let one through at each reset."""
-        if not 0 < self._threshold <= self._failures:
+        if not self.is_open:
             return
         now = time.monotonic()
         if now < self._retry_at:
             raise CircuitOpen(
-                f"{self._failures} publishes in a row failed; not even trying for another "
+                f"{self.failures} publishes in a row failed; not even trying for another "
                 f"{self._retry_at - now:.1f} s.",
                 "Check the connection to NATS; the outbox keeps events while it is down.",
             )
@@ -43,9 +44,9 @@ class CircuitBreaker:
 
     def success(self) -> None:
         """Close the circuit."""
-        self._failures = 0
+        self.failures = 0
 
     def failure(self) -> None:
         """Count one failure."""
-        self._failures += 1
+        self.failures += 1
         self._retry_at = time.monotonic() + self._reset

@@ -134,9 +134,7 @@ def prepare(draft: Draft, settings: Settings) -> Prepared:
         return Prepared(envelope.event_id, draft.topic, outgoing, False, named)
     delay, available_at = _due(draft)
     key = _identifier(draft.ordering_key, "ordering_key")
-    return Prepared(
-        envelope.event_id, draft.topic, outgoing, True, named, key, delay, available_at
-    )
+    return Prepared(envelope.event_id, draft.topic, outgoing, True, named, key, delay, available_at)
 
 
 def _needs_outbox() -> ConfigurationError:

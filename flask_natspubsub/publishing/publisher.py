@@ -86,19 +86,17 @@ class Publisher:
 
     def publish(self, draft: Draft, timeout: float | None = None) -> PublishReceipt:
         """Publish one message and wait until it is stored."""
-
-        def innermost(inner: Draft) -> PublishReceipt:
-            prepared = [prepare(inner, self._settings)]
-            if prepared[0].outbox:
-                return self._write(prepared)[0]
-            return self._send(prepared, timeout)[0]
-
         if not self._middleware:
-            return innermost(draft)
-        receipt = self._compose(self._middleware, innermost)(draft)
+            return self._publish(draft, timeout)
+        publish = self._compose(self._middleware, lambda inner: self._publish(inner, timeout))
+        receipt = publish(draft)
         if not isinstance(receipt, PublishReceipt):
             raise _no_result(receipt)
         return receipt
+
+    def _publish(self, draft: Draft, timeout: float | None) -> PublishReceipt:
+        prepared = [prepare(draft, self._settings)]
+        return (self._write(prepared) if prepared[0].outbox else self._send(prepared, timeout))[0]
 
     def publish_all(
         self, drafts: Iterable[Draft], timeout: float | None = None
@@ -121,7 +119,8 @@ class Publisher:
             except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
                 future.set_exception(error)
 
-        self.breaker.check()
+        if self.breaker.failures:
+            self.breaker.check()
         seconds = self._settings.publish_timeout if timeout is None else timeout
         self._broker().submit([prepared[0].outgoing], seconds).on_done(done)
         return future
@@ -172,7 +171,8 @@ class Publisher:
         if not prepared:
             return []
         self._before_direct()
-        self.breaker.check()
+        if self.breaker.failures:
+            self.breaker.check()
         seconds = self._settings.publish_timeout if timeout is None else timeout
         ticket = self._broker().submit([item.outgoing for item in prepared], seconds)
         if not ticket.wait(seconds + STUCK):
@@ -185,16 +185,16 @@ class Publisher:
         return self._receipts(prepared, ticket)
 
     def _receipts(self, prepared: Sequence[Prepared], ticket: Ticket) -> list[PublishReceipt]:
-        receipts = [
-            item.receipt(result)
-            for item, result in zip(prepared, ticket.results, strict=True)
-            if type(result) is StoredAck
-        ]
+        receipts = []
+        for item, result in zip(prepared, ticket.results, strict=True):
+            if type(result) is StoredAck:
+                receipts.append(item.receipt(result))
         if message_published.receivers:
             for receipt in receipts:
                 self._published(receipt)
         if len(receipts) == len(prepared):
-            self.breaker.success()
+            if self.breaker.failures:
+                self.breaker.success()
             return receipts
         raise self._failure(prepared, ticket)
 
