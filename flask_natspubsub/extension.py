@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from flask import Blueprint, Flask, current_app
+from flask import Blueprint, Flask, current_app, has_app_context
 
 from .errors import ConfigurationError
 from .observability import tracing
@@ -50,7 +50,7 @@ class NatsPubsub:
         self.publishing: list[Middleware] = []
         self._checks: list[Check] = []
         self._changes: ChangeFeed | None = None
-        self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
+        self._apps: list[weakref.ref[Flask]] = []
         if app is not None:
             self.init_app(app, db, metadata)
 
@@ -67,7 +67,7 @@ class NatsPubsub:
             )
         settings = Settings.from_config(app.config, app.name)
         app.extensions[EXTENSION] = AppState(self, app, settings, db, metadata)
-        self._apps.add(app)
+        self._apps.append(weakref.ref(app, self._apps.remove))
         tracing.install(app, settings.trace_header)
         if settings.health_url_prefix is not None:
             app.register_blueprint(self.health_blueprint, url_prefix=settings.health_url_prefix)
@@ -78,8 +78,9 @@ class NatsPubsub:
 
         Without ``app``, for all applications. Publishing afterwards connects anew.
         """
-        for one in [app] if app is not None else list(self._apps):
-            self.state(one).close(timeout)
+        for one in [app] if app is not None else [ref() for ref in self._apps]:
+            if one is not None:
+                self.state(one).close(timeout)
 
     def state(self, app: Flask | None = None) -> AppState:
         """Return the state of ``app``, of ``current_app``, or of the only application.
@@ -87,10 +88,7 @@ class NatsPubsub:
         :raises RuntimeError: no application can be meant, or it was not initialised.
         """
         if app is None:
-            try:
-                app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
-            except RuntimeError:
-                app = self._only_app()
+            app = current_app._get_current_object() if has_app_context() else self._only_app()  # type: ignore[attr-defined]  # a proxy
         state = app.extensions.get(EXTENSION)
         if not isinstance(state, AppState) or state.extension is not self:
             raise RuntimeError(
@@ -100,10 +98,10 @@ class NatsPubsub:
         return state
 
     def _only_app(self) -> Flask:
-        apps = list(self._apps)
-        if len(apps) == 1:
-            return apps[0]
-        found = "no Flask app" if not apps else f"{len(apps)} Flask apps"
+        app = self._apps[0]() if len(self._apps) == 1 else None
+        if app is not None:
+            return app
+        found = f"{len(self._apps)} Flask apps" if self._apps else "no Flask app"
         raise RuntimeError(
             f"There is no application context, and this NatsPubsub object has {found}. "
             "Use it inside 'with app.app_context():'."

@@ -139,6 +139,12 @@ class Settings:
     shutdown_timeout: float = setting(
         30.0, values.seconds, "How long a stopping worker waits for running handlers."
     )
+    heartbeat_timeout: float = setting(
+        30.0,
+        values.positive_seconds,
+        "A process of `worker --processes` that gives no sign of life for so long, or one of whose "
+        "loops does not go round, is killed and replaced.",
+    )
     use_dlq: bool = setting(
         True, values.boolean, "Keep messages given up on in the dead letter stream."
     )

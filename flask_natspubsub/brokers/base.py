@@ -238,6 +238,10 @@ class Consumption(ABC):
     def stop(self, timeout: float = 5.0) -> None:
         """Stop pulling. Afterwards nothing is delivered; what was on its way is handed back."""
 
+    def nudge(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` in the thread that pulls; never, if that hangs. Does not wait."""
+        callback()
+
     @property
     @abstractmethod
     def is_healthy(self) -> bool:

@@ -136,6 +136,9 @@ class _PullHandle(Consumption):
     def is_healthy(self) -> bool:
         return self._session.loop.is_alive and self._pull.is_healthy
 
+    def nudge(self, callback: Callable[[], None]) -> None:
+        self._session.link.wake(callback)
+
     def stop(self, timeout: float = 5.0) -> None:
         self._session.pulls.discard(self._pull)
         if self._session.loop.is_alive:

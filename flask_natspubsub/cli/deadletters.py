@@ -15,7 +15,7 @@ import click
 from ..errors import DecodingError, NatsPubsubError, NotConnected
 from ..messages.codec import decode_value
 from ..state import AppState
-from ..subscribing.deadletters import DeadLetterRecord, DeadLetters
+from ..subscribing.deadletters import DeadLetterRecord, DeadLetters, checked_id
 from .group import Misused, end, natspubsub, onlooker
 from .output import (
     duration,
@@ -77,6 +77,9 @@ _filters = _all_of(
 
 @dlq.command("list", examples=["flask natspubsub dlq list --subscriber audit --newer-than 1h"])
 @_filters
+@click.option(
+    "--after", type=checked_id, metavar="ID", help="Only those after this one: the next page."
+)
 @json_option
 def list_command(state: AppState, as_json: bool, **filters: Any) -> None:
     """List dead letters, oldest first."""

@@ -81,13 +81,17 @@ def print_fields(fields: Iterable[tuple[str, object]], indent: str = "") -> None
         click.echo(f"{indent}{name.ljust(longest)}  {text}".rstrip())
 
 
-def log_to_stderr(level: int) -> None:
-    """Show the logs of this package, unless the application has configured logging itself."""
+def log_to_stderr(level: int, *, with_pid: bool = False) -> None:
+    """Show the logs of this package, unless the application has configured logging itself.
+
+    :param with_pid: with the process id, where several processes write to one stderr.
+    """
     logger = logging.getLogger("flask_natspubsub")
     if logger.hasHandlers():
         return
     handler = logging.StreamHandler()
-    handler.setFormatter(_LineFormatter("%(asctime)s %(levelname)-7s %(message)s"))
+    pid = "[%(process)d] " if with_pid else ""
+    handler.setFormatter(_LineFormatter(f"%(asctime)s %(levelname)-7s {pid}%(message)s"))
     logger.addHandler(handler)
     if logger.level == logging.NOTSET:
         logger.setLevel(level)

@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
 from ..state import AppState
 from ..subscribing.subscription import Subscription
+from ..worker.health_server import HealthServer, Look
+from ..worker.lifeline import AVAILABLE, Lifeline, adopted, own_command
+from ..worker.pool import Pool
 from ..worker.process import WorkerProcess
-from ..worker.supervisor import Reloader, in_child
+from ..worker.supervisor import Reloader
+from ..worker.vitals import Heartbeat
 from .group import Misused, end, natspubsub
 from .output import log_to_stderr, plain
 
-if TYPE_CHECKING:  # it brings asyncio, which most commands do without
-    from ..worker.runner import Worker
+
+class Address(click.ParamType):
+    """A port on loopback, or ``host:port``."""
+
+    name = "address"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, int]:
+        """Return host and port; misuse if it is neither."""
+        host, _, port = value.rpartition(":")
+        if not (port.isascii() and port.isdigit() and int(port) < 65536):
+            self.fail(f"{value!r} is no port; use one such as 8081 or 0.0.0.0:8081.", param, ctx)
+        return host or "127.0.0.1", int(port)
+
+
+class Wanted(NamedTuple):
+    """What the command line asks for."""
+
+    only: tuple[str, ...]
+    concurrency: int | None
+    relay: bool
+    burst: bool
+    processes: int | None
+    health: tuple[str, int] | None
 
 
 @natspubsub.command(
@@ -27,6 +55,7 @@ if TYPE_CHECKING:  # it brings asyncio, which most commands do without
         "flask natspubsub worker --concurrency 8",
         "flask natspubsub worker --only send_confirmation --only audit",
         "flask natspubsub worker --burst",
+        "flask natspubsub worker --processes 4 --health-port 8081",
     ],
 )
 @click.option(
@@ -45,33 +74,109 @@ if TYPE_CHECKING:  # it brings asyncio, which most commands do without
 @click.option("--no-relay", is_flag=True, help="Do not relay the outbox; another process does.")
 @click.option("--burst", is_flag=True, help="End when there is nothing left to do.")
 @click.option("--reload", is_flag=True, help="Start again when a .py file changes.")
-def worker_command(
-    state: AppState,
-    concurrency: int | None,
-    only: tuple[str, ...],
-    no_relay: bool,
-    burst: bool,
-    reload: bool,
-) -> None:
+@click.option(
+    "--processes",
+    "-p",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Run so many worker processes, and replace those that die or hang.",
+)
+@click.option(
+    "--health-port",
+    "health",
+    type=Address(),
+    metavar="[HOST:]PORT",
+    help="Answer GET /health/live and /health/ready there.  [default host: 127.0.0.1]",
+)
+def worker_command(state: AppState, reload: bool, no_relay: bool, **options: Any) -> None:
     """Run the subscribers until SIGTERM or Ctrl-C.
 
     Then it takes no more messages, hands back those not begun, gives the others
     NATSPUBSUB_SHUTDOWN_TIMEOUT to be finished, and ends with 0; with 1 if some were not, they
     are delivered again. A second signal ends it at once. While NATS is down it waits.
+
+    With --processes, each process has NATSPUBSUB_CONCURRENCY handler threads. SIGHUP restarts
+    them one after the other. If one dies 5 times within a minute, all end and the exit code is 1.
     """
-    if reload and burst:
-        raise Misused("--reload and --burst exclude each other.")
-    log_to_stderr(logging.DEBUG if state.app.debug else logging.INFO)
-    if reload and not in_child():
-        # The interpreter's own arguments: also right for "python -m flask".
-        command = [sys.executable, *sys.orig_argv[1:]]
+    wanted = Wanted(relay=not no_relay, **options)
+    _check_options(state, wanted, reload=reload)
+    lifeline = adopted()
+    child_of_pool = lifeline is not None and wanted.processes is not None
+    log_to_stderr(logging.DEBUG if state.app.debug else logging.INFO, with_pid=child_of_pool)
+    if reload and lifeline is None:
         folders = [state.app.root_path, *_packages(Path.cwd())]
-        end(Reloader(command, folders, state.settings.shutdown_timeout).run())
-    _check_names(state.subscriptions(), only)
-    worker = state.extension.make_worker(only, relay=not no_relay, concurrency=concurrency)
-    _print_banner(state, worker)
+        end(Reloader(own_command(), folders, state.settings.shutdown_timeout).run())
+    _check_names(state.subscriptions(), wanted.only)
+    if not child_of_pool:
+        _print_banner(state, wanted)
+    if wanted.processes is not None and lifeline is None:
+        _run_pool(state, wanted, wanted.processes)
+    _run_worker(state, wanted, lifeline, None if child_of_pool else wanted.health)
+
+
+def _check_options(state: AppState, wanted: Wanted, *, reload: bool) -> None:
+    if reload and wanted.burst:
+        raise Misused("--reload and --burst exclude each other.")
+    if wanted.processes is None:
+        return
+    if reload:
+        raise Misused("--reload and --processes exclude each other.")
+    if not AVAILABLE:
+        raise Misused("--processes needs a POSIX system; start several workers instead.")
+    if state.settings.urls[0].startswith("memory:"):
+        raise Misused(
+            "--processes needs a nats-server: each process would have a 'memory://' of its own."
+        )
+
+
+def _run_pool(state: AppState, wanted: Wanted, processes: int) -> NoReturn:
+    settings = state.settings
+    pool = Pool(
+        own_command(),
+        processes,
+        settings.shutdown_timeout,
+        settings.heartbeat_timeout,
+        burst=wanted.burst,
+    )
+    with _answering(wanted.health, pool.health):
+        end(pool.run())
+
+
+def _run_worker(
+    state: AppState, wanted: Wanted, lifeline: Lifeline | None, health: tuple[str, int] | None
+) -> NoReturn:
+    worker = state.extension.make_worker(
+        wanted.only, relay=wanted.relay, concurrency=wanted.concurrency
+    )
+    heartbeat = Heartbeat(worker, lifeline.tell if lifeline else None)
     app = state.app
-    end(WorkerProcess(worker, lambda t: state.extension.shutdown(app, t), burst=burst).run())
+    process = WorkerProcess(
+        worker,
+        lambda t: state.extension.shutdown(app, t),
+        lifeline,
+        burst=wanted.burst,
+        heartbeat=heartbeat,
+    )
+    with _answering(health, heartbeat.look):
+        end(process.run())
+
+
+@contextlib.contextmanager
+def _answering(address: tuple[str, int] | None, look: Look) -> Iterator[None]:
+    """Serve the health endpoint, if there is an address for it."""
+    if address is None:
+        yield
+        return
+    try:
+        server = HealthServer(*address, look)
+    except OSError as error:
+        where = ":".join(map(str, address))
+        raise click.ClickException(
+            f"--health-port: cannot listen on {where}: {error.strerror or error}."
+        ) from None
+    with server:
+        click.echo(f"  health       {server.url}", err=True)
+        yield
 
 
 def _check_names(subscriptions: list[Subscription], only: tuple[str, ...]) -> None:
@@ -90,19 +195,21 @@ def _packages(folder: Path) -> list[str]:
     return [str(path.parent) for path in sorted(folder.glob("*/__init__.py"))]
 
 
-def _print_banner(state: AppState, worker: Worker) -> None:
+def _print_banner(state: AppState, wanted: Wanted) -> None:
     settings = state.settings
-    concurrency = worker.concurrency
+    concurrency = wanted.concurrency or settings.concurrency
+    chosen = [one for one in state.subscriptions() if not wanted.only or one.name in wanted.only]
+    processes = "" if wanted.processes is None else f"  processes    {wanted.processes}\n"
     click.echo(
         f"Worker of {settings.app_name} in {settings.env}, process {os.getpid()}\n"
         f"  servers      {plain(settings.safe_urls)}\n"
         f"  stream       {settings.stream}\n"
+        f"{processes}"
         f"  concurrency  {concurrency}\n"
-        f"  outbox       {_outbox(state, worker)}\n"
+        f"  outbox       {_outbox(state, chosen, wanted)}\n"
         "  subscribers",
         err=True,
     )
-    chosen = [one for one in state.subscriptions() if one.name in worker.subscribers]
     longest = max(len(one.name) for one in chosen)
     for one in chosen:
         receives = ", ".join(one.topics or one.filter_subjects)
@@ -110,7 +217,9 @@ def _print_banner(state: AppState, worker: Worker) -> None:
         click.echo(f"    {one.name.ljust(longest)}  {receives}  ({at_once} at once)", err=True)
 
 
-def _outbox(state: AppState, worker: Worker) -> str:
-    if worker.relays:
-        return "relayed by this worker"
-    return "none" if state.persistence is None else "not relayed (--no-relay)"
+def _outbox(state: AppState, chosen: Sequence[Subscription], wanted: Wanted) -> str:
+    if state.persistence_for(chosen) is None:
+        return "none"
+    if not wanted.relay:
+        return "not relayed (--no-relay)"
+    return "relayed by this worker" if wanted.processes is None else "relayed by one of them"

@@ -8,8 +8,10 @@ one place or the other whatever dies in between.
 from __future__ import annotations
 
 import datetime as dt
+import heapq
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -195,39 +197,33 @@ class DeadLetters:
         older_than: float | None = None,
         newer_than: float | None = None,
         limit: int | None = None,
+        after: str | None = None,
     ) -> Iterator[DeadLetterRecord]:
-        """Read dead letters, oldest first.
+        """Read dead letters, oldest first; a page costs the same however many there are.
 
         :param topic: a topic, in which ``*`` and ``>`` may stand for tokens.
         :param older_than: only what was stored longer ago than these seconds.
         :param newer_than: only what was stored within these last seconds.
+        :param after: only what comes after the dead letter with this id, the last of the page
+            before; it need not exist any more.
+        :raises ValueError: ``after`` is not an id.
         """
-        now = self._broker.now()
         pattern = normalize_topic(topic, wildcards=True) if topic else None
-        found = 0
-        for record in self._all():
-            age = now - record.stored_at.timestamp()
-            fits = (
-                (subscriber is None or record.subscriber == subscriber)
-                and (pattern is None or _topic_fits(pattern, record))
-                and (older_than is None or age > older_than)
-                and (newer_than is None or age <= newer_than)
-            )
-            if not fits:
-                continue
-            if limit is not None and found >= limit:
-                return
-            found += 1
-            yield record
+        records = (
+            record
+            for record in map(self._record, self._read(after, older_than, newer_than))
+            if (subscriber is None or record.subscriber == subscriber)
+            and (pattern is None or _topic_fits(pattern, record))
+        )
+        return itertools.islice(records, limit)
 
     def get(self, record_id: str) -> DeadLetterRecord | None:
         """Read one dead letter; None if there is none with this id."""
-        stream, _, sequence = record_id.rpartition(":")
-        if not sequence.isdigit():
+        try:
+            stream, sequence = self._place(record_id)
+        except ValueError:
             return None
-        stored = self._broker.get_message(
-            stream or self._settings.dead_letter_stream, int(sequence)
-        )
+        stored = self._broker.get_message(stream, sequence)
         if stored is None or not self._is_dead_letter(stored):
             return None
         return self._record(stored)
@@ -281,18 +277,55 @@ class DeadLetters:
             )
         return original
 
-    def _all(self) -> Iterator[DeadLetterRecord]:
-        settings = self._settings
-        sources = [(settings.dead_letter_stream, ">")]
-        # The peers' packages keep theirs in the main stream.
-        sources += [
-            (settings.stream, f"{settings.env}.dlq.>"),
-            (settings.stream, f"{settings.env}.*.dlq"),
-        ]
-        for stream, subject in sources:
-            for stored in self._broker.messages(stream, subject):
+    def _place(self, record_id: str) -> tuple[str, int]:
+        """Return the stream and the sequence that an id stands for."""
+        stream, _, sequence = checked_id(record_id).rpartition(":")
+        return stream or self._settings.dead_letter_stream, int(sequence)
+
+    def _read(
+        self, after: str | None, older_than: float | None, newer_than: float | None
+    ) -> Iterator[StoredMessage]:
+        """Read what is stored, from one stream after the other."""
+        settings, now = self._settings, self._broker.now()
+        sources = {
+            settings.dead_letter_stream: [">"],
+            # The peers' packages keep theirs in the main stream.
+            settings.stream: [f"{settings.env}.dlq.>", f"{settings.env}.*.dlq"],
+        }
+        last_stream, last = self._place(after) if after is not None else ("", 0)
+        if last_stream == settings.stream:
+            del sources[settings.dead_letter_stream]
+        for stream, subjects in sources.items():
+            start = last if stream == last_stream else 0
+            if newer_than is not None:
+                start = max(start, self._last_before(stream, now - newer_than))
+            for stored in self._merged(stream, subjects, start):
+                if older_than is not None and now - stored.timestamp <= older_than:
+                    break  # and so is all that follows
                 if self._is_dead_letter(stored):
-                    yield self._record(stored)
+                    yield stored
+
+    def _merged(
+        self, stream: str, subjects: Sequence[str], after: int
+    ) -> Iterator[StoredMessage]:
+        """Read several subjects of a stream in the order of the stream."""
+        found = [self._broker.messages(stream, subject, after=after) for subject in subjects]
+        return heapq.merge(*found, key=lambda stored: stored.sequence)
+
+    def _last_before(self, stream: str, time: float) -> int:
+        """Return the last sequence stored before ``time``: twenty looks find it in a million."""
+        info = self._broker.stream_info(stream)
+        if info is None:
+            return 0
+        low, high = info.first_sequence - 1, info.last_sequence
+        while low < high:
+            middle = (low + high) // 2
+            found = next(iter(self._broker.messages(stream, after=middle)), None)
+            if found is None or found.timestamp >= time:
+                high = middle
+            else:
+                low = found.sequence
+        return low
 
     def _is_dead_letter(self, stored: StoredMessage) -> bool:
         tokens = stored.subject.split(".")
@@ -332,6 +365,14 @@ class DeadLetters:
             body_omitted=_BODY_OMITTED in stored.headers,
             shape=values["shape"],
         )
+
+
+def checked_id(record_id: str) -> str:
+    """Return the id of a dead letter as it is; ValueError for anything else."""
+    sequence = record_id.rpartition(":")[2]
+    if not (sequence.isascii() and sequence.isdigit()):
+        raise ValueError(f"{record_id!r} is not the id of a dead letter")
+    return record_id
 
 
 def _topic_fits(pattern: str, record: DeadLetterRecord) -> bool:

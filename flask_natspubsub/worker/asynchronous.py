@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ..brokers.loop import BackgroundLoop
@@ -31,6 +32,15 @@ class AsyncHandlers:
                 return future.result()  # the handler's own TimeoutError, or a result at last
             future.cancel()
             raise HandlerTimeout(f"The handler ran longer than {timeout:g} s.") from None
+
+    def nudge(self, saw: Callable[[], None]) -> None:
+        """Call ``saw`` in the loop; at once if there is none. Never, if the loop hangs."""
+        loop = self._loop
+        if loop is None:
+            saw()
+        else:
+            with contextlib.suppress(RuntimeError):  # it is closed: the worker has just stopped
+                loop.loop.call_soon_threadsafe(saw)
 
     def stop(self) -> None:
         """Cancel what runs, and end the thread."""

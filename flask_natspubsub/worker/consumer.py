@@ -128,6 +128,13 @@ class SubscriberConsumer:
         """Whether the pull is alive."""
         return self._consumption is not None and self._consumption.is_healthy
 
+    def nudge(self, saw: Callable[[], None]) -> None:
+        """Have ``saw`` called by the loop that pulls; at once while the pull is being made."""
+        if self._consumption is None:
+            saw()
+        else:
+            self._consumption.nudge(saw)
+
     def is_idle(self) -> bool:
         """Whether nothing is in hand here, and nothing is pending or unsettled at the server."""
         if self._jobs:

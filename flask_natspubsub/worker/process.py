@@ -13,15 +13,20 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from .lifeline import GRACE, Lifeline
+
 if TYPE_CHECKING:  # they bring asyncio and SQLAlchemy, which most commands do without
     from ..publishing.relay import Relay
     from .runner import Worker
+    from .vitals import Heartbeat
 
 _log = logging.getLogger("flask_natspubsub.worker")
 
 CLOSE_TIMEOUT = 5.0
 #: Longest a second signal waits for messages to be handed back.
 LAST_WORDS = 1.0
+#: What a parent process has said; a signal has a number above these.
+_STOP, _AT_ONCE = 0, -1
 
 
 class Process:
@@ -31,13 +36,23 @@ class Process:
     obeyed whatever the first one's orderly end is waiting for.
 
     :param close: sends what is buffered and closes the broker, in so many seconds.
+    :param lifeline: to the parent that started it. Then only the parent ends it at once: signals
+        may come twice, from the parent's manager and from the parent.
+    :param patience: how long it may take to end when the parent is gone; seconds.
     """
 
     #: What the first signal has it do, for the log.
     last_work = "finishing what has begun"
 
-    def __init__(self, close: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        close: Callable[[float], None],
+        lifeline: Lifeline | None = None,
+        patience: float = 0.0,
+    ) -> None:
         self._close = close
+        self._lifeline = lifeline
+        self._patience = patience
         self._stop = threading.Event()
         self._news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._clean = False
@@ -49,6 +64,8 @@ class Process:
         :returns: the exit code: 0, or 1 if it did not end in order.
         """
         with caught_signals(self._news.put):
+            if self._lifeline is not None:
+                self._lifeline.listen(self._on_word, self._patience)
             threading.Thread(target=self._live, name="natspubsub-process", daemon=True).start()
             while (number := self._news.get()) is not None:
                 self._on_signal(number)
@@ -79,12 +96,18 @@ class Process:
         finally:
             self._news.put(None)
 
+    def _on_word(self, at_once: bool) -> None:
+        self._news.put(_AT_ONCE if at_once else _STOP)
+
     def _on_signal(self, number: int) -> None:
-        name = signal.Signals(number).name
-        if self._stop.is_set():
+        name = signal.Signals(number).name if number > 0 else "the parent process"
+        if number == _AT_ONCE or (self._stop.is_set() and self._lifeline is None):
             _log.warning("%s again: ending at once", name)
             self._leave()
-        _log.info("%s: %s; once more ends at once", name, self.last_work)
+        if self._stop.is_set():
+            return
+        hint = "; once more ends at once" if self._lifeline is None else ""
+        _log.info("%s: %s%s", name, self.last_work, hint)
         self._stop.set()
         self.stop()
 
@@ -108,20 +131,30 @@ class WorkerProcess(Process):
     are abandoned and their messages handed back.
 
     :param burst: end when there is nothing left to do.
+    :param heartbeat: looks at the worker while it runs.
     """
 
     def __init__(
-        self, worker: Worker, close: Callable[[float], None], *, burst: bool = False
+        self,
+        worker: Worker,
+        close: Callable[[float], None],
+        lifeline: Lifeline | None = None,
+        *,
+        burst: bool = False,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
-        super().__init__(close)
+        super().__init__(close, lifeline, worker.settings.shutdown_timeout + GRACE)
         self._worker = worker
         self._burst = burst
+        self._heartbeat = heartbeat
 
     def work(self) -> bool:
         """Start the worker and, in the end, stop it.
 
         :raises TopologyError: see ``Worker.start``.
         """
+        if self._heartbeat is not None:
+            self._heartbeat.start()
         self._worker.start(self._stop)
         _log.info("started")
         if self._burst:

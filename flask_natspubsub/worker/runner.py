@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, Self, cast
 
@@ -21,49 +20,12 @@ from ..subscribing.processor import Emit, Outcome, Processor, Transactions
 from ..subscribing.subscription import Subscription
 from .asynchronous import AsyncHandlers
 from .consumer import STOP_TIMEOUT, Job, SubscriberConsumer
+from .gate import Gate
 
 _log = logging.getLogger("flask_natspubsub.worker")
 
 TICK = 0.25
 IDLE_TICK = 0.2
-
-
-class Gate:
-    """Lets many in at once, or one alone; each says who it is."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        self._inside: set[object] = set()
-        self._alone: object | None = None
-
-    def enter(self, who: object) -> None:
-        """Enter with others; waits while somebody is, or wants to be, alone."""
-        with self._changed:
-            if self._alone is not None:
-                self._changed.wait_for(lambda: self._alone is None)
-            self._inside.add(who)
-
-    @contextlib.contextmanager
-    def alone(self, who: object) -> Iterator[None]:
-        """Keep others out, wait until all have left, be alone."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._alone is None)
-            self._alone = who
-            self._changed.wait_for(lambda: not self._inside)
-        try:
-            yield
-        finally:
-            self.leave(who)
-
-    def leave(self, who: object) -> None:
-        """Count ``who`` as gone, as one that hangs inside; leaving twice does no harm."""
-        with self._changed:
-            self._inside.discard(who)
-            if self._alone is None:
-                return  # so nobody waits
-            if self._alone is who:
-                self._alone = None
-            self._changed.notify_all()
 
 
 class Relaying(Protocol):
@@ -114,6 +76,7 @@ class Worker:
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._gate = Gate()
         self._threads: set[threading.Thread] = set()
+        self._overdue: dict[threading.Thread, float] = {}
         self._monitor: threading.Thread | None = None
         self._wake_monitor = threading.Event()
         self._async = AsyncHandlers()
@@ -230,13 +193,52 @@ class Worker:
     @property
     def is_healthy(self) -> bool:
         """Whether the threads run, the broker is connected and every pull is alive."""
-        return (
-            self._state == "running"
-            and time.monotonic() - self._beat < 20 * TICK
-            and self._broker.is_connected
-            and (self._relay is None or self._relay.is_alive)
-            and all(consumer.is_healthy for consumer in self._consumers)
-        )
+        return all(self.checks().values())
+
+    def checks(self) -> dict[str, bool]:
+        """Say of each thing that a healthy worker needs, by name, whether it is well."""
+        found = {
+            "running": self._state == "running" and self._is_watched(),
+            "nats": self._broker.is_connected,
+        }
+        if self._relay is not None:
+            found["relay"] = self._relay.is_alive
+        for consumer in self._consumers:
+            found[f"subscriber {consumer.subscription.name}"] = consumer.is_healthy
+        return found
+
+    @property
+    def loops(self) -> list[str]:
+        """The names that ``nudge`` gets to see if all is well."""
+        relay = [] if self._relay is None else ["relay"]
+        names = [f"subscriber {consumer.subscription.name}" for consumer in self._consumers]
+        return ["monitor", "handler threads", "async handlers", *relay, *names]
+
+    def nudge(self, saw: Callable[[str], None]) -> None:
+        """Have ``saw`` called with the name of each loop that goes round, by some in their thread.
+
+        The name of one that hangs, or whose thread has ended, does not come. Does not wait.
+        """
+        running = self._state == "running"
+        if not running or self._is_watched():
+            saw("monitor")
+        alive = [thread for thread in list(self._threads) if thread.is_alive()]
+        if not running or len(alive) >= self.concurrency:
+            saw("handler threads")
+        if self._relay is not None and (not running or self._relay.is_alive):
+            saw("relay")
+        self._async.nudge(lambda: saw("async handlers"))
+        for consumer in self._consumers:
+            consumer.nudge(lambda name=f"subscriber {consumer.subscription.name}": saw(name))  # type: ignore[misc]
+
+    @property
+    def overdue(self) -> float:
+        """For how many seconds a handler has been running beyond its time limit; 0 if none is."""
+        since = [since for one, since in self._overdue.copy().items() if one.is_alive()]
+        return time.monotonic() - min(since) if since else 0.0
+
+    def _is_watched(self) -> bool:
+        return time.monotonic() - self._beat < 20 * TICK
 
     @property
     def subscribers(self) -> list[str]:
@@ -348,7 +350,10 @@ class Worker:
             job.consumer.subscription.name,
             job.consumer.subscription.timeout,
         )
-        self._threads.discard(cast(threading.Thread, job.thread))
+        late = cast(threading.Thread, job.thread)
+        self._threads.discard(late)
+        running_on = {one: since for one, since in self._overdue.items() if one.is_alive()}
+        self._overdue = running_on | {late: time.monotonic()}
         self._start_thread()
         self._gate.leave(job)
         # Storing a dead letter may take a while; the monitor has others to renew.

@@ -5,27 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import signal
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .lifeline import GRACE, Child, exit_text
 from .process import caught_signals
 
 _log = logging.getLogger("flask_natspubsub.worker")
 
 INTERVAL = 0.5
-#: What a child may take to end beyond its own limit; seconds.
-GRACE = 10.0
-_MARKER = "_NATSPUBSUB_WORKER_CHILD"
 _SKIPPED = {"__pycache__", "node_modules", "site-packages"}
-
-
-def in_child() -> bool:
-    """Whether this process was started by a ``Reloader``."""
-    return _MARKER in os.environ
 
 
 class Reloader:
@@ -50,48 +41,43 @@ class Reloader:
         with caught_signals(self._signals.put):
             while True:
                 files = watched_files(self._folders)
-                child = self._start()
+                child = Child(self._command)
                 number = self._wait_for_change(child, files)
                 if number is None and child.poll() == 0:
                     return 0
-                code = self._end(child, number or signal.SIGTERM)
+                code = self._end(child)
                 if number is not None:
                     return code if code >= 0 else 128 - code
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        # In a session of its own: Ctrl-C reaches the parent only, which passes it on once.
-        return subprocess.Popen(  # noqa: S603 - the command this process was started with
-            self._command, env={**os.environ, _MARKER: "1"}, start_new_session=True
-        )
-
-    def _wait_for_change(self, child: subprocess.Popen[bytes], files: dict[str, int]) -> int | None:
+    def _wait_for_change(self, child: Child, files: dict[str, int]) -> int | None:
         """Return the signal that came; None when a file changed or the child ended well."""
         failed = False
         while True:
             number = self._signal_within(INTERVAL)
-            if number is not None or child.poll() == 0:
+            code = child.poll()
+            if number is not None or code == 0:
                 return number
-            if child.returncode is not None and not failed:
+            if code is not None and not failed:
                 failed = True
-                _log.error("the worker ended with %d; waiting for a change", child.returncode)
+                _log.error("the worker %s; waiting for a change", exit_text(code))
             now = watched_files(self._folders)
             if now != files:
                 changed = sorted(path for path, _ in now.items() ^ files.items())
                 _log.info("%s changed: starting anew", changed[0])
                 return None
 
-    def _end(self, child: subprocess.Popen[bytes], number: int) -> int:
-        """Pass a signal on, and any further one, until the child has ended."""
+    def _end(self, child: Child) -> int:
+        """Have the child end, at once when there is another signal; returns its exit code."""
         waited = 0.0
-        pending: int | None = number
-        while child.poll() is None:
-            if pending is not None:
-                child.send_signal(pending)
-            elif waited > self._patience:
+        child.ask_to_end()
+        while (code := child.poll()) is None:
+            if waited > self._patience:
                 child.kill()
-            pending = self._signal_within(0.05)
+            if self._signal_within(0.05) is not None:
+                child.ask_to_end(at_once=True)
             waited += 0.05
-        return child.returncode
+        child.close()
+        return code
 
     def _signal_within(self, seconds: float) -> int | None:
         try:

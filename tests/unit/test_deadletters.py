@@ -346,6 +346,65 @@ def test_dead_letters_are_found_by_subscriber_topic_and_age(several, filters, fo
     assert [record.event_id for record in several.letters.list(**filters)] == found
 
 
+def test_pages_follow_each_other_through_both_streams(several):
+    several.publish("test.dlq.billing.old", b"{}")  # in the dead letter stream: the fourth
+    everything = [record.id for record in several.letters]
+    pages, last = [], None
+    while page := [record.id for record in several.letters.list(limit=2, after=last)]:
+        pages.append(page)
+        last = page[-1]
+    assert sum(pages, []) == everything
+    assert [len(page) for page in pages] == [2, 2]
+
+
+def test_page_goes_on_after_a_dead_letter_that_is_gone(several):
+    first, second, third = several.letters
+    several.letters.discard(second)
+    assert [record.id for record in several.letters.list(after=second.id)] == [third.id]
+    assert list(several.letters.list(after=third.id)) == []
+
+
+@pytest.mark.parametrize("wrong", ["", "x", "stream:", "12x", "²"])
+def test_page_after_what_is_no_id(several, wrong):
+    with pytest.raises(ValueError, match="not the id"):
+        list(several.letters.list(after=wrong))
+
+
+def test_page_asks_for_no_more_than_it_shows(several, monkeypatch):
+    read = []
+    messages = several.broker.messages
+
+    def counting(*arguments, **options):
+        for message in messages(*arguments, **options):
+            read.append(message.sequence)
+            yield message
+
+    monkeypatch.setattr(several.broker, "messages", counting)
+    assert len(list(several.letters.list(limit=2))) == 2
+    assert read == [1, 2]
+
+
+def test_new_ones_are_found_by_halving_and_not_by_reading_the_old_ones(place, monkeypatch):
+    for number in range(300):
+        place.publish("test.dlq.shop.mailer", b"%d" % number)
+        place.broker.advance(1)
+    reads = []
+    messages = place.broker.messages
+
+    def counting(*arguments, **options):
+        for message in messages(*arguments, **options):
+            reads.append(message.sequence)
+            yield message
+
+    monkeypatch.setattr(place.broker, "messages", counting)
+    found = list(place.letters.list(newer_than=5.5))
+    assert [record.data for record in found] == [b"295", b"296", b"297", b"298", b"299"]
+    assert len(reads) <= 5 + 10
+    reads.clear()
+    assert len(list(place.letters.list(older_than=295.5))) == 5
+    assert len(reads) <= 6
+
+
 def test_one_is_found_by_its_id(several):
     for record in several.letters:
         assert several.letters.get(record.id) == record
