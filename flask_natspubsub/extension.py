@@ -168,10 +168,13 @@ class NatsPubsub:
         publisher = self.state().publisher
         drafts: list[Draft] = []
         for topic, message, *rest in items:
-            options = rest[0] if rest else {}
-            if options:
-                _check_options(options)
-            drafts += drafts_for(topic, message, **options)
+            if rest:
+                _check_options(rest[0])
+                drafts += drafts_for(topic, message, **rest[0])
+            elif isinstance(topic, str):
+                drafts.append(Draft(topic, message))
+            else:
+                drafts += drafts_for(topic, message)
         return publisher.publish_all(drafts, timeout)
 
     def batch(self, *, timeout: float | None = None) -> Batch:

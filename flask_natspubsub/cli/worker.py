@@ -23,19 +23,12 @@ from .group import Misused, end, natspubsub
 from .output import log_to_stderr, plain
 
 
-class Address(click.ParamType):
-    """A port on loopback, or ``host:port``."""
-
-    name = "address"
-
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, int]:
-        """Return host and port; misuse if it is neither."""
-        host, _, port = value.rpartition(":")
-        if not (port.isascii() and port.isdigit() and int(port) < 65536):
-            self.fail(f"{value!r} is no port; use one such as 8081 or 0.0.0.0:8081.", param, ctx)
-        return host or "127.0.0.1", int(port)
+def address(text: str) -> tuple[str, int]:
+    """Return host and port of ``8081`` (on loopback) or ``0.0.0.0:8081``."""
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+        raise click.BadParameter(f"{text!r} is no port; use one such as 8081 or 0.0.0.0:8081.")
+    return host or "127.0.0.1", int(port)
 
 
 class Wanted(NamedTuple):
@@ -84,7 +77,7 @@ class Wanted(NamedTuple):
 @click.option(
     "--health-port",
     "health",
-    type=Address(),
+    type=address,
     metavar="[HOST:]PORT",
     help="Answer GET /health/live and /health/ready there.  [default host: 127.0.0.1]",
 )

@@ -15,10 +15,9 @@ from ..errors import EncodingError
 #: Namespace of derived ids; a change would give a message sent again another id.
 _DERIVED = uuid.UUID("5b0f6c0e-2c57-4d0b-9d6c-6a1f8d5f3c11")
 
-_COUNTER_BITS = 26
-_COUNTER_LIMIT = 1 << _COUNTER_BITS
+_COUNTER_LIMIT = 16**6
 _RANDOM_DIGITS = 12
-_SEED_DIGITS = 8
+_SEED_DIGITS = 6
 _POOL = 512 * (_RANDOM_DIGITS + _SEED_DIGITS)
 _TIMESTAMP = re.compile(
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[+-]\d\d(?::?\d\d)?)",
@@ -37,7 +36,7 @@ _used = 0
 def new_event_id() -> str:
     """Return a new UUID of version 7, greater than all before in this process.
 
-    Milliseconds, a counter of 26 bits that starts somewhere in each of them, 48 random bits:
+    Milliseconds, a counter of 24 bits that starts somewhere in each of them, 48 random bits:
     RFC 9562, section 6.2, method 1. Written out because ``uuid.uuid7`` needs Python 3.14.
     """
     global _milliseconds, _prefix, _counter, _random, _used
@@ -45,18 +44,18 @@ def new_event_id() -> str:
     with _lock:
         if _used == len(_random):
             _random, _used = os.urandom(_POOL // 2).hex(), 0
-        middle = _used + _RANDOM_DIGITS
-        digits, seed = _random[_used:middle], _random[middle : middle + _SEED_DIGITS]
-        _used = middle + _SEED_DIGITS
+        seed = _used + _RANDOM_DIGITS
+        digits = _random[_used:seed]
+        _used = seed + _SEED_DIGITS
         _counter += 1
         if now > _milliseconds or _counter == _COUNTER_LIMIT:
             # A clock set back is not followed: the ids would not be greater.
             _milliseconds = max(now, _milliseconds + 1)
-            _prefix = f"{_milliseconds:012x}"
-            _counter = int(seed, 16) % (_COUNTER_LIMIT // 2)
-        prefix, counter = _prefix, _counter
-    high, low = counter >> 14, counter & 0x3FFF | 0x8000
-    return f"{prefix[:8]}-{prefix[8:]}-7{high:03x}-{low:04x}-{digits}"
+            high = f"{_milliseconds:012x}"
+            _prefix = f"{high[:8]}-{high[8:]}-7"
+            _counter = int(_random[seed:_used], 16) // 2
+        prefix, counter = _prefix, f"{_counter:06x}"
+    return f"{prefix}{counter[:3]}-8{counter[3:]}-{digits}"
 
 
 def derived_event_id(event_id: str, topic: str) -> str:
