@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .publishing.changes import Change, ChangeFeed
     from .publishing.relay import Relay
+    from .publishing.verification import SentEvents
     from .subscribing.deadletters import DeadLetters
     from .worker.runner import Worker
 
@@ -328,6 +329,14 @@ class NatsPubsub:
 
         state = self.state()
         return DeadLetters(state.broker(), state.settings)
+
+    @property
+    def sent_events(self) -> SentEvents:
+        """What the outbox has sent: ``verify`` that the streams have it, ``resend`` it."""
+        from .publishing.verification import SentEvents
+
+        state = self.state()
+        return SentEvents(state.require_persistence().store, state.broker())
 
     # --- health
 

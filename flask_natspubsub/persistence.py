@@ -63,7 +63,8 @@ class Persistence:
             raise ConfigurationError(f"Unknown dialect {name!r}.", f"Known: {', '.join(DIALECTS)}.")
         target = sa.engine.url.URL.create(name).get_dialect()()
         statements: list[CreateTable | CreateIndex] = []
-        for table in (self.tables.outbox, self.tables.lease, self.inbox.table):
+        tables = self.tables
+        for table in (tables.outbox, tables.lease, tables.stream, self.inbox.table):
             statements.append(CreateTable(table))
             statements += [CreateIndex(index) for index in sorted(table.indexes, key=_name)]
         return "\n\n".join(f"{str(one.compile(dialect=target)).strip()};" for one in statements)
@@ -81,7 +82,9 @@ class Persistence:
 
     def _outbox_health(self) -> dict[str, Any]:
         age = self.store.oldest_pending_age()
-        return {"ok": age is None or age < 60, "oldest_pending_seconds": age}
+        rewound = [record.name for record in self.store.streams.rewound()]
+        healthy = not rewound and (age is None or age < 60)
+        return {"ok": healthy, "oldest_pending_seconds": age, "rewound_streams": rewound}
 
 
 def _name(index: sa.Index) -> str:

@@ -103,6 +103,20 @@ class Settings:
     publish_timeout: float = setting(
         5.0, values.positive_seconds, "Longest wait for a direct publish to be stored."
     )
+    publish_in_flight: int = setting(
+        4_000,
+        values.integer(1),
+        "Messages sent and not yet acknowledged; a publish beyond that is queued.",
+    )
+    publish_queue: int = setting(
+        10_000,
+        values.integer(1),
+        "Messages of one process that may wait to be sent; a publish beyond that waits for room, "
+        "at most its timeout.",
+    )
+    publish_queue_bytes: int = setting(
+        64 * 1024 * 1024, values.integer(1), "The same in bytes of payload and headers."
+    )
     stream_name: str | None = setting(
         None,
         values.optional(values.token),
@@ -142,8 +156,8 @@ class Settings:
     heartbeat_timeout: float = setting(
         30.0,
         values.positive_seconds,
-        "A process of `worker --processes` that gives no sign of life for so long, or one of whose "
-        "loops does not go round, is killed and replaced.",
+        "A process of `worker --processes` that shows no sign of life for so long, or in which a "
+        "loop hangs for so long, is killed and replaced.",
     )
     use_dlq: bool = setting(
         True, values.boolean, "Keep messages given up on in the dead letter stream."
@@ -177,6 +191,18 @@ class Settings:
     outbox_max_attempts: int = setting(
         10, values.integer(1), "Refusals by the server after which a row is parked."
     )
+    outbox_resend_on_rewind: bool = setting(
+        False,
+        values.boolean,
+        "When a stream is found to have lost messages that it had acknowledged, send them again "
+        "without being asked. Off: it is logged and shown by health and `doctor`.",
+    )
+    allow_volatile_streams: bool = setting(
+        False,
+        values.boolean,
+        "Let the outbox send to streams that keep messages in memory only, or acknowledge them "
+        "before they are written.",
+    )
     inbox_retention: float = setting(
         7 * _DAY, values.seconds, "How long handled event ids are remembered."
     )
@@ -184,6 +210,11 @@ class Settings:
         None,
         values.optional(values.text),
         "The Flask-SQLAlchemy bind of the outbox and inbox tables.",
+    )
+    monitor_url: str | None = setting(
+        None,
+        values.optional(values.text),
+        "The server's monitoring address, such as `http://127.0.0.1:8222`, for `doctor`.",
     )
     breaker_threshold: int = setting(
         10, values.integer(0), "Failed direct publishes in a row that open the circuit; 0: never."
@@ -242,9 +273,19 @@ class Settings:
                 "NATSPUBSUB_TLS_CERT_FILE and NATSPUBSUB_TLS_KEY_FILE belong together.",
                 "Set both, or neither.",
             )
+        if self.use_outbox and self.stream_config.get("storage") == "memory":
+            self._refuse_memory()
         if self.user and self.token:
             raise ConfigurationError(
                 "NATSPUBSUB_USER and NATSPUBSUB_TOKEN are both set.", "Use one way to sign in."
+            )
+
+    def _refuse_memory(self) -> None:
+        if not self.allow_volatile_streams and not self.urls[0].startswith("memory:"):
+            raise ConfigurationError(
+                "NATSPUBSUB_STREAM_CONFIG has storage 'memory', and the outbox is on: what the "
+                "stream acknowledges would be gone with the server.",
+                "Use storage 'file', or set NATSPUBSUB_ALLOW_VOLATILE_STREAMS.",
             )
 
     @property

@@ -34,8 +34,6 @@ worker_stopped = _signals.signal("worker-stopped")
 
 def send(signal: NamedSignal, sender: Any, **arguments: Any) -> None:
     """Send ``signal``; log what a receiver raises instead of passing it on."""
-    if not signal.receivers:
-        return
     for receiver in signal.receivers_for(sender):
         try:
             receiver(sender, **arguments)

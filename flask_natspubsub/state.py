@@ -50,7 +50,7 @@ class AppState:
         #: The ``NatsPubsub`` object that the app was initialised with.
         self.extension = extension
         self.registry: Registry = extension.registry
-        self.checks: list[Check] = [Check("nats", lambda: self.is_connected)]
+        self.checks: list[Check] = [Check("nats", self._nats_health)]
         self._app = weakref.ref(app)  # the app holds this state: no cycle to collect
         self._kept: dict[str, Broker] = {}
         self._subscriptions: list[Subscription] = []
@@ -109,6 +109,9 @@ class AppState:
             except PublishError:
                 return False
         return True
+
+    def _nats_health(self) -> dict[str, Any]:
+        return {"ok": self.is_connected, **self.broker().load()}
 
     def subscriptions(self) -> list[Subscription]:
         """Import ``NATSPUBSUB_SUBSCRIBERS`` and settle all subscribers for this app.
@@ -188,7 +191,8 @@ class AppState:
 
     def emit(self, signal: Any, **arguments: Any) -> None:
         """Send one of the extension's signals for this application."""
-        send(signal, self.app, **arguments)
+        if signal.receivers:
+            send(signal, self.app, **arguments)
 
     def _published(self, receipt: PublishReceipt) -> None:
         self.emit(message_published, receipt=receipt)

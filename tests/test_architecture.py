@@ -38,6 +38,8 @@ MAY_IMPORT = {
         "database.py",  # the adapter
         "publishing/outbox.py",
         "publishing/store.py",
+        "publishing/sent.py",
+        "publishing/streams.py",
         "persistence.py",  # puts the three together
         "publishing/changes.py",  # model events are SQLAlchemy's own
         "subscribing/inbox.py",
@@ -54,6 +56,7 @@ IMPORTS_IN_FUNCTIONS = {
     ("extension.py", "worker.runner"): "brings asyncio",
     ("extension.py", "subscribing.deadletters"): "rarely used",
     ("extension.py", "publishing.changes"): "SQLAlchemy is optional",
+    ("extension.py", "publishing.verification"): "rarely used",
     ("state.py", "persistence"): "SQLAlchemy is optional",
 }
 

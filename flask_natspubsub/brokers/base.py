@@ -104,26 +104,23 @@ class Delivery(ABC):
 
     ``ack``, ``nak``, ``term`` and ``in_progress`` may be called from any thread, never wait
     and never raise; the first of the first three settles the delivery, later ones do nothing.
+
+    ``attempt`` says how often the server has delivered this message to this consumer, 1 is
+    first; ``timestamp`` when the stream stored it, in seconds since the epoch.
     """
 
-    __slots__ = ("data", "headers", "sequence", "settled", "stream", "subject")
+    __slots__ = (
+        "attempt", "data", "headers", "sequence", "settled", "stream", "subject", "timestamp"
+    )  # fmt: skip
 
     subject: str
     headers: Mapping[str, str]
     data: bytes
     stream: str
     sequence: int
+    attempt: int
+    timestamp: float
     settled: bool
-
-    @property
-    @abstractmethod
-    def attempt(self) -> int:
-        """How often the server has delivered this message to this consumer; 1 is first."""
-
-    @property
-    @abstractmethod
-    def timestamp(self) -> float:
-        """When the stream stored the message; seconds since the epoch."""
 
     @abstractmethod
     def ack(self) -> None:
@@ -177,6 +174,8 @@ class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
     first_sequence: int = 0
     last_sequence: int = 0
     created: str = ""
+    persist_mode: str = "default"
+    max_msgs_per_subject: int = -1
 
 
 class ConsumerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -272,6 +271,15 @@ class Broker(ABC):
     @abstractmethod
     def max_payload(self) -> int:
         """Bytes of payload and headers the server takes, or took when last seen."""
+
+    @property
+    def server_version(self) -> str:
+        """The version of the server, as ``2.12.1``; empty if there is none, or it is not known."""
+        return ""
+
+    def load(self) -> dict[str, int]:
+        """Return how much is on its way, with the limits, for health; empty if nothing can be."""
+        return {}
 
     @abstractmethod
     def connect(self, timeout: float) -> None:

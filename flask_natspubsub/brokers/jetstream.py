@@ -165,7 +165,10 @@ class JetStreamApi:
         """
         stream = await self.stream(config.stream)
         created = _check_filters(config, stream)
-        start = after.sequence if after.stream_created == created else 0
+        # A stream that has lost its end gives the same numbers again: none may be left out.
+        last = ((stream or {}).get("state") or {}).get("last_seq", after.sequence)
+        known = after.stream_created == created and after.sequence <= last
+        start = after.sequence if known else 0
         wanted = consumer_body(config, start)
         current = await self.consumer(config.stream, config.durable)
         if current is not None:
@@ -270,6 +273,8 @@ def stream_info(report: Json) -> StreamInfo:
         first_sequence=state["first_seq"],
         last_sequence=state["last_seq"],
         created=report.get("created", ""),
+        persist_mode=config.get("persist_mode") or "default",
+        max_msgs_per_subject=config.get("max_msgs_per_subject", -1),
     )
 
 

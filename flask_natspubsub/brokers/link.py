@@ -45,6 +45,10 @@ class Connection(Protocol):
     closed: asyncio.Event
 
     @property
+    def version(self) -> str:
+        """The server's version."""
+
+    @property
     def max_payload(self) -> int:
         """Return how many bytes of payload and headers the server takes."""
 
@@ -102,6 +106,7 @@ class Link:
         self.has_failed = False
         self.refused = ""
         self.max_payload = DEFAULT_MAX_PAYLOAD
+        self.server_version = ""
         self.listeners: list[Listener] = []
         self.on_denied: Callable[[str], None] = lambda subject: None
         self.set_up: Callable[[], Coroutine[Any, Any, None]] = _nothing
@@ -294,6 +299,7 @@ class Link:
             raise OSError(_one_line(error)) from None
         self._known = [*dict.fromkeys([*self._settings.urls, *connection.servers])]
         self.max_payload = connection.max_payload
+        self.server_version = connection.version
         self._connection = connection
         self.refused = ""
         self._last_error = "connected, the streams are being looked after"

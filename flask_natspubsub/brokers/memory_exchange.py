@@ -26,7 +26,7 @@ from .memory_threads import Alarm, HandOver
 class MemoryDelivery(Delivery):
     """A delivery out of a stream in memory."""
 
-    __slots__ = ("_attempt", "_durable", "_exchange", "_timestamp")
+    __slots__ = ("_durable", "_exchange")
 
     def __init__(
         self, exchange: Exchange, durable: str, message: StoredMessage, attempt: int
@@ -39,18 +39,8 @@ class MemoryDelivery(Delivery):
         self.settled = False
         self._exchange = exchange
         self._durable = durable
-        self._attempt = attempt
-        self._timestamp = message.timestamp
-
-    @property
-    def attempt(self) -> int:
-        """How often this message was delivered to this consumer; 1 is first."""
-        return self._attempt
-
-    @property
-    def timestamp(self) -> float:
-        """When the stream stored the message; seconds since the epoch."""
-        return self._timestamp
+        self.attempt = attempt
+        self.timestamp = message.timestamp
 
     @property
     def consumer(self) -> tuple[str, str]:

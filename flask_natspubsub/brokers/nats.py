@@ -122,6 +122,11 @@ class _Connection:
         self._draining: set[asyncio.Future[None]] = set()
 
     @property
+    def version(self) -> str:
+        found = self._client.connected_server_version
+        return f"{found.major}.{found.minor}.{found.patch}"
+
+    @property
     def max_payload(self) -> int:
         return self._client.max_payload
 

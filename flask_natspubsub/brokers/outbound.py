@@ -22,13 +22,11 @@ from ..errors import (
     PublishDenied,
     PublishError,
 )
+from ..settings import Settings
 from .base import OutgoingMessage, StoredAck, Ticket
 from .wire import STATUS, frame, header_block
 
-IN_FLIGHT = 4_000
 IN_FLIGHT_BYTES = 32 * 1024 * 1024
-QUEUED = 10_000
-QUEUED_BYTES = 64 * 1024 * 1024
 #: So many messages are written at once.
 WRITE = 128
 SWEEP = 0.05
@@ -96,8 +94,11 @@ class PublishWindow:
     alone. What is queued, there or in ``_queue``, is bounded, and so is what is in flight.
     """
 
-    def __init__(self, link: OutboundLink, inbox: str) -> None:
+    def __init__(self, link: OutboundLink, inbox: str, settings: Settings) -> None:
         self._link = link
+        self._most_in_flight = settings.publish_in_flight
+        self._most_queued = settings.publish_queue
+        self._most_queued_bytes = settings.publish_queue_bytes
         self._prefix = inbox + "."
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
@@ -128,7 +129,7 @@ class PublishWindow:
             items.append(_Item(message, headers, size, ticket, index, deadline))
         refusal, wake = None, False
         with self._lock:
-            if self._queued >= QUEUED or self._queued_bytes >= QUEUED_BYTES or self._is_closed:
+            if self._is_full or self._is_closed:
                 refusal = self._wait_for_room(deadline)
             if refusal is None:
                 self._arrived += items
@@ -162,7 +163,18 @@ class PublishWindow:
 
     @property
     def _is_full(self) -> bool:
-        return self._queued >= QUEUED or self._queued_bytes >= QUEUED_BYTES
+        return self._queued >= self._most_queued or self._queued_bytes >= self._most_queued_bytes
+
+    def load(self) -> dict[str, int]:
+        """Return what is queued and in flight, each with its limit."""
+        return {
+            "publishes_queued": self._queued,
+            "publishes_queued_limit": self._most_queued,
+            "publishes_queued_bytes": self._queued_bytes,
+            "publishes_queued_bytes_limit": self._most_queued_bytes,
+            "publishes_in_flight": len(self._in_flight),
+            "publishes_in_flight_limit": self._most_in_flight,
+        }
 
     @property
     def idle(self) -> bool:
@@ -192,7 +204,8 @@ class PublishWindow:
         frames: list[bytes] = []
         count = size = 0
         limit = self._link.max_payload
-        while self._queue and len(self._in_flight) < IN_FLIGHT and self._bytes < IN_FLIGHT_BYTES:
+        most = self._most_in_flight
+        while self._queue and len(self._in_flight) < most and self._bytes < IN_FLIGHT_BYTES:
             item = self._queue.popleft()
             count += 1
             size += item.size

@@ -110,7 +110,7 @@ class ReplyWriter:
 class NatsDelivery(Delivery):
     """A delivery from JetStream; its reply subject says all about it."""
 
-    __slots__ = ("_attempt", "_reply", "_timestamp", "_writer")
+    __slots__ = ("_reply", "_writer")
 
     def __init__(
         self,
@@ -124,24 +124,16 @@ class NatsDelivery(Delivery):
         self.headers = headers
         self.data = data
         self.settled = False
-        self.stream, self._attempt, self.sequence, self._timestamp = parse_ack_subject(reply)
+        self.stream, self.attempt, self.sequence, self.timestamp = parse_ack_subject(reply)
         self._reply = reply
         self._writer = writer
-
-    @property
-    def attempt(self) -> int:  # noqa: D102 - documented in the port, as the rest below
-        return self._attempt
-
-    @property
-    def timestamp(self) -> float:  # noqa: D102
-        return self._timestamp
 
     def _settle(self, payload: bytes) -> None:
         if not self.settled:
             self.settled = True
             self._writer.put(self._reply, payload)
 
-    def ack(self) -> None:  # noqa: D102
+    def ack(self) -> None:  # noqa: D102 - documented in the port, as the rest below
         self._settle(b"+ACK")
 
     def nak(self, delay: float | None = None) -> None:  # noqa: D102

@@ -59,7 +59,7 @@ class _Session:
         self.api = JetStreamApi(self._request)
         self.writer = ReplyWriter(self.link)
         inbox = self.link.new_inbox()
-        self.window = PublishWindow(self.link, inbox)
+        self.window = PublishWindow(self.link, inbox, settings)
         self.pulls: set[Pull] = set()
         self.link.listeners.append(self)
         self.link.on_denied = self.window.on_denied
@@ -205,6 +205,16 @@ class JetStreamBroker(Broker):
     @property
     def max_payload(self) -> int:  # noqa: D102
         return self._session.link.max_payload if self._session else DEFAULT_MAX_PAYLOAD
+
+    @property
+    def server_version(self) -> str:  # noqa: D102
+        return self._session.link.server_version if self._session else ""
+
+    def load(self) -> dict[str, int]:  # noqa: D102
+        session = self._session
+        if session is None or self._pid != os.getpid():
+            return {}
+        return session.window.load() | {"pulls": len(session.pulls)}
 
     def connect(self, timeout: float) -> None:  # noqa: D102
         session = self._live()

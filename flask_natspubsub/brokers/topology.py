@@ -48,6 +48,28 @@ def wanted_streams(settings: Settings, filters: Iterable[str] = ()) -> list[Stre
     return streams
 
 
+def refuse_volatile(info: StreamInfo | None, settings: Settings) -> None:
+    """Refuse a stream that does not keep on disk what it acknowledges to the outbox.
+
+    :raises TopologyError: its messages are in memory, or acknowledged before they are written.
+    """
+    if info is None or settings.allow_volatile_streams:
+        return
+    if info.config.storage != "memory" and info.persist_mode != "async":
+        return
+    how = (
+        "keeps messages in memory"
+        if info.config.storage == "memory"
+        else ("acknowledges messages before they are written (persist_mode async)")
+    )
+    raise TopologyError(
+        f"The stream {info.config.name!r} {how}, and the outbox is on: what it acknowledges may "
+        "be gone.",
+        "Make it anew with file storage and persist_mode default, or set "
+        "NATSPUBSUB_ALLOW_VOLATILE_STREAMS.",
+    )
+
+
 def wakeup_subject(settings: Settings) -> str:
     """Return the subject of the hint that outbox rows were committed; outside every stream."""
     return f"natspubsub.wakeup.{settings.env}.{settings.app_name}"

@@ -13,7 +13,8 @@ from typing import NamedTuple
 _log = logging.getLogger("flask_natspubsub.broker")
 
 NOT_PASSED_ON = "a message on %r could not be passed on"
-HEADER_LINE = b"NATS/1.0"
+HEADER_LINE = "NATS/1.0"
+_BLANKS = " \t\n\r\v\f"
 _MESSAGES = (b"MSG ", b"HMSG ")
 NO_HEADERS: Mapping[str, str] = {}
 STATUS = "Status"
@@ -27,7 +28,7 @@ def header_block(headers: Mapping[str, str]) -> bytes:
     """Encode headers; empty when there are none. Their text must have been checked before."""
     if not headers:
         return b""
-    text = "NATS/1.0\r\n"
+    text = f"{HEADER_LINE}\r\n"
     for name, value in headers.items():
         text += f"{name}: {value}\r\n"
     return f"{text}\r\n".encode()
@@ -48,19 +49,15 @@ def parse_headers(block: bytes) -> dict[str, str]:
     Never raises: lines that are no header are passed over, bytes that are no UTF-8 become
     U+FFFD, as nats-py does.
     """
-    first, *lines = block.split(b"\r\n")
+    first, *lines = block.decode("utf-8", "replace").split("\r\n")
     headers: dict[str, str] = {}
-    status = first[len(HEADER_LINE) :].strip()
+    status = first[len(HEADER_LINE) :].strip(_BLANKS)
     if status:
-        code, _, description = status.partition(b" ")
-        headers[STATUS] = code.decode("ascii", "replace")
-        headers[DESCRIPTION] = description.decode("utf-8", "replace")
+        headers[STATUS], _, headers[DESCRIPTION] = status.partition(" ")
     for line in lines:
-        name, separator, value = line.partition(b":")
+        name, separator, value = line.partition(":")
         if separator and name:
-            headers[name.strip().decode("utf-8", "replace")] = value.strip().decode(
-                "utf-8", "replace"
-            )
+            headers[name.strip(_BLANKS)] = value.strip(_BLANKS)
     return headers
 
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from . import deadletters, inbox, outbox, overview, publishing, relay, server, worker
+from . import (
+    deadletters,
+    doctor,
+    inbox,
+    outbox,
+    overview,
+    publishing,
+    relay,
+    server,
+    verification,
+    worker,
+)
 from .group import natspubsub
 
 __all__ = [
     "deadletters",
+    "doctor",
     "inbox",
     "natspubsub",
     "outbox",
@@ -14,5 +26,6 @@ __all__ = [
     "publishing",
     "relay",
     "server",
+    "verification",
     "worker",
 ]

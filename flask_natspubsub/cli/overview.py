@@ -8,6 +8,7 @@ import click
 import msgspec
 
 from ..brokers.base import Broker, Change
+from ..brokers.topology import refuse_volatile
 from ..state import AppState
 from ..subscribing.subscription import Subscription
 from .group import natspubsub, onlooker
@@ -96,6 +97,8 @@ def setup_command(state: AppState, dry_run: bool, as_json: bool) -> None:
     NATSPUBSUB_AUTO_SETUP is off.
     """
     with onlooker(state) as broker:
+        if state.settings.use_outbox:
+            refuse_volatile(broker.stream_info(state.settings.stream), state.settings)
         changes = broker.setup(state.streams(), dry_run=dry_run)
     if as_json:
         print_json([_change(change) for change in changes])

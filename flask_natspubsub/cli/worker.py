@@ -148,7 +148,7 @@ def _run_worker(
         lambda t: state.extension.shutdown(app, t),
         lifeline,
         burst=wanted.burst,
-        heartbeat=heartbeat,
+        heartbeat=heartbeat if lifeline or health else None,
     )
     with _answering(health, heartbeat.look):
         end(process.run())

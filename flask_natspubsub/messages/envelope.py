@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -195,17 +195,62 @@ def read(
     :raises DecodingError: no JSON object, or none with a message in it.
     """
     envelope = decode_object(data)
+    fields = _usual_fields(envelope) or _lenient_fields(envelope)
     return Received(
-        event_id=_event_id(envelope, headers) or f"{stream}:{sequence}",
-        topic=_topic(envelope) or topic_of(subject),
+        event_id=fields.event_id or _header_id(headers) or f"{stream}:{sequence}",
+        topic=fields.topic or topic_of(subject),
         message=_body(envelope),
         envelope=envelope,
+        message_type=fields.message_type,
+        producer=fields.producer,
+        trace_id=fields.trace_id,
+        correlation_id=fields.correlation_id,
+        causation_id=fields.causation_id,
+        occurred_at=_time(fields.occurred_at),
+    )
+
+
+_Text = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_IDENTIFIER_LENGTH)]
+
+
+class _Fields(msgspec.Struct, frozen=True):
+    """What is read of an envelope beside its message."""
+
+    event_id: _Text | None = None
+    topic: _Text | None = None
+    message_type: _Text | None = None
+    producer: _Text | None = None
+    trace_id: _Text | None = None
+    correlation_id: _Text | None = None
+    causation_id: _Text | None = None
+    occurred_at: str | None = None
+
+
+def _usual_fields(envelope: dict[str, Any]) -> _Fields | None:
+    """Read what is as it should be, at once; None if anything needs a closer look."""
+    try:
+        fields = msgspec.convert(envelope, _Fields)
+    except msgspec.ValidationError:
+        return None
+    texts = (
+        f"{fields.event_id}{fields.topic}{fields.message_type}{fields.producer}"
+        f"{fields.trace_id}{fields.correlation_id}{fields.causation_id}"
+    )
+    usual = fields.topic is not None and texts.isprintable() and " " not in texts
+    return fields if usual else None
+
+
+def _lenient_fields(envelope: dict[str, Any]) -> _Fields:
+    occurred_at = envelope.get("occurred_at")
+    return _Fields(
+        event_id=_event_id(envelope),
+        topic=_topic(envelope),
         message_type=_text(envelope.get("message_type")),
         producer=_text(envelope.get("producer")),
         trace_id=_text(envelope.get("trace_id")),
         correlation_id=_text(envelope.get("correlation_id")),
         causation_id=_text(envelope.get("causation_id")),
-        occurred_at=_time(envelope.get("occurred_at")),
+        occurred_at=occurred_at if isinstance(occurred_at, str) else None,
     )
 
 
@@ -221,11 +266,13 @@ def _body(envelope: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-def _event_id(envelope: dict[str, Any], headers: Mapping[str, str]) -> str | None:
+def _event_id(envelope: dict[str, Any]) -> str | None:
     own = envelope.get("event_id")
-    if type(own) in (int, float):
-        own = str(own)
-    return _text(own) or _text(headers.get("Nats-Msg-Id")) or _text(headers.get("nats-msg-id"))
+    return _text(str(own) if type(own) in (int, float) else own)
+
+
+def _header_id(headers: Mapping[str, str]) -> str | None:
+    return _text(headers.get("Nats-Msg-Id")) or _text(headers.get("nats-msg-id"))
 
 
 def _topic(envelope: dict[str, Any]) -> str | None:
@@ -245,8 +292,8 @@ def _text(value: object) -> str | None:
     return value
 
 
-def _time(value: object) -> dt.datetime | None:
+def _time(text: str | None) -> dt.datetime | None:
     try:
-        return parse_timestamp(value) if isinstance(value, str) else None
+        return None if text is None else parse_timestamp(text)
     except ValueError:
         return None

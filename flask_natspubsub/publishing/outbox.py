@@ -28,12 +28,14 @@ from ..database import (
     make_lease_table,
 )
 from .draft import Prepared
+from .streams import stream_table
 
 _log = logging.getLogger("flask_natspubsub")
 
 PENDING, SENT, PARKED = "pending", "sent", "parked"
 TABLE = "natspubsub_outbox"
 PENDING_INDEX = "ix_natspubsub_outbox_pending"
+DELAYED_INDEX = "ix_natspubsub_outbox_delayed"
 #: Ids that one query asks for.
 ID_CHUNK = 500
 _INFO = "natspubsub_outbox"
@@ -54,6 +56,7 @@ class OutboxTables:
 
     outbox: sa.Table
     lease: sa.Table
+    stream: sa.Table
     row: type[OutboxRow]
 
 
@@ -64,13 +67,17 @@ def define_tables(metadata: sa.MetaData) -> OutboxTables:
         outbox, lease = _outbox_table(metadata), make_lease_table(metadata)
         row = type("NatsPubsubOutbox", (OutboxRow,), {})
         orm.registry(metadata=metadata).map_imperatively(row, outbox)
-        tables = metadata.info[_INFO] = OutboxTables(outbox, lease, row)
+        tables = OutboxTables(outbox, lease, stream_table(metadata), row)
+        metadata.info[_INFO] = tables
     return tables
 
 
 def _outbox_table(metadata: sa.MetaData) -> sa.Table:
     pending = sa.text("status = 'pending'")
-    sent = sa.text("status = 'sent'")
+    # Two indexes: rows that are due some day do not stand in the way of those that are due now.
+    at_once = sa.text("status = 'pending' AND available_at IS NULL")
+    delayed = sa.text("status = 'pending' AND available_at IS NOT NULL")
+    sent, parked = sa.text("status = 'sent'"), sa.text("status = 'parked'")
     return sa.Table(
         TABLE,
         metadata,
@@ -93,7 +100,12 @@ def _outbox_table(metadata: sa.MetaData) -> sa.Table:
         sa.Index(
             PENDING_INDEX,
             "status", "partition", "id",
-            postgresql_where=pending, sqlite_where=pending,
+            postgresql_where=at_once, sqlite_where=at_once,
+        ),
+        sa.Index(
+            DELAYED_INDEX,
+            "status", "partition", "available_at", "id",
+            postgresql_where=delayed, sqlite_where=delayed,
         ),
         sa.Index(
             "ix_natspubsub_outbox_key",
@@ -104,6 +116,11 @@ def _outbox_table(metadata: sa.MetaData) -> sa.Table:
             "ix_natspubsub_outbox_sent",
             "status", "sent_at",
             postgresql_where=sent, sqlite_where=sent,
+        ),
+        sa.Index(
+            "ix_natspubsub_outbox_parked",
+            "status", "id",
+            postgresql_where=parked, sqlite_where=parked,
         ),
     )  # fmt: skip
 

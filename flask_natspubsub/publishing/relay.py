@@ -26,6 +26,7 @@ from ..errors import NatsPubsubError, PublishError
 from ..settings import Settings
 from .outbox import SENT
 from .publisher import STUCK
+from .rewind import StreamWatch
 from .store import CLEAN_BATCH, LEASE_SECONDS, DueRow, Failure, OutboxStore
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ RENEW_BEFORE = LEASE_SECONDS * 2 / 3
 STAND_BY_INTERVAL = 2.0
 LOG_INTERVAL = 10.0
 CLEAN_INTERVAL = 60.0
+#: How often it is looked whether the streams still have what they acknowledged.
+CHECK_INTERVAL = 10.0
 CLEAN_PAUSE = 0.1
 #: What a relay that gives its leases back says to the others.
 RELEASED = b"released"
@@ -80,6 +83,8 @@ class Relay:
         self._settings = settings
         self._relayed = relayed
         self._also_clean = clean
+        self._watch = StreamWatch(store, broker)
+        self._next_check = 0.0
         host = socket.gethostname()[:32]
         self._owner = f"{host}:{os.getpid()}:{secrets.token_hex(4)}"
         self._held: dict[int, _Held] = {}
@@ -123,6 +128,7 @@ class Relay:
                 self._next_poll = time.monotonic() + self._settings.outbox_poll_interval
                 if self._send_batches():
                     self._next_poll = 0.0
+            self._watch_streams()
             self._clean()
         except NatsPubsubError as error:
             self._complain(str(error))
@@ -139,7 +145,7 @@ class Relay:
         if len(self._held) < self._settings.outbox_partitions:
             times.append(self._next_try)
         if 0 in self._held:
-            times.append(self._next_clean)
+            times += (self._next_clean, self._next_check)
         return min(times)
 
     def stop(self) -> None:
@@ -164,6 +170,8 @@ class Relay:
         """
         count = 0
         try:
+            self._take_leases()
+            self._watch_streams()
             while not self._stopping.is_set() and (sent := self.step()):
                 count += sent
         finally:
@@ -223,6 +231,7 @@ class Relay:
             return
         self._held[partition] = _Held(partition, lease, started + LEASE_SECONDS)
         self._next_poll = 0.0
+        self._watch.load()
         _log.info("relaying partition %d of the outbox", partition)
         if partition == 0:
             self._store.adopt(self._settings.outbox_partitions)
@@ -253,6 +262,8 @@ class Relay:
             self._lose(held)
             return 0
         held.until = started + LEASE_SECONDS
+        with contextlib.suppress(NatsPubsubError):  # it is tried again with the next check
+            self._watch.settle()
         if sent:
             self._relayed(len(sent))
         return len(sent)
@@ -279,6 +290,7 @@ class Relay:
                 else:
                     errors[row.id] = result
                     stuck.add(row.ordering_key)
+            self._watch.note([(row.event_id, sent[row.id]) for row in batch if row.id in sent])
             stuck.discard(None)  # rows without a key wait for none
             if errors and time.monotonic() - started > timeout / 2:
                 break  # no answer came, and to wait for the others would take as long again
@@ -305,14 +317,30 @@ class Relay:
         wait = min(FIRST_WAIT * 2**row.attempts, LONGEST_WAIT) if refused else PAUSE
         return Failure(str(error), wait * random.uniform(0.8, 1.2), refused, park)  # noqa: S311
 
-    # --- looking after the table
+    # --- looking after the streams and the table
+
+    def _watch_streams(self) -> None:
+        """Look whether a stream has lost what it had; have it sent again if that is wished."""
+        if 0 not in self._held or not self._broker.is_connected:
+            return
+        try:
+            if time.monotonic() >= self._next_check:
+                self._next_check = time.monotonic() + CHECK_INTERVAL
+                self._watch.check()
+            if self._settings.outbox_resend_on_rewind and self._watch.rewound:
+                if self._watch.resend_some():
+                    self._next_check = time.monotonic()
+                self._next_poll = 0.0
+        except NatsPubsubError as error:
+            self._complain(f"the streams could not be looked at: {error}")
 
     def _clean(self) -> None:
         """Delete rows sent long ago, so many at a time that nobody waits for it."""
         if time.monotonic() < self._next_clean or 0 not in self._held:
             return
+        retention = self._settings.outbox_retention  # not of what may have to be sent again
         counts = (
-            self._store.purge(SENT, self._settings.outbox_retention),
+            0 if self._watch.rewound else self._store.purge(SENT, retention),
             self._store.adopt(self._settings.outbox_partitions),
             self._also_clean(),
         )

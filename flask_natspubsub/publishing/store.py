@@ -11,7 +11,9 @@ import sqlalchemy as sa
 
 from ..brokers.base import OutgoingMessage, StoredAck
 from ..database import Database, Lease, Leases, database_now
-from .outbox import PARKED, PENDING, PENDING_INDEX, SENT, OutboxTables
+from .outbox import DELAYED_INDEX, PARKED, PENDING, SENT, OutboxTables
+from .sent import SentRows
+from .streams import StreamRecords
 
 LEASE_SECONDS = 10.0
 CLEAN_BATCH = 1000
@@ -48,6 +50,8 @@ class OutboxStore:
 
     def __init__(self, database: Database, tables: OutboxTables) -> None:
         self.leases = Leases(database, tables.lease, LEASE_SECONDS)
+        self.sent = SentRows(database, tables.outbox)
+        self.streams = StreamRecords(database, tables.stream)
         self.table = tables.outbox
         self._database = database
 
@@ -55,38 +59,47 @@ class OutboxStore:
         """Read what may be sent, oldest first.
 
         A row whose key has an older row that is not due yet, or is still in another partition,
-        waits for it.
+        waits for it; one that had to wait itself, until no older one of its key is left.
         """
-        table, older = self.table, self.table.alias("older")
-        columns, now = table.c, self._database.now()
-        waits = sa.exists().where(
+        columns, older = self.table.c, self.table.alias("older")
+        older_of_key = sa.and_(
             _is_pending(older),
             older.c.ordering_key == columns.ordering_key,
             older.c.id < columns.id,
-            sa.or_(older.c.available_at > now, older.c.partition != partition),
         )
-        query = (
-            sa.select(
-                columns.id, columns.event_id, columns.subject, columns.payload,
-                columns.headers, columns.ordering_key, columns.attempts,
-            )
-            .where(
-                _is_pending(table),
-                columns.partition == partition,
-                sa.or_(columns.available_at.is_(None), columns.available_at <= now),
-                sa.or_(columns.ordering_key.is_(None), ~waits),
-            )
-            .order_by(columns.id)
-            .limit(limit)
-        )  # fmt: skip
-        for dialect in ("mysql", "mariadb"):  # it would go through all rows sent, in order of ids
-            query = query.with_hint(table, f"FORCE INDEX ({PENDING_INDEX})", dialect)
+        not_ours = sa.or_(older.c.available_at.is_not(None), older.c.partition != partition)
+        at_once = self._pending_in(partition).where(
+            columns.available_at.is_(None),
+            sa.or_(columns.ordering_key.is_(None), ~sa.exists().where(older_of_key, not_ours)),
+        )
+        delayed = self._pending_in(partition).where(
+            columns.available_at <= self._database.now(),
+            sa.or_(columns.ordering_key.is_(None), ~sa.exists().where(older_of_key)),
+        )
+        # Two arms, each in the order of its index: to read a batch takes as long however many
+        # rows are due some day, and however many are due now.
+        arms = (
+            at_once.order_by(columns.id).limit(limit).subquery(),
+            delayed.order_by(columns.available_at, columns.id).limit(limit).subquery(),
+        )
+        both = sa.union_all(*(sa.select(arm) for arm in arms)).subquery()
+        query = sa.select(both).order_by(both.c.id).limit(limit)
         with self._database.begin() as connection:
             rows = connection.execute(query).all()
         return [
             DueRow(row.id, row.event_id, _message(row), row.ordering_key, row.attempts)
             for row in rows
         ]
+
+    def _pending_in(self, partition: int) -> sa.Select[Any]:
+        table, columns = self.table, self.table.c
+        query = sa.select(
+            columns.id, columns.event_id, columns.subject, columns.payload,
+            columns.headers, columns.ordering_key, columns.attempts,
+        ).where(_is_pending(table), columns.partition == partition)  # fmt: skip
+        for dialect in ("mysql", "mariadb"):  # it would go through all rows sent, in order of ids
+            query = query.with_hint(table, f"FORCE INDEX ({DELAYED_INDEX})", dialect)
+        return query
 
     def mark(
         self,
@@ -146,7 +159,7 @@ class OutboxStore:
         """
         columns = self.table.c
         stray = sa.select(columns.id).where(
-            _is_pending(self.table), columns.partition >= partitions
+            _is_pending_by_index(self.table), columns.partition >= partitions
         )
         with self._database.begin() as connection:
             ids = [row.id for row in connection.execute(stray.limit(CLEAN_BATCH))]
@@ -174,21 +187,23 @@ class OutboxStore:
         One look at the index for each partition that has rows, however many rows those are.
         """
         columns, now = self.table.c, self._database.now()
-        oldest = (
-            sa.select(columns.partition, database_now() - columns.created_at)
-            .where(
-                _is_pending(self.table),
-                sa.or_(columns.available_at.is_(None), columns.available_at <= now),
-            )
-            .order_by(columns.partition, columns.id)
-            .limit(1)
+        age = database_now() - columns.created_at
+        pending = sa.select(columns.partition, age).where(_is_pending(self.table)).limit(1)
+        first_of = (
+            pending.where(columns.available_at.is_(None)).order_by(columns.partition, columns.id),
+            pending.where(columns.available_at <= now).order_by(
+                columns.partition, columns.available_at
+            ),
         )
         ages: list[float] = []
-        partition = -1
         with self._database.begin() as connection:
-            while row := connection.execute(oldest.where(columns.partition > partition)).first():
-                partition, age = row
-                ages.append(max(0.0, float(age)))
+            for oldest in first_of:
+                partition = -1
+                while row := connection.execute(
+                    oldest.where(columns.partition > partition)
+                ).first():
+                    partition, seconds = row
+                    ages.append(max(0.0, float(seconds)))
         return max(ages, default=None)
 
     def list(self, status: str | None, limit: int, after: int = 0) -> list[dict[str, Any]]:
@@ -197,15 +212,18 @@ class OutboxStore:
         columns = [column for column in table.c if column.name not in ("payload", "headers")]
         query = sa.select(*columns).where(table.c.id > after).order_by(table.c.id).limit(limit)
         if status is not None:
-            query = query.where(table.c.status == status)
+            query = query.where(table.c.status == _literal(status))
         with self._database.begin() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def retry(self, ids: Sequence[int] | None = None) -> int:
         """Make parked rows, and rows that are backing off, due at once; returns how many."""
         table = self.table
-        waiting = sa.and_(table.c.status == PENDING, table.c.attempts > 0)
-        where = sa.or_(table.c.status == PARKED, waiting)
+        # What has failed before has a time at which it is due again.
+        waiting = sa.and_(
+            _is_pending(table), table.c.available_at.is_not(None), table.c.attempts > 0
+        )
+        where = sa.or_(table.c.status == _literal(PARKED), waiting)
         if ids is not None:
             where = sa.and_(where, table.c.id.in_(ids))
         statement = (
@@ -237,13 +255,24 @@ class OutboxStore:
     def _is_old(self, status: str, older_than: float) -> sa.ColumnElement[bool]:
         columns = self.table.c
         age = columns.sent_at if status == SENT else columns.created_at
-        return sa.and_(columns.status == status, age < database_now() - older_than)
+        return sa.and_(columns.status == _literal(status), age < database_now() - older_than)
+
+
+def _literal(status: str) -> sa.ColumnElement[str]:
+    """Write it into the text of the query: a bound value does not show that an index fits."""
+    return sa.literal(status, sa.String, literal_execute=True)
 
 
 def _is_pending(table: sa.FromClause) -> sa.ColumnElement[bool]:
-    """Say so in the text of the query: a bound value does not show that the index fits."""
-    pending: sa.ColumnElement[str] = sa.literal_column(f"'{PENDING}'", sa.String)
-    return table.c.status == pending
+    return table.c.status == sa.literal_column(f"'{PENDING}'", sa.String)
+
+
+def _is_pending_by_index(table: sa.FromClause) -> sa.ColumnElement[bool]:
+    """Say it in such a way that the index of what is delayed, and that of what is not, fit."""
+    at = table.c.available_at
+    return sa.or_(
+        sa.and_(_is_pending(table), at.is_(None)), sa.and_(_is_pending(table), at.is_not(None))
+    )
 
 
 def _failure(row_id: int, failure: Failure) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +57,11 @@ current_message: MessageContext = LocalProxy(  # type: ignore[assignment]  # sta
 )
 
 
-@contextmanager
-def handling(context: MessageContext) -> Iterator[MessageContext]:
-    """Make ``context`` the ``current_message`` for the block."""
-    token = _current.set(context)
-    try:
-        yield context
-    finally:
-        _current.reset(token)
+def enter(context: MessageContext) -> Token[MessageContext]:
+    """Make ``context`` the ``current_message``; pass the token to ``leave``."""
+    return _current.set(context)
+
+
+def leave(token: Token[MessageContext]) -> None:
+    """Restore what was the ``current_message`` before ``enter``."""
+    _current.reset(token)

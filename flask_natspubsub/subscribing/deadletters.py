@@ -305,9 +305,7 @@ class DeadLetters:
                 if self._is_dead_letter(stored):
                     yield stored
 
-    def _merged(
-        self, stream: str, subjects: Sequence[str], after: int
-    ) -> Iterator[StoredMessage]:
+    def _merged(self, stream: str, subjects: Sequence[str], after: int) -> Iterator[StoredMessage]:
         """Read several subjects of a stream in the order of the stream."""
         found = [self._broker.messages(stream, subject, after=after) for subject in subjects]
         return heapq.merge(*found, key=lambda stored: stored.sequence)

@@ -15,13 +15,14 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+import msgspec
 
 from ..brokers.base import Delivery
 from ..errors import DecodingError, NatsPubsubError
+from ..messages import lineage
 from ..messages.envelope import Received, read
-from ..messages.lineage import Lineage, within
 from ..messages.subjects import topic_of
 from ..signals import (
     message_dead_lettered,
@@ -29,7 +30,8 @@ from ..signals import (
     message_received,
     message_retried,
 )
-from .context import MessageContext, handling
+from . import context as message_context
+from .context import MessageContext
 from .deadletters import REPLAY_FOR, REPLAY_FORCE, DeadLetterBox
 from .middleware import compose
 from .retry import Drop, GiveUp, GiveUpReason, RetryLater, backoff_delay, classify, error_text
@@ -54,8 +56,7 @@ class NeverFinished(NatsPubsubError):
     code = "never-finished"
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """What became of a delivery; one log line's worth.
 
     :param seconds: from receiving the delivery to its end.
@@ -154,45 +155,54 @@ class Processor:
 
     def _handle(self, delivery: Delivery, received: Received, started: float) -> Result:
         context = self._context(delivery, received)
-        lineage = Lineage(
+        own = lineage.Lineage(
             context.trace_id,
             context.correlation_id,
             context.event_id,
             delivery.headers.get("traceparent"),
         )
-        with within(lineage), handling(context), self._app_context():
-            work = self._begin(context)
-            if work is None:
-                delivery.ack()
-                return "skipped"
-            if self._is_taken_over(delivery):
-                raise HandlerTimeout("The message was handed back while the inbox waited for it.")
-            message = self.subscription.decode(received.message)
-            self._emit(message_received, context=context)
-            self._call(context, message)
-            if not self._decides(delivery, "handler"):
-                raise HandlerTimeout("The handler ended after its message was handed back.")
-            committed = work.commit()
+        outer, before = lineage.enter(own), message_context.enter(context)
+        try:
+            with self._app_context():
+                committed = self._work(delivery, received, context)
+        finally:
+            message_context.leave(before)
+            lineage.leave(outer)
         delivery.ack()
         if not committed:
             return "skipped"
         self._emit(message_handled, context=context, seconds=time.perf_counter() - started)
         return "handled"
 
-    def _begin(self, context: MessageContext) -> Work | None:
-        if self._transactions is None:
-            return _NO_WORK
+    def _work(self, delivery: Delivery, received: Received, context: MessageContext) -> bool:
+        """Run the handler in its transaction; False if another delivery was or is quicker."""
+        work = _NO_WORK if self._transactions is None else self._begin(context, self._transactions)
+        if work is None:
+            return False
+        if work is not _NO_WORK and self._is_taken_over(delivery):
+            raise HandlerTimeout("The message was handed back while the inbox waited for it.")
+        message = self.subscription.decode(received.message)
+        self._emit(message_received, context=context)
+        self._call(context, message)
+        if not self._decides(delivery, "handler"):
+            raise HandlerTimeout("The handler ended after its message was handed back.")
+        return work.commit()
+
+    def _begin(self, context: MessageContext, transactions: Transactions) -> Work | None:
         forced = REPLAY_FORCE in context.headers
         key = context.headers.get("Nats-Msg-Id", context.event_id) if forced else context.event_id
         once = self.subscription.inbox
-        return self._transactions.begin(key, self.subscription.name, once=once)
+        return transactions.begin(key, self.subscription.name, once=once)
 
     def _call(self, context: MessageContext, message: Any) -> None:
         subscription = self.subscription
         handler = subscription.handler
-        chain = compose(subscription.middleware, lambda inner: handler(message, inner))
-        result = chain(context)
-        if inspect.isawaitable(result):
+        if subscription.middleware:
+            chain = compose(subscription.middleware, lambda inner: handler(message, inner))
+            result = chain(context)
+        else:
+            result = handler(message, context)
+        if result is not None and inspect.isawaitable(result):
             self._run_async(result, subscription.timeout)
 
     def _context(self, delivery: Delivery, received: Received) -> MessageContext:

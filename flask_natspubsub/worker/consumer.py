@@ -12,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
+
 from ..brokers.base import Broker, Consumption, Delivery
 from ..errors import NatsPubsubError
 from ..subscribing.processor import Outcome, Processor
@@ -27,18 +29,15 @@ STOP_TIMEOUT = 5.0
 NEWEST = 0.1
 
 
-class Job:
-    """A delivery in hand."""
+class Job(msgspec.Struct, eq=False):
+    """A delivery in hand; times are of the monotonic clock."""
 
-    __slots__ = ("consumer", "delivery", "expired", "renewed", "started", "thread")
-
-    def __init__(self, consumer: SubscriberConsumer, delivery: Delivery) -> None:
-        self.consumer = consumer
-        self.delivery = delivery
-        self.renewed = time.monotonic()
-        self.started: float | None = None
-        self.thread: threading.Thread | None = None
-        self.expired = False
+    consumer: SubscriberConsumer
+    delivery: Delivery
+    renewed: float
+    started: float | None = None
+    thread: threading.Thread | None = None
+    expired: bool = False
 
 
 class SubscriberConsumer:
@@ -145,9 +144,10 @@ class SubscriberConsumer:
     # --- the broker's thread
 
     def _deliver(self, delivery: Delivery) -> None:
-        job = Job(self, delivery)
+        job = Job(self, delivery, time.monotonic())
         with self._lock:
-            self._requested = max(0, self._requested - 1)
+            if self._requested:
+                self._requested -= 1
             self._jobs.add(job)
             if self._stopping:
                 return
@@ -159,30 +159,40 @@ class SubscriberConsumer:
 
     # --- the handler threads
 
-    def run(self, job: Job, process: Callable[[Delivery], Outcome]) -> Outcome | None:
-        """Process a job, then pass on the next one and ask for more.
+    def run(
+        self, job: Job, process: Callable[[Delivery], Outcome]
+    ) -> tuple[Outcome | None, Job | None]:
+        """Process a job, and ask for more.
 
-        :returns: None if the worker is stopping: the job is handed back instead.
+        :returns: what became of it, None if the worker is stopping and it is handed back; and
+            the job to go on with, if there is one.
         """
         with self._lock:
             if self._stopping:
-                return None
+                return None, None
             job.thread = threading.current_thread()
             job.started = started = time.monotonic()
         try:
-            return process(job.delivery)
-        finally:
-            self._finished(job, time.monotonic() - started)
+            outcome = process(job.delivery)
+        except BaseException:
+            self._go_on(self._finished(job, started))
+            raise
+        return outcome, self._finished(job, started)
 
-    def _finished(self, job: Job, seconds: float) -> None:
+    def _finished(self, job: Job, started: float) -> Job | None:
+        """Count a job as done; returns the next one."""
+        seconds = time.monotonic() - started
         with self._lock:
             self.handled += 1
             if job.expired:
-                return  # its place was given away when its time ran out
+                return None  # its place was given away when its time ran out
             self._jobs.discard(job)
-            self._measure(seconds)
+            self._average += (seconds - self._average) * NEWEST if self._average else seconds
             following = self._next()
-        self._go_on(following)
+            more = self._missing()
+        if more and self._consumption is not None:
+            self._consumption.request(more)
+        return following
 
     def _go_on(self, following: Job | None) -> None:
         if following is not None:
@@ -195,25 +205,34 @@ class SubscriberConsumer:
         self._running -= 1
         return None
 
-    def _measure(self, seconds: float) -> None:
-        self._average += (seconds - self._average) * NEWEST if self._average else seconds
-        workable = self.concurrency * min(HAND, self.subscription.ack_wait / 6)
-        wanted = int(workable / max(self._average, 1e-6))
-        wanted = min(wanted, self._limit * 2, MOST_IN_HAND)
-        self._limit = (
-            self.concurrency if self.subscription.ordered else max(self.concurrency, wanted)
-        )
-
     def _top_up(self) -> None:
-        """Ask for more once half of what may be in hand is gone, or a thread would be idle."""
         with self._lock:
-            coming = len(self._jobs) + self._requested
-            enough = max(self._limit // 2, self.concurrency - 1)
-            if self._stopping or self._consumption is None or coming > enough:
-                return
-            more = self._limit - coming
-            self._requested += more
-        self._consumption.request(more)
+            more = self._missing()
+        if more and self._consumption is not None:
+            self._consumption.request(more)
+
+    def _missing(self) -> int:
+        """Return how many to ask for, and count them as asked for; to be called with the lock.
+
+        None until half of what may be in hand is gone, or a thread would be idle.
+        """
+        coming = len(self._jobs) + self._requested
+        if coming > self._limit // 2 and coming >= self.concurrency:
+            return 0
+        if self._stopping or self._consumption is None:
+            return 0
+        self._limit = self._workable()
+        more = max(0, self._limit - coming)
+        self._requested += more
+        return more
+
+    def _workable(self) -> int:
+        """Return how many may be in hand, by the handler times measured so far."""
+        if self.subscription.ordered or not self._average:
+            return self.concurrency
+        seconds = self.concurrency * min(HAND, self.subscription.ack_wait / 6)
+        wanted = min(int(seconds / max(self._average, 1e-6)), self._limit * 2, MOST_IN_HAND)
+        return max(self.concurrency, wanted)
 
     # --- the worker's monitor
 

@@ -157,12 +157,16 @@ class WorkerProcess(Process):
             self._heartbeat.start()
         self._worker.start(self._stop)
         _log.info("started")
+        if self._heartbeat is not None:
+            self._heartbeat.look_now()
         if self._burst:
             self._worker.wait_until_idle(self._stop)
         else:
             self._stop.wait()
         clean = self._worker.stop()
         self._worker.hand_back_all()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         return clean
 
     def hand_back(self) -> None:

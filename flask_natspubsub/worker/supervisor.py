@@ -54,6 +54,7 @@ class Reloader:
         failed = False
         while True:
             number = self._signal_within(INTERVAL)
+            child.listen()
             code = child.poll()
             if number is not None or code == 0:
                 return number

@@ -18,7 +18,7 @@ from flask_natspubsub.persistence import DIALECTS
 from .conftest import KINDS, MakeShop, MakeUrl
 from .shop import OutboxShop
 
-TABLES = {"natspubsub_outbox", "natspubsub_lease", "natspubsub_inbox"}
+TABLES = {"natspubsub_outbox", "natspubsub_lease", "natspubsub_stream", "natspubsub_inbox"}
 
 APP = """
 import sqlalchemy as sa
@@ -163,8 +163,8 @@ def run_script(shop: OutboxShop, script: str) -> None:
 def test_ddl_of_each_dialect(sqlite_shop: OutboxShop, dialect: str) -> None:
     """It needs no connection, and no driver, of the database it is for."""
     script = ddl_of(sqlite_shop, dialect)
-    assert script.count("CREATE TABLE") == 3
-    assert script.count("CREATE INDEX") == 4
+    assert script.count("CREATE TABLE") == 4
+    assert script.count("CREATE INDEX") == 6
     assert ("WHERE status = 'pending'" in script) == (dialect in ("sqlite", "postgresql"))
     assert ("LONGBLOB" in script) == (dialect in ("mysql", "mariadb"))
 

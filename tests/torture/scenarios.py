@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import commits, kills, outages, relays
+from . import commits, kills, outages, relays, rewind
 from .run import Scenario
 
 SCENARIOS = [
@@ -42,6 +42,12 @@ SCENARIOS = [
         relays.many_relays,
         {"relays": 4, "rows": 5_000},
         {"relays": 10, "rows": 100_000},
+    ),
+    Scenario(
+        "stream-rewound",
+        rewind.stream_rewound,
+        {"rounds": 1, "messages": 200},
+        {"rounds": 20, "messages": 5_000},
     ),
     Scenario("nats-down", outages.nats_down, {"requests": 100}, {"requests": 5_000}),
     Scenario(

@@ -7,12 +7,12 @@ import datetime as dt
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from flask_natspubsub.subscribing.context import MessageContext, current_message, handling
+from flask_natspubsub.subscribing.context import MessageContext, current_message, enter, leave
 from flask_natspubsub.subscribing.middleware import Middleware, compose, is_async
 
 
@@ -165,6 +165,15 @@ def a_context(**changes: Any) -> MessageContext:
         subscriber="send",
     )
     return dataclasses.replace(context, **changes)
+
+
+@contextlib.contextmanager
+def handling(context: MessageContext) -> Iterator[MessageContext]:
+    token = enter(context)
+    try:
+        yield context
+    finally:
+        leave(token)
 
 
 def test_current_message_is_the_context_while_handling() -> None:

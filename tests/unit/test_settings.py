@@ -83,6 +83,7 @@ TABLE: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any], str]] = {
         "seconds",
     ),
     "handler_timeout": (60.0, [(1, 1.0)], POSITIVE_SECONDS, "seconds"),
+    "heartbeat_timeout": (30.0, [(3, 3.0)], POSITIVE_SECONDS, "seconds"),
     "shutdown_timeout": (30.0, [(0, 0.0)], SECONDS, "seconds"),
     "use_dlq": (True, [(False, False)], FLAG, "True or False"),
     "use_outbox": (False, [(True, True)], FLAG, "True or False"),

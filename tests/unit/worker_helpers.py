@@ -25,7 +25,7 @@ def envelope(message: Any = None, **more: Any) -> bytes:
 class FakeDelivery(Delivery):
     """Remembers in ``calls`` what it was told; ``fate`` is what settled it."""
 
-    __slots__ = ("_attempt", "calls")
+    __slots__ = ("calls",)
 
     def __init__(
         self,
@@ -42,16 +42,9 @@ class FakeDelivery(Delivery):
         self.stream = "test-events-stream"
         self.sequence = sequence
         self.settled = False
-        self._attempt = attempt
+        self.attempt = attempt
+        self.timestamp = 1_750_000_000.0
         self.calls: list[tuple[str, Any]] = []
-
-    @property
-    def attempt(self) -> int:
-        return self._attempt
-
-    @property
-    def timestamp(self) -> float:
-        return 1_750_000_000.0
 
     @property
     def fate(self) -> tuple[str, Any] | None:

@@ -1,0 +1,161 @@
+"""Gathers what ``doctor`` goes by: from the broker, the server's monitoring and the database."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from ..brokers.base import Broker, StreamConfig, StreamInfo
+from ..errors import ConfigurationError, TopologyError
+from ..messages.subjects import covers
+from ..settings import Settings
+from .facts import ConsumerFacts, Facts, OutboxFacts, ServerFacts, StreamFacts
+
+if TYPE_CHECKING:
+    from ..publishing.store import OutboxStore
+    from ..subscribing.subscription import Subscription
+
+MONITOR_TIMEOUT = 3.0
+NANO = 1_000_000_000
+
+
+def gather(
+    broker: Broker,
+    settings: Settings,
+    wanted: Sequence[StreamConfig],
+    subscriptions: Sequence[Subscription],
+    store: OutboxStore | None,
+    monitor_url: str | None = None,
+) -> Facts:
+    """Ask for all that can be known. Nothing is changed.
+
+    :param store: of the outbox; None if the application has none.
+    :raises ConfigurationError: ``monitor_url`` is no HTTP address.
+    :raises BrokerError: the server did not answer.
+    :raises DatabaseError: the database failed.
+    """
+    infos = {stream.name: broker.stream_info(stream.name) for stream in wanted}
+    setup, problem = _setup(broker, wanted)
+    return Facts(
+        server=_server(broker, monitor_url),
+        streams=tuple(_stream(name, infos[name], settings) for name in infos),
+        consumers=tuple(_consumer(broker, settings, one) for one in subscriptions),
+        outbox=None if store is None else _outbox(store, settings),
+        setup=setup,
+        setup_problem=problem,
+        unbound=_unbound(infos.get(settings.stream), subscriptions),
+        allow_volatile=settings.allow_volatile_streams,
+    )
+
+
+def _setup(
+    broker: Broker, wanted: Sequence[StreamConfig]
+) -> tuple[tuple[tuple[str, str, str], ...], str]:
+    try:
+        changes = broker.setup(wanted, dry_run=True)
+    except TopologyError as error:
+        return (), str(error)
+    return tuple((change.action, change.stream, change.detail) for change in changes), ""
+
+
+def _stream(name: str, info: StreamInfo | None, settings: Settings) -> StreamFacts:
+    is_main = name == settings.stream
+    if info is None:
+        return StreamFacts(name=name, exists=False, is_main=is_main)
+    names = ("storage", "replicas", "discard", "retention", "duplicate_window", "max_age")
+    values: dict[str, Any] = {key: getattr(info.config, key) for key in names}
+    return StreamFacts(name=name, is_main=is_main, persist_mode=info.persist_mode, **values)
+
+
+def _consumer(broker: Broker, settings: Settings, one: Subscription) -> ConsumerFacts:
+    info = broker.consumer_info(settings.stream, one.durable)
+    got = info.filter_subjects if info else one.filter_subjects
+    missing = [
+        subject
+        for subject in one.filter_subjects
+        if not any(covers(pattern, subject) for pattern in got)
+    ]
+    return ConsumerFacts(
+        name=one.name,
+        exists=info is not None,
+        missing_subjects=tuple(missing),
+        ack_wait=one.ack_wait,
+        timeout=one.timeout,
+        inbox=one.inbox,
+    )
+
+
+def _unbound(info: StreamInfo | None, subscriptions: Sequence[Subscription]) -> tuple[str, ...]:
+    """Return what subscribers want and the stream, if there is one, has no room for."""
+    if info is None:
+        return ()
+    subjects = info.config.subjects
+    return tuple(
+        wanted
+        for one in subscriptions
+        for wanted in one.filter_subjects
+        if not any(covers(own, wanted) or covers(wanted, own) for own in subjects)
+    )
+
+
+def _outbox(store: OutboxStore, settings: Settings) -> OutboxFacts:
+    counts = store.counts()
+    holders = store.leases.holders()
+    return OutboxFacts(
+        retention=settings.outbox_retention,
+        inbox_retention=settings.inbox_retention,
+        pending=counts["pending"],
+        parked=counts["parked"],
+        oldest_pending=counts["oldest_pending_seconds"],
+        has_relay=any(
+            one["name"].startswith("outbox/") and one["seconds_left"] > 0 for one in holders
+        ),
+        rewound=tuple((one.name, one.reason) for one in store.streams.rewound()),
+    )
+
+
+# --- the server's monitoring
+
+
+def _server(broker: Broker, monitor_url: str | None) -> ServerFacts:
+    if monitor_url is None:
+        return ServerFacts(version=broker.server_version)
+    try:
+        varz, jsz = _fetch(monitor_url, "varz"), _fetch(monitor_url, "jsz")
+        return server_facts(varz, jsz, broker.server_version)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"[:200]
+        return ServerFacts(version=broker.server_version, monitor_problem=problem)
+
+
+def server_facts(varz: dict[str, Any], jsz: dict[str, Any], version: str) -> ServerFacts:
+    """Read what ``/varz`` and ``/jsz`` say.
+
+    :param version: what the connection says, should they not.
+    """
+    config = (varz.get("jetstream") or {}).get("config") or jsz.get("config") or {}
+    interval = config.get("sync_interval")
+    members = (jsz.get("meta_cluster") or {}).get("cluster_size")
+    routes = len((varz.get("cluster") or {}).get("urls") or ())
+    return ServerFacts(
+        version=str(varz.get("version") or version),
+        sync_interval=interval / NANO if interval else None,
+        sync_always=bool(config.get("sync_always", False)) if config else None,
+        cluster_size=int(members) if members else max(1, routes),
+    )
+
+
+def _fetch(url: str, page: str) -> dict[str, Any]:
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise ConfigurationError(
+            "The monitoring address is no HTTP address.", "Use one such as http://127.0.0.1:8222."
+        )
+    address = f"{url.rstrip('/')}/{page}"
+    with urllib.request.urlopen(address, timeout=MONITOR_TIMEOUT) as response:  # noqa: S310
+        found = json.load(response)
+    if not isinstance(found, dict):
+        raise ValueError(f"{page} is no object")
+    return found

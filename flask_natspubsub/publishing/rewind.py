@@ -1,0 +1,182 @@
+"""Notices that a stream has lost what it had acknowledged, and has that sent again.
+
+Three things give it away: the stream was created anew, its last sequence is lower than one
+seen before, or a new message gets a sequence that was given already. A fourth is a message
+that is not the one which was acknowledged there: others may have filled the gap by then.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ..brokers.base import Broker, StoredAck, StreamInfo
+from .store import OutboxStore
+from .streams import StreamRecord
+from .verification import lost_rows
+
+_log = logging.getLogger("flask_natspubsub.relay")
+
+#: So many of the rows sent last tell the highest sequence, after a restart.
+NEWEST = 2000
+
+
+class _Seen(NamedTuple):
+    """The highest sequence that was acknowledged, and for which event; empty: another's."""
+
+    sequence: int = 0
+    event_id: str = ""
+
+
+class StreamWatch:
+    """What one relay knows of the streams; for one thread."""
+
+    def __init__(self, store: OutboxStore, broker: Broker) -> None:
+        #: Whether a stream has lost messages that were not sent again yet.
+        self.rewound = False
+        self._store = store
+        self._broker = broker
+        self._seen: dict[str, _Seen] = {}
+        self._rewinds: dict[str, int] = {}
+        self._suspected: dict[str, str] = {}
+        self._doubted: set[str] = set()
+        self._walk: Iterator[list[int]] | None = None
+        self._walked: StreamRecord | None = None
+        self._resent = 0
+
+    def load(self) -> None:
+        """Read what other relays, or this one before a restart, have seen."""
+        self._seen.clear()
+        for row in self._store.sent.newest(NEWEST):
+            if row.sequence > self._seen.get(row.stream, _Seen()).sequence:
+                self._seen[row.stream] = _Seen(row.sequence, row.event_id)
+        records = self._store.streams.load()
+        self._rewinds = {record.name: record.rewinds for record in records.values()}
+        self.rewound = any(record.rewound_at is not None for record in records.values())
+        for record in records.values():
+            if record.rewound_at is not None:  # rows of before the loss have higher numbers
+                self._seen[record.name] = _Seen(record.last_sequence)
+
+    def note(self, stored: Sequence[tuple[str, StoredAck]]) -> None:
+        """Take note of event ids and their acknowledgements, in the order of publishing.
+
+        Only looks; ``settle`` says so where others hear it.
+        """
+        for _, ack in stored:
+            seen = self._seen.get(ack.stream, _Seen())
+            if ack.sequence <= seen.sequence and not ack.duplicate:
+                self._suspected.setdefault(
+                    ack.stream,
+                    f"a new message is number {ack.sequence}, and {seen.sequence} had been given",
+                )
+        for event_id, ack in stored:
+            if ack.sequence > self._seen.get(ack.stream, _Seen()).sequence:
+                self._seen[ack.stream] = _Seen(ack.sequence, event_id)
+
+    def settle(self) -> None:
+        """Report what ``note`` has found.
+
+        :raises NatsPubsubError: the database or the server failed; to be called again.
+        """
+        if self._suspected:
+            records = self._store.streams.load()
+            for name, reason in list(self._suspected.items()):
+                self._report(name, reason, records.get(name), self._broker.stream_info(name))
+                self._suspected.pop(name, None)
+
+    def check(self) -> None:
+        """Look at all streams that rows were sent to.
+
+        :raises NatsPubsubError: the database or the server failed.
+        """
+        self.settle()
+        records = self._store.streams.load()
+        for name in sorted(records.keys() | self._seen.keys()):
+            began = time.monotonic()
+            self._catch_up(records.get(name))
+            info = self._broker.stream_info(name)
+            reason = self._verdict(name, records.get(name), info)
+            if reason and self._is_sure(info, name):
+                self._report(name, reason, records.get(name), info)
+            elif info is not None and not reason:
+                self._doubted.discard(name)
+                self._store.streams.confirm(info, time.monotonic() - began)
+        self.rewound = bool(self._store.streams.rewound())
+
+    def _is_sure(self, info: StreamInfo | None, name: str) -> bool:
+        """Whether to believe it: a new leader of replicas may need a moment to know all it has."""
+        if info is None or info.config.replicas == 1 or name in self._doubted:
+            return True
+        self._doubted.add(name)
+        return False
+
+    def _catch_up(self, record: StreamRecord | None) -> None:
+        """Take over what another relay has reported: what was seen before counts no more."""
+        if record is not None and self._rewinds.get(record.name, record.rewinds) != record.rewinds:
+            self._seen[record.name] = _Seen(record.last_sequence)
+        if record is not None:
+            self._rewinds[record.name] = record.rewinds
+
+    def _verdict(self, name: str, record: StreamRecord | None, info: StreamInfo | None) -> str:
+        """Return what shows that the stream has lost messages; empty if nothing does."""
+        if info is None:
+            return "it is gone" if record is not None and record.created else ""
+        if record is not None and record.created not in ("", info.created):
+            return f"it was created anew, {info.created}"
+        seen = self._seen.get(name, _Seen())
+        highest = max(seen.sequence, record.last_sequence if record else 0)
+        if info.last_sequence < highest:
+            return f"its last message is number {info.last_sequence}, and {highest} had been given"
+        if not seen.event_id or seen.sequence < info.first_sequence:
+            return ""
+        message = self._broker.get_message(name, seen.sequence)
+        if message is None or message.headers.get("Nats-Msg-Id") == seen.event_id:
+            return ""
+        return f"its message number {seen.sequence} is not the one that was acknowledged"
+
+    def _report(
+        self, name: str, reason: str, record: StreamRecord | None, info: StreamInfo | None
+    ) -> None:
+        known = self._rewinds.get(name, 0)
+        if self._store.streams.report(name, reason, info, known):
+            self._rewinds[name] = known + 1
+            _log.error(
+                "the stream %r has lost messages that it had acknowledged: %s. 'flask natspubsub "
+                "outbox resend --missing-only' sends them again; see 'outbox verify'",
+                name,
+                reason,
+            )
+        elif record is not None:
+            self._rewinds[name] = record.rewinds
+        self._seen[name] = _Seen(info.last_sequence if info else 0)
+        self._walk = None
+        self.rewound = True
+
+    # --- repair
+
+    def resend_some(self) -> bool:
+        """Make some of the rows pending that a rewound stream has lost; whether there may be more.
+
+        :raises NatsPubsubError: the database or the server failed; the search begins anew.
+        """
+        if self._walk is None or self._walked is None:
+            records = [one for one in self._store.streams.rewound() if one.created]
+            if not records:
+                return False
+            self._walked, self._resent = records[0], 0
+            self._walk = lost_rows(self._store, self._broker, self._walked)
+        walk, self._walk = self._walk, None  # one that fails cannot be gone on with
+        lost = next(walk, None)
+        if lost is None:
+            self._end_of_walk(self._walked)
+            return self.rewound
+        self._resent += self._store.sent.resend(lost)
+        self._walk = walk
+        return True
+
+    def _end_of_walk(self, record: StreamRecord) -> None:
+        if self._store.streams.clear(record):
+            _log.warning("the stream %r: %d lost rows are sent again", record.name, self._resent)
+        self.rewound = bool(self._store.streams.rewound())

@@ -1,0 +1,234 @@
+"""Whether the streams still have what they acknowledged, and sending again what they lost.
+
+A row that was sent keeps its place in the stream. There the message must be, with the row's
+event id; unless it has grown too old for the stream, which is no loss.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from ..brokers.base import Broker, StreamInfo
+from ..messages.ids import parse_timestamp
+
+if TYPE_CHECKING:
+    from .sent import SentRow
+    from .store import OutboxStore
+    from .streams import StreamRecord
+
+_log = logging.getLogger("flask_natspubsub.relay")
+
+State = Literal["present", "missing", "expired"]
+
+#: Of the older rows, one of so many is looked at unless all are asked for.
+SAMPLE = 100
+#: So many of the newest are always looked at: what a loss of power takes is at the end.
+NEWEST = 1000
+#: So many rows of a time when the stream was whole, one after the other without a loss, end
+#: the search for what it lost: what is older than these is there too.
+ENOUGH = 1000
+
+
+def _nothing(count: int) -> None: ...
+
+
+@dataclass(slots=True)
+class Verification:
+    """What a comparison of the outbox with the streams has found.
+
+    :param rows: sent rows in the time asked for.
+    :param checked: those that were looked for.
+    :param present: the stream has them.
+    :param expired: older than what the stream keeps.
+    :param missing: event ids of those that the stream should have and has not.
+    :param rewound: streams that are known to have lost messages, and are not repaired.
+    """
+
+    rows: int = 0
+    checked: int = 0
+    present: int = 0
+    expired: int = 0
+    missing: list[str] = field(default_factory=list)
+    rewound: list[str] = field(default_factory=list)
+
+
+class Locator:
+    """Looks for rows in their streams; ``refresh`` it after reading rows."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._infos: dict[str, StreamInfo | None] = {}
+
+    def refresh(self) -> None:
+        """Ask anew what the streams have: they must not be older than the rows."""
+        self._infos.clear()
+
+    def find(self, row: SentRow) -> State:
+        """Return whether the stream has the message of a row.
+
+        :raises BrokerError: the server did not answer.
+        :raises NotConnected: there is no server.
+        """
+        info = self._info(row.stream)
+        if info is None or row.sequence > info.last_sequence:
+            return "missing"
+        if row.sequence < info.first_sequence:
+            return "missing" if self._is_of_another(row, info) else "expired"
+        message = self._broker.get_message(row.stream, row.sequence)
+        if message is not None:
+            found = message.headers.get("Nats-Msg-Id") == row.event_id
+            return "present" if found else self._unless_old(row, info)
+        if info.config.retention != "limits" or info.max_msgs_per_subject > 0:
+            return "expired"  # consumed, or followed by another of its subject
+        self._infos.pop(row.stream)
+        now = self._info(row.stream)
+        if now is not None and row.sequence < now.first_sequence:
+            return "expired"
+        return self._unless_old(row, info)
+
+    def _info(self, stream: str) -> StreamInfo | None:
+        if stream not in self._infos:
+            self._infos[stream] = self._broker.stream_info(stream)
+        return self._infos[stream]
+
+    def _is_of_another(self, row: SentRow, info: StreamInfo) -> bool:
+        """Whether the row was sent to an earlier stream of this name, and is not too old."""
+        created = parse_timestamp(info.created).timestamp() if info.created else 0.0
+        return row.sent_at < created and self._unless_old(row, info) == "missing"
+
+    def _unless_old(self, row: SentRow, info: StreamInfo) -> State:
+        max_age = info.config.max_age
+        old = max_age and row.sent_at + max_age < self._broker.now()
+        return "expired" if old else "missing"
+
+
+def lost_rows(store: OutboxStore, broker: Broker, record: StreamRecord) -> Iterator[list[int]]:
+    """Yield, some at a time, the ids of the rows that a rewound stream has lost.
+
+    What it lost is the end of what it had, so the search goes from the newest row back until
+    it has met enough that are there, of those sent while the stream was known to be whole.
+    """
+    locator, met = Locator(broker), 0
+    sound_until = record.sound_until or 0.0
+    for page in store.sent.pages(stream=record.name):
+        locator.refresh()
+        missing: list[int] = []
+        for row in page:
+            if locator.find(row) == "missing":
+                missing.append(row.id)
+                met = 0
+            elif row.sent_at < sound_until:
+                met += 1
+        yield missing
+        if met >= ENOUGH:
+            return
+
+
+class SentEvents:
+    """The durable copies: compares them with the streams, and sends them again.
+
+    Sent rows are kept ``NATSPUBSUB_OUTBOX_RETENTION`` seconds; what is older cannot be told.
+    """
+
+    def __init__(self, store: OutboxStore, broker: Broker) -> None:
+        self._store = store
+        self._broker = broker
+
+    def count(self, since: float | None = None) -> int:
+        """Return how many sent rows there are.
+
+        :param since: sent at or after this time, seconds since the epoch; default all.
+        """
+        return self._store.sent.count(since)
+
+    def verify(
+        self,
+        since: float | None = None,
+        *,
+        full: bool = False,
+        progress: Callable[[int], None] = _nothing,
+    ) -> Verification:
+        """Fetch messages by their sequence and compare the event ids.
+
+        Looks at the newest thousand and one of a hundred of the others. A full look at
+        everything that finds nothing missing also ends the alarm of a rewound stream.
+
+        :param since: only rows sent at or after this time, seconds since the epoch.
+        :param full: look at all of them.
+        :param progress: told how many rows more have been gone through.
+        :raises BrokerError: the server did not answer.
+        :raises NotConnected: there is no server.
+        """
+        known = self._store.streams.rewound()
+        result = Verification(rows=self.count(since))
+        for page in self._pages(since, full):
+            found = self._compare(page, result)
+            self._store.sent.confirm([row.id for row, state in found if state == "present"])
+            progress(len(page))
+        if full and since is None and not result.missing:
+            self._clear(known)
+        result.rewound = [record.name for record in self._store.streams.rewound()]
+        return result
+
+    def _pages(self, since: float | None, full: bool) -> Iterator[list[SentRow]]:
+        seen = 0
+        for page in self._store.sent.pages(since=since):
+            if full or seen < NEWEST:
+                yield page
+            else:
+                yield [row for row in page if row.id % SAMPLE == 0]
+            seen += len(page)
+
+    def _compare(self, page: list[SentRow], result: Verification) -> list[tuple[SentRow, State]]:
+        locator = Locator(self._broker)
+        found = [(row, locator.find(row)) for row in page]
+        states = [state for _, state in found]
+        result.checked += len(page)
+        result.present += states.count("present")
+        result.expired += states.count("expired")
+        result.missing += [row.event_id for row, state in found if state == "missing"]
+        return found
+
+    def resend(
+        self,
+        since: float | None = None,
+        *,
+        missing_only: bool = False,
+        dry_run: bool = False,
+        progress: Callable[[int], None] = _nothing,
+    ) -> int:
+        """Make sent rows pending again, with the same event ids; a relay then sends them.
+
+        What the stream still has is stored twice, beyond its duplicate window: the inbox lets
+        the second one pass without an effect. Ends the alarm of a rewound stream, unless more
+        of what was sent before ``since`` is missing.
+
+        :param since: rows sent at or after this time, seconds since the epoch; default all.
+        :param missing_only: only those that the stream has not.
+        :param dry_run: change nothing.
+        :returns: how many rows were, or would be, made pending.
+        """
+        count = 0
+        known = self._store.streams.rewound()
+        for page in self._store.sent.pages(since=since):
+            ids = self._lost(page) if missing_only else [row.id for row in page]
+            count += len(ids) if dry_run else self._store.sent.resend(ids)
+            progress(len(page))
+        if not dry_run:
+            self._clear([record for record in known if self._is_whole(record)])
+        return count
+
+    def _lost(self, page: list[SentRow]) -> list[int]:
+        locator = Locator(self._broker)
+        return [row.id for row in page if locator.find(row) == "missing"]
+
+    def _is_whole(self, record: StreamRecord) -> bool:
+        return not any(lost_rows(self._store, self._broker, record))
+
+    def _clear(self, records: list[StreamRecord]) -> None:
+        for record in records:
+            if self._store.streams.clear(record):
+                _log.info("the stream %r is no longer reported as rewound", record.name)

@@ -1,0 +1,240 @@
+"""The rules of the parent of worker processes, with children that are made up."""
+
+from __future__ import annotations
+
+import pytest
+
+from flask_natspubsub.cli.worker import address
+from flask_natspubsub.worker import pool
+from flask_natspubsub.worker.lifeline import Child, exit_text
+from flask_natspubsub.worker.pool import Pool, Slot
+from flask_natspubsub.worker.vitals import Vitals
+
+WELL = Vitals({"monitor": 0.2}, {"nats": True})
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(pool, "time", clock)
+    return clock
+
+
+class FakeChild:
+    """A child that ends when it is killed or, if ``polite``, when it is asked to."""
+
+    pid = 4711
+
+    def __init__(self, clock, polite=True):
+        self.started = self.heard = clock.now
+        self.vitals = WELL
+        self.polite = polite
+        self.code = None
+        self.asked = []
+
+    def poll(self):
+        return self.code
+
+    def listen(self):
+        pass
+
+    def close(self):
+        pass
+
+    def kill(self):
+        self.code = -9
+
+    def ask_to_end(self, *, at_once=False):
+        self.asked.append(at_once)
+        if self.polite:
+            self.code = 0
+
+
+@pytest.fixture
+def children(clock, monkeypatch):
+    """The children in the order they are started."""
+    started = []
+
+    def start(command):
+        started.append(FakeChild(clock))
+        return started[-1]
+
+    monkeypatch.setattr(pool, "Child", start)
+    monkeypatch.setattr(Pool, "_signal_within", lambda self, seconds: None)
+    return started
+
+
+@pytest.fixture
+def one(children):
+    made = Pool(["worker"], 1, patience=30, silence=30)
+    made._turn()
+    return made
+
+
+def test_deaths_wait_longer_and_longer_and_five_in_a_minute_are_too_many(clock):
+    slot = Slot(1)
+
+    assert [slot.died() for _ in range(5)] == [0.2, 0.4, 0.8, 1.6, None]
+
+
+def test_deaths_of_long_ago_do_not_count(clock):
+    slot = Slot(1)
+    for _ in range(20):
+        assert slot.died() is not None
+        clock.now += 16
+
+
+def test_one_that_was_silent_too_long_is_killed_and_replaced(one, children, clock):
+    clock.now += 4
+    one._turn()
+    assert children[0].code is None
+    for _ in range(9):
+        clock.now += 3
+        one._turn()
+
+    assert children[0].code == -9
+    one._turn()
+    clock.now += 1
+    one._turn()
+    assert len(children) == 2
+
+
+def test_one_that_has_not_yet_begun_may_take_longer(one, children, clock):
+    children[0].vitals = None
+    for _ in range(30):
+        clock.now += 3
+        one._turn()
+
+    assert children[0].code is None
+
+
+def test_a_parent_that_was_held_up_itself_kills_nobody(one, children, clock):
+    clock.now += 600
+
+    one._turn()
+
+    assert children[0].code is None
+
+
+def test_one_with_a_stalled_loop_is_killed(one, children, clock):
+    children[0].vitals = Vitals({"monitor": 31.0}, {})
+
+    one._turn()
+
+    assert children[0].code == -9
+
+
+def test_one_with_an_overdue_handler_ends_in_order_and_is_no_death(one, children, clock):
+    children[0].vitals = Vitals({}, {}, overdue=31.0)
+    one._turn()
+    assert children[0].asked == [False]
+
+    one._turn()
+    one._turn()
+
+    assert len(children) == 2
+    assert one.health()[1]["process 1"]["restarts"] == 1
+
+
+def test_one_that_does_not_end_in_time_is_killed(one, children, clock):
+    children[0].polite = False
+    one._end(0)
+    clock.now += 39
+    one._turn()
+    assert children[0].code is None
+    clock.now += 2
+    one._turn()
+
+    assert children[0].code == -9
+    one._turn()
+    assert one._code == 1
+
+
+def test_misuse_found_by_a_child_is_not_tried_again(one, children):
+    children[0].code = 2
+
+    one._turn()
+
+    assert one._code == 2
+    assert len(children) == 1
+
+
+def test_one_that_ends_by_itself_is_replaced_but_not_in_a_burst(children, clock):
+    burst = Pool(["worker"], 1, patience=30, silence=30, burst=True)
+    burst._turn()
+    children[0].code = 0
+
+    burst._turn()
+
+    assert burst._code == 0
+
+
+def test_processes_that_cannot_be_started_are_a_crash_loop(clock, monkeypatch):
+    def start(command):
+        raise BlockingIOError(11, "no more processes")
+
+    monkeypatch.setattr(pool, "Child", start)
+    monkeypatch.setattr(Pool, "_signal_within", lambda self, seconds: None)
+    failing = Pool(["worker"], 1, patience=30, silence=30)
+    for _ in range(5):
+        failing._turn()
+        clock.now += 2
+
+    assert failing._code == 1
+
+
+def test_health_says_who_is_not_well(one, children, clock):
+    live, rows = one.health()
+    assert live
+    assert rows["process 1"]["status"] == "ok"
+
+    children[0].vitals = Vitals({}, {"nats": False})
+    assert one.health()[1]["process 1"]["failed"] == ["nats"]
+
+    clock.now += 31
+    live, rows = one.health()
+    assert not live
+    assert rows["process 1"]["failed"] == ["nats", "heartbeat"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--processes", "2"],  # of a broker in memory
+        ["--processes", "0"],
+        ["--processes", "2", "--reload"],
+        ["--health-port", "no"],
+        ["--health-port", "65536"],
+        ["--health-port", "127.0.0.1:"],
+    ],
+    ids=" ".join,
+)
+def test_misuse_of_the_options(make_pubsub, options):
+    pubsub = make_pubsub(urls="memory://")
+    runner = pubsub.state().app.test_cli_runner()
+
+    assert runner.invoke(args=["natspubsub", "worker", *options]).exit_code == 2
+
+
+def test_the_address_of_the_health_port():
+    assert address("8081") == ("127.0.0.1", 8081)
+    assert address("0.0.0.0:8081") == ("0.0.0.0", 8081)
+
+
+def test_a_program_that_is_not_there_leaves_no_socket_behind():
+    with pytest.raises(FileNotFoundError):
+        Child(["/there/is/no/such/program"])
+
+
+def test_how_a_process_ended():
+    assert exit_text(3) == "ended with 3"
+    assert exit_text(-9) == "was killed by SIGKILL"
+    assert exit_text(-250) == "was killed by signal 250"
