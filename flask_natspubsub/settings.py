@@ -215,6 +215,7 @@ class Settings:
         None,
         values.optional(values.text),
         "The server's monitoring address, such as `http://127.0.0.1:8222`, for `doctor`.",
+        secret=True,
     )
     breaker_threshold: int = setting(
         10, values.integer(0), "Failed direct publishes in a row that open the circuit; 0: never."

@@ -19,7 +19,7 @@ from ..errors import PublishError
 DeliverPolicy = Literal["all", "new", "last"]
 
 
-class OutgoingMessage(msgspec.Struct, frozen=True):
+class OutgoingMessage(msgspec.Struct, frozen=True, gc=False):
     """One message on its way out.
 
     :param subject: the full NATS subject.

@@ -53,6 +53,10 @@ class Connection(Protocol):
         """Return how many bytes of payload and headers the server takes."""
 
     @property
+    def unsent(self) -> int:
+        """Return how many bytes were written that the socket has not taken yet."""
+
+    @property
     def servers(self) -> Sequence[str]:
         """Return the URLs of further servers of the cluster."""
 
@@ -160,6 +164,11 @@ class Link:
     def new_inbox(self) -> str:
         """Return a subject that nobody else listens to."""
         return f"_INBOX.{secrets.token_hex(11)}"
+
+    @property
+    def unsent(self) -> int:
+        """How many bytes were written that the socket has not taken yet."""
+        return self._connection.unsent if self._connection is not None else 0
 
     def send(self, frames: Sequence[bytes]) -> None:
         """Write frames of messages; what is written without a connection is lost."""

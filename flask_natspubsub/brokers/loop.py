@@ -6,10 +6,11 @@ import asyncio
 import atexit
 import concurrent.futures
 import os
-import threading
 import weakref
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
+
+from .threads import refuse_eventlet, start_thread
 
 T = TypeVar("T")
 
@@ -27,12 +28,12 @@ class BackgroundLoop:
     """An asyncio loop in a daemon thread of its own. Not usable after ``stop`` or a fork."""
 
     def __init__(self, name: str) -> None:
+        refuse_eventlet()
         self.loop = _new_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
         #: Set when the thread ends; a forked child, which has no such thread, sees it unset.
         self.has_ended = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._run, name)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -54,7 +55,7 @@ class BackgroundLoop:
     @property
     def is_current(self) -> bool:
         """Whether the caller is the loop's own thread, which must never wait for itself."""
-        return threading.current_thread() is self._thread
+        return self._thread.is_current()
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task and keep it alive; to be called in the loop's thread."""

@@ -131,6 +131,11 @@ class _Connection:
         return self._client.max_payload
 
     @property
+    def unsent(self) -> int:
+        writer = getattr(self._client._transport, "_io_writer", None)
+        return 0 if writer is None else int(writer.transport.get_write_buffer_size())
+
+    @property
     def servers(self) -> list[str]:
         return [url.geturl() for url in self._client.discovered_servers]
 

@@ -44,6 +44,10 @@ class OutboundLink(Protocol):
     refused: str
     max_payload: int
 
+    @property
+    def unsent(self) -> int:
+        """How many bytes were written that the socket has not taken yet."""
+
     def send(self, frames: Sequence[bytes]) -> None:
         """Write frames of messages to the socket."""
 
@@ -70,7 +74,7 @@ class _PubAck(msgspec.Struct):
 _decode_ack = msgspec.json.Decoder(_PubAck).decode
 
 
-class _Item(msgspec.Struct):
+class _Item(msgspec.Struct, gc=False):
     """One message and where its result belongs: entry ``index`` of ``ticket``."""
 
     message: OutgoingMessage
@@ -203,8 +207,10 @@ class PublishWindow:
     def _fill_window(self) -> None:
         frames: list[bytes] = []
         count = size = 0
+        if self._link.unsent > IN_FLIGHT_BYTES:
+            return  # those whose time has run out are in the socket's buffer still
         limit = self._link.max_payload
-        most = self._most_in_flight
+        most = self._most_in_flight - len(self._delayed)
         while self._queue and len(self._in_flight) < most and self._bytes < IN_FLIGHT_BYTES:
             item = self._queue.popleft()
             count += 1

@@ -80,9 +80,8 @@ def parse_ack_subject(reply: str) -> AckSubject:
     if len(tokens) < 9 or tokens[0] != "$JS" or tokens[1] != "ACK":
         raise ValueError(f"{reply!r} is not the reply subject of a JetStream delivery")
     at = 2 if len(tokens) == 9 else 4
-    return AckSubject(
-        tokens[at], int(tokens[at + 2]), int(tokens[at + 3]), int(tokens[at + 5]) / 1e9
-    )
+    delivered, sequence, _, time = tokens[at + 2 : at + 6]
+    return AckSubject(tokens[at], int(delivered), int(sequence), int(time) / 1e9)
 
 
 class FrameTap:

@@ -165,7 +165,7 @@ def resource_id_of(message: Mapping[str, Any]) -> Any:
 # --- reading -------------------------------------------------------------------------------
 
 
-class Received(msgspec.Struct, frozen=True):
+class Received(msgspec.Struct, frozen=True, gc=False):
     """One message as it was received.
 
     :param message: its body.

@@ -27,7 +27,7 @@ from ..settings import Settings
 from ..values import seconds
 
 
-class PublishReceipt(msgspec.Struct, frozen=True):
+class PublishReceipt(msgspec.Struct, frozen=True, gc=False):
     """What became of one published message.
 
     ``stream`` and ``sequence`` say where it is stored (None while it is in the outbox);
@@ -72,7 +72,7 @@ class Draft:
     available_at: dt.datetime | None = None
 
 
-class Prepared(msgspec.Struct, frozen=True):
+class Prepared(msgspec.Struct, frozen=True, gc=False):
     """A message that can be sent, or written to the outbox.
 
     :param named: whether the caller gave the event id, which may then be there already.

@@ -41,6 +41,8 @@ class StreamWatch:
         self._seen: dict[str, _Seen] = {}
         self._rewinds: dict[str, int] = {}
         self._suspected: dict[str, str] = {}
+        self._records: dict[str, StreamRecord] | None = None
+        self._has_new = False
         self._doubted: set[str] = set()
         self._walk: Iterator[list[int]] | None = None
         self._walked: StreamRecord | None = None
@@ -52,7 +54,7 @@ class StreamWatch:
         for row in self._store.sent.newest(NEWEST):
             if row.sequence > self._seen.get(row.stream, _Seen()).sequence:
                 self._seen[row.stream] = _Seen(row.sequence, row.event_id)
-        records = self._store.streams.load()
+        self._records = records = self._store.streams.load()
         self._rewinds = {record.name: record.rewinds for record in records.values()}
         self.rewound = any(record.rewound_at is not None for record in records.values())
         for record in records.values():
@@ -72,11 +74,12 @@ class StreamWatch:
                     f"a new message is number {ack.sequence}, and {seen.sequence} had been given",
                 )
         for event_id, ack in stored:
+            self._has_new = self._has_new or ack.stream not in self._rewinds
             if ack.sequence > self._seen.get(ack.stream, _Seen()).sequence:
                 self._seen[ack.stream] = _Seen(ack.sequence, event_id)
 
     def settle(self) -> None:
-        """Report what ``note`` has found.
+        """Report what ``note`` has found, and begin to watch streams that are new.
 
         :raises NatsPubsubError: the database or the server failed; to be called again.
         """
@@ -85,14 +88,20 @@ class StreamWatch:
             for name, reason in list(self._suspected.items()):
                 self._report(name, reason, records.get(name), self._broker.stream_info(name))
                 self._suspected.pop(name, None)
+        if self._has_new:
+            self.check()
 
     def check(self) -> None:
         """Look at all streams that rows were sent to.
 
         :raises NatsPubsubError: the database or the server failed.
         """
+        self._has_new = False
         self.settle()
-        records = self._store.streams.load()
+        # What was read a moment ago is not read again.
+        loaded, self._records = self._records, None
+        records = self._store.streams.load() if loaded is None else loaded
+        self.rewound = any(record.rewound_at is not None for record in records.values())
         for name in sorted(records.keys() | self._seen.keys()):
             began = time.monotonic()
             self._catch_up(records.get(name))
@@ -103,7 +112,7 @@ class StreamWatch:
             elif info is not None and not reason:
                 self._doubted.discard(name)
                 self._store.streams.confirm(info, time.monotonic() - began)
-        self.rewound = bool(self._store.streams.rewound())
+                self._rewinds.setdefault(name, 0)
 
     def _is_sure(self, info: StreamInfo | None, name: str) -> bool:
         """Whether to believe it: a new leader of replicas may need a moment to know all it has."""
@@ -122,7 +131,7 @@ class StreamWatch:
     def _verdict(self, name: str, record: StreamRecord | None, info: StreamInfo | None) -> str:
         """Return what shows that the stream has lost messages; empty if nothing does."""
         if info is None:
-            return "it is gone" if record is not None and record.created else ""
+            return "it is gone" if record is None or record.created else ""
         if record is not None and record.created not in ("", info.created):
             return f"it was created anew, {info.created}"
         seen = self._seen.get(name, _Seen())

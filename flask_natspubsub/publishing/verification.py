@@ -164,23 +164,17 @@ class SentEvents:
         """
         known = self._store.streams.rewound()
         result = Verification(rows=self.count(since))
-        for page in self._pages(since, full):
-            found = self._compare(page, result)
+        seen = 0
+        for page in self._store.sent.pages(since=since):
+            wanted = page if full or seen < NEWEST else [r for r in page if r.id % SAMPLE == 0]
+            seen += len(page)
+            found = self._compare(wanted, result)
             self._store.sent.confirm([row.id for row, state in found if state == "present"])
             progress(len(page))
         if full and since is None and not result.missing:
             self._clear(known)
         result.rewound = [record.name for record in self._store.streams.rewound()]
         return result
-
-    def _pages(self, since: float | None, full: bool) -> Iterator[list[SentRow]]:
-        seen = 0
-        for page in self._store.sent.pages(since=since):
-            if full or seen < NEWEST:
-                yield page
-            else:
-                yield [row for row in page if row.id % SAMPLE == 0]
-            seen += len(page)
 
     def _compare(self, page: list[SentRow], result: Verification) -> list[tuple[SentRow, State]]:
         locator = Locator(self._broker)

@@ -1,9 +1,9 @@
 """Several worker processes under one parent, which replaces those that die or hang.
 
 The parent has no connection, runs no subscriber, and no thread but those of the health endpoint.
-Each process is the parent's own command, run anew: a fork would inherit what the application's modules have opened and started,
-such as a database pool, a client's threads, a random state. The price is memory, which forked
-processes would share in part.
+Each process is the parent's own command, run anew: a fork would inherit what the application's
+modules have opened and started, such as a database pool, a client's threads, a random state. The
+price is memory, which forked processes would share in part.
 """
 
 from __future__ import annotations
@@ -139,6 +139,8 @@ class Pool:
     def _row(self, slot: Slot) -> dict[str, Any]:
         child = slot.child
         vitals = child.vitals if child else None
+        if slot.done:
+            return {"status": "ok", "restarts": slot.restarts}
         if child is None or vitals is None:
             return {"status": "failed", "failed": ["started"], "restarts": slot.restarts}
         failed = vitals.failed + vitals.stalled(self._silence)

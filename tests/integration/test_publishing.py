@@ -388,12 +388,10 @@ def test_publish_many_stores_10000_messages_in_order_with_one_wait(pubsub: NatsP
 
 
 def test_a_slow_server_makes_publishers_wait_and_memory_not_grow(
-    make_pubsub: MakePubsub, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+    make_pubsub: MakePubsub, nats_server: NatsServer
 ) -> None:
-    monkeypatch.setattr(outbound, "IN_FLIGHT", 50)
-    monkeypatch.setattr(outbound, "QUEUED", 100)
     with Proxy(nats_server.port) as proxy:
-        pubsub = make_pubsub(urls=proxy.url)
+        pubsub = make_pubsub(urls=proxy.url, publish_in_flight=50, publish_queue=100)
         broker: Any = pubsub.state().broker()
         broker.connect(5)
         window = broker._session.window
@@ -427,9 +425,8 @@ def test_what_is_queued_is_bounded_in_bytes_too(
     make_pubsub: MakePubsub, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outbound, "IN_FLIGHT_BYTES", 1)
-    monkeypatch.setattr(outbound, "QUEUED_BYTES", 100_000)
     with Proxy(nats_server.port) as proxy:
-        pubsub = make_pubsub(urls=proxy.url)
+        pubsub = make_pubsub(urls=proxy.url, publish_queue_bytes=100_000)
         pubsub.state().broker().connect(5)
         proxy.hold()
         large = {"x": "y" * 60_000}

@@ -441,7 +441,7 @@ def test_failures_of_a_batch_are_one_statement(sqlite_shop: OutboxShop) -> None:
     relay.release()
 
 
-@pytest.mark.parametrize(("poll", "most"), [(60.0, 3), (0.5, 10)])
+@pytest.mark.parametrize(("poll", "most"), [(60.0, 6), (0.5, 13)])
 def test_idle_relay_looks_as_often_as_it_was_told(
     make_shop: MakeShop, sqlite: str, poll: float, most: int
 ) -> None:

@@ -46,6 +46,9 @@ TABLE: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any], str]] = {
     "tls_hostname": (None, [("h", "h")], TEXT, "text"),
     "connect_timeout": (2.0, [(1, 1.0), (0.5, 0.5)], POSITIVE_SECONDS, "seconds"),
     "publish_timeout": (5.0, [(1, 1.0)], POSITIVE_SECONDS, "seconds"),
+    "publish_in_flight": (4_000, [(1, 1)], [0, -1, "4", True], "whole number, 1 or more"),
+    "publish_queue": (10_000, [(1, 1)], [0, -1, "4", True], "whole number, 1 or more"),
+    "publish_queue_bytes": (64 * 1024 * 1024, [(1, 1)], [0, -1, "4", True], "whole number, 1 or more"),
     "stream_name": (None, [("events", "events")], ["", "a.b", "a b", 5], "letters"),
     "stream_config": (
         {},
@@ -93,8 +96,11 @@ TABLE: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any], str]] = {
     "outbox_poll_interval": (1.0, [(0.1, 0.1)], POSITIVE_SECONDS, "seconds"),
     "outbox_partitions": (1, [(8, 8)], [0, "5"], "whole number"),
     "outbox_max_attempts": (10, [(1, 1)], [0, "5"], "whole number"),
+    "outbox_resend_on_rewind": (False, [(True, True)], FLAG, "True or False"),
+    "allow_volatile_streams": (False, [(True, True)], FLAG, "True or False"),
     "inbox_retention": (604800.0, [(60, 60.0)], SECONDS, "seconds"),
     "bind_key": (None, [("events", "events")], TEXT, "text"),
+    "monitor_url": (None, [("http://a:8222", "http://a:8222")], TEXT, "text"),
     "breaker_threshold": (10, [(0, 0)], [-1, 1.5, "x"], "whole number, 0 or more"),
     "breaker_reset": (5.0, [(1, 1.0)], POSITIVE_SECONDS, "seconds"),
     "subscribers": (

@@ -1,0 +1,101 @@
+"""The thread behind a broker: a real one, also where gevent has replaced Python's threads.
+
+Under gevent's patches a ``threading.Thread`` is a greenlet. An asyncio loop in it would run in
+the thread of the requests: the worker could hang, and no async view could start a loop of its
+own. So the thread is taken from below the patches. Locks and futures that are patched may be
+used from several real threads; a greenlet that waits for one lets the others run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ..errors import ConfigurationError
+
+JOIN_POLL = 0.005
+
+
+class LoopThread(Protocol):
+    """What a background loop needs of its thread."""
+
+    def is_alive(self) -> bool:
+        """Whether it runs in this process."""
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end."""
+
+    def is_current(self) -> bool:
+        """Whether the caller is this thread."""
+
+
+class _PythonThread(threading.Thread):
+    """A thread as Python makes it."""
+
+    def is_current(self) -> bool:
+        return threading.current_thread() is self
+
+
+class _ThreadBelowGevent:
+    """A thread of the system, started past gevent's patches; it never keeps Python from ending."""
+
+    def __init__(self, target: Callable[[], None]) -> None:
+        from gevent.monkey import get_original  # only there under gevent
+
+        self._target = target
+        self._get_ident: Callable[[], int] = get_original("_thread", "get_ident")
+        self._pid = os.getpid()
+        self._ident = 0
+        self._has_ended = False
+        get_original("_thread", "start_new_thread")(self._run, ())
+
+    def _run(self) -> None:
+        self._ident = self._get_ident()
+        try:
+            self._target()
+        finally:
+            self._has_ended = True
+
+    def is_alive(self) -> bool:
+        return not self._has_ended and self._pid == os.getpid()
+
+    def is_current(self) -> bool:
+        return self._get_ident() == self._ident
+
+    def join(self, timeout: float | None = None) -> None:
+        deadline = time.monotonic() + (timeout or 0.0)
+        while self.is_alive() and (timeout is None or time.monotonic() < deadline):
+            time.sleep(JOIN_POLL)
+
+
+def start_thread(target: Callable[[], None], name: str) -> LoopThread:
+    """Start a daemon thread that runs ``target``.
+
+    :raises ConfigurationError: eventlet has replaced Python's threads.
+    """
+    refuse_eventlet()
+    if is_patched_by_gevent():
+        return _ThreadBelowGevent(target)
+    thread = _PythonThread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def is_patched_by_gevent() -> bool:
+    """Whether threads are greenlets of gevent."""
+    monkey: Any = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("threading"))
+
+
+def refuse_eventlet() -> None:
+    """Raise ConfigurationError if threads are greenlets of eventlet."""
+    patcher: Any = sys.modules.get("eventlet.patcher")
+    if patcher is not None and patcher.is_monkey_patched("thread"):
+        raise ConfigurationError(
+            "eventlet has replaced Python's threads; a connection to NATS cannot work under it.",
+            "Use a threaded or a gevent worker, such as gunicorn's gthread or gevent.",
+        )
