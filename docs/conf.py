@@ -20,7 +20,7 @@ copyright = "The Flask-NatsPubsub authors"
 version = release = flask_natspubsub.__version__
 
 extensions = ["sphinx.ext.autodoc"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "performance-growth.rst"]  # included by performance.rst
 smartquotes = False  # the texts of settings and errors quote code
 
 autodoc_member_order = "bysource"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from flask import Blueprint, Flask, current_app, has_app_context
@@ -21,6 +20,8 @@ from .subscribing.middleware import Middleware
 from .subscribing.registry import Registry, SubscriberGroup
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from blinker import Signal
 
     from .publishing.changes import Change, ChangeFeed

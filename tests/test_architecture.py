@@ -52,6 +52,8 @@ IMPORTS_IN_FUNCTIONS = {
     ("brokers/__init__.py", "brokers.memory"): "only what NATSPUBSUB_URLS asks for",
     ("brokers/__init__.py", "brokers.nats"): "brings nats-py and asyncio",
     ("brokers/nats.py", "nkeys"): "optional dependency",
+    ("brokers/loop.py", "uvloop"): "optional",
+    ("publishing/publisher.py", "concurrent.futures"): "for publish_nowait only",
     ("extension.py", "asyncio"): "costs as much as Flask; whoever awaits has it already",
     ("extension.py", "worker.runner"): "brings asyncio",
     ("extension.py", "subscribing.deadletters"): "rarely used",

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
-from .threads import refuse_eventlet, start_thread
+from .threads import is_patched_by_gevent, new_loop_below_gevent, refuse_eventlet, start_thread
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     try:
         import uvloop  # an optional dependency
     except ImportError:
-        return asyncio.new_event_loop()
+        return new_loop_below_gevent() if is_patched_by_gevent() else asyncio.new_event_loop()
     return uvloop.new_event_loop()
 
 

@@ -65,7 +65,9 @@ class _Session:
         self.link.on_denied = self.window.on_denied
         self.wanted = wanted
         self.link.set_up = self.set_up
-        self.loop.call(self._start(inbox), API_TIMEOUT)
+        # Not waited for: a greenlet that waits while it holds the broker's lock, which may be
+        # older than gevent's patches, would hang all others. What comes later runs after it.
+        asyncio.run_coroutine_threadsafe(self._start(inbox), self.loop.loop)
 
     async def _start(self, inbox: str) -> None:
         await self.link.route(f"{inbox}.*", self.window.on_reply)

@@ -8,6 +8,7 @@ used from several real threads; a greenlet that waits for one lets the others ru
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import threading
@@ -44,14 +45,12 @@ class _ThreadBelowGevent:
     """A thread of the system, started past gevent's patches; it never keeps Python from ending."""
 
     def __init__(self, target: Callable[[], None]) -> None:
-        from gevent.monkey import get_original  # only there under gevent
-
         self._target = target
-        self._get_ident: Callable[[], int] = get_original("_thread", "get_ident")
+        self._get_ident: Callable[[], int] = _original("_thread", "get_ident")
         self._pid = os.getpid()
         self._ident = 0
         self._has_ended = False
-        get_original("_thread", "start_new_thread")(self._run, ())
+        _original("_thread", "start_new_thread")(self._run, ())
 
     def _run(self) -> None:
         self._ident = self._get_ident()
@@ -91,6 +90,11 @@ def is_patched_by_gevent() -> bool:
     return monkey is not None and bool(monkey.is_module_patched("threading"))
 
 
+def _original(module: str, name: str) -> Any:
+    """Return what gevent has replaced; to be called where it has."""
+    return sys.modules["gevent.monkey"].get_original(module, name)
+
+
 def refuse_eventlet() -> None:
     """Raise ConfigurationError if threads are greenlets of eventlet."""
     patcher: Any = sys.modules.get("eventlet.patcher")
@@ -99,3 +103,15 @@ def refuse_eventlet() -> None:
             "eventlet has replaced Python's threads; a connection to NATS cannot work under it.",
             "Use a threaded or a gevent worker, such as gunicorn's gthread or gevent.",
         )
+
+
+def new_loop_below_gevent() -> asyncio.AbstractEventLoop:
+    """Make a loop whose selector and name look-ups are Python's own, not gevent's."""
+    look_up: Callable[..., Any] = _original("socket", "getaddrinfo")
+
+    class Loop(asyncio.SelectorEventLoop):
+        async def getaddrinfo(self, host: Any, port: Any, **options: Any) -> Any:
+            # Without an executor, whose threads would be greenlets that never get a turn.
+            return look_up(host, port, **options)
+
+    return Loop(_original("selectors", "DefaultSelector")())

@@ -8,8 +8,7 @@ broker together with others, whose ``StoredAck`` becomes the ``PublishReceipt``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..brokers.base import Broker, StoredAck, Ticket
 from ..brokers.wire import header_block
@@ -18,6 +17,9 @@ from ..settings import Settings
 from ..signals import message_published
 from .breaker import CircuitBreaker
 from .draft import Draft, Prepared, PublishReceipt, prepare
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 # The broker settles each message within its timeout and a half second; a wait that is longer
 # than this in addition means that the broker's thread itself is stuck.
@@ -106,6 +108,8 @@ class Publisher:
 
     def publish_nowait(self, draft: Draft, timeout: float | None = None) -> Future[PublishReceipt]:
         """Publish and return a future of the receipt."""
+        from concurrent.futures import Future  # not for everybody: it takes a hundredth of Flask
+
         prepared = self.prepare_all([draft])
         future: Future[PublishReceipt] = Future()
         future.set_running_or_notify_cancel()
@@ -117,7 +121,8 @@ class Publisher:
             try:
                 future.set_result(self._receipts(prepared, ticket)[0])
             except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
-                future.set_exception(error)
+                # Without the frames of the loop's thread: through them it would keep itself alive.
+                future.set_exception(error.with_traceback(None))
 
         if self.breaker.failures:
             self.breaker.check()

@@ -172,8 +172,11 @@ class Relay:
         try:
             self._take_leases()
             self._watch_streams()
-            while not self._stopping.is_set() and (sent := self.step()):
+            more = True
+            while more and not self._stopping.is_set():
+                sent = self.step()
                 count += sent
+                more = self._watch_streams() or bool(sent)
         finally:
             self.release()
         return count
@@ -319,20 +322,24 @@ class Relay:
 
     # --- looking after the streams and the table
 
-    def _watch_streams(self) -> None:
-        """Look whether a stream has lost what it had; have it sent again if that is wished."""
+    def _watch_streams(self) -> bool:
+        """Look whether a stream has lost what it had; have it sent again if that is wished.
+
+        :returns: whether there may be more to send again.
+        """
+        more = False
         if 0 not in self._held or not self._broker.is_connected:
-            return
+            return more
         try:
-            if time.monotonic() >= self._next_check:
+            if self._watch.has_new or time.monotonic() >= self._next_check:
                 self._next_check = time.monotonic() + CHECK_INTERVAL
                 self._watch.check()
             if self._settings.outbox_resend_on_rewind and self._watch.rewound:
-                if self._watch.resend_some():
-                    self._next_check = time.monotonic()
+                more = self._watch.resend_some()
                 self._next_poll = 0.0
         except NatsPubsubError as error:
             self._complain(f"the streams could not be looked at: {error}")
+        return more
 
     def _clean(self) -> None:
         """Delete rows sent long ago, so many at a time that nobody waits for it."""

@@ -36,13 +36,14 @@ class StreamWatch:
     def __init__(self, store: OutboxStore, broker: Broker) -> None:
         #: Whether a stream has lost messages that were not sent again yet.
         self.rewound = False
+        #: Whether rows were sent to a stream that was never checked.
+        self.has_new = False
         self._store = store
         self._broker = broker
         self._seen: dict[str, _Seen] = {}
         self._rewinds: dict[str, int] = {}
         self._suspected: dict[str, str] = {}
         self._records: dict[str, StreamRecord] | None = None
-        self._has_new = False
         self._doubted: set[str] = set()
         self._walk: Iterator[list[int]] | None = None
         self._walked: StreamRecord | None = None
@@ -74,12 +75,12 @@ class StreamWatch:
                     f"a new message is number {ack.sequence}, and {seen.sequence} had been given",
                 )
         for event_id, ack in stored:
-            self._has_new = self._has_new or ack.stream not in self._rewinds
+            self.has_new = self.has_new or ack.stream not in self._rewinds
             if ack.sequence > self._seen.get(ack.stream, _Seen()).sequence:
                 self._seen[ack.stream] = _Seen(ack.sequence, event_id)
 
     def settle(self) -> None:
-        """Report what ``note`` has found, and begin to watch streams that are new.
+        """Report what ``note`` has found.
 
         :raises NatsPubsubError: the database or the server failed; to be called again.
         """
@@ -88,15 +89,13 @@ class StreamWatch:
             for name, reason in list(self._suspected.items()):
                 self._report(name, reason, records.get(name), self._broker.stream_info(name))
                 self._suspected.pop(name, None)
-        if self._has_new:
-            self.check()
 
     def check(self) -> None:
         """Look at all streams that rows were sent to.
 
         :raises NatsPubsubError: the database or the server failed.
         """
-        self._has_new = False
+        self.has_new = False
         self.settle()
         # What was read a moment ago is not read again.
         loaded, self._records = self._records, None

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from tests.servers import NatsServer
 
-from . import consume, outbox, publish
+from . import consume, growth, outbox, publish
 from .harness import Comparison, table, write_json
 
 PARTS = {
     "publish": publish.comparisons,
     "consume": consume.comparisons,
     "outbox": outbox.comparisons,
+    "growth": growth.comparisons,
 }
 OUTPUT = Path(__file__).with_name("results.json")
 

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from .harness import Comparison, Variant
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 430, 250, 58, 40, 14, 66
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 430, 270, 58, 40, 14, 88
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
 
 
@@ -36,9 +36,9 @@ class Curve:
         """Return the largest size against the smallest, so that 1 means that nothing is lost."""
         (small, first), *_, (large, last) = self.points.items()
         name = f"{self.panel}, {self.name}".rstrip(", ")
-        ours = Variant(f"{name}, {large:,}", lambda: 0.0, [1 / last if self.falling else last])
+        ours = Variant(f"{name}, {large:,}", lambda: 0.0, [1000 / last if self.falling else last])
         reference = Variant(f"the same, {small:,}", lambda: 0.0)
-        reference.results.append(1 / first if self.falling else first)
+        reference.results.append(1000 / first if self.falling else first)
         return Comparison(ours, reference, must)
 
 
@@ -89,7 +89,7 @@ def _panel(name: str, curves: list[Curve]) -> list[str]:
     for step in range(5):
         y = bottom - (bottom - TOP) * step / 4
         parts.append(f'<path d="M{LEFT} {y:.1f}H{right}" stroke="#e5e7eb"/>')
-        label = figure(top * step / 4).removesuffix(".00") if step else "0"
+        label = f"{top * step / 4:,g}"
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for size in sizes:
         x = _across(size, sizes)

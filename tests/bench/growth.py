@@ -26,6 +26,8 @@ from .peers import RawSocket, per_second
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 SUBSCRIBERS = (1, 10, 100)
+IDLE_SUBSCRIBERS = (1, 20, 100)
+IDLE_SECONDS = 12
 SUBJECTS = (10, 100, 1_000, 10_000)
 PAYLOADS = (1_000, 10_000, 100_000, 1_000_000)
 MESSAGES = 10_000
@@ -49,7 +51,7 @@ def comparisons(url: str, rounds: int) -> list[Comparison]:
         lambda: look_curves(SIZES),
         lambda: dead_letter_curves(url),
         lambda: subscriber_curves(url),
-        lambda: [subject_curve(url), payload_curve(url)],
+        lambda: [subject_curve(url), payload_curve(url), idle_curve(url)],
     ]
     curves: list[Curve] = []
     for number, part in enumerate(parts, 1):
@@ -58,7 +60,8 @@ def comparisons(url: str, rounds: int) -> list[Comparison]:
     print("\r\033[K", end="", file=sys.stderr)
     (DOCS / "_static" / "growth.svg").write_text(svg(curves), "utf-8")
     (DOCS / "performance-growth.rst").write_text(_PAGE + tables(curves), "utf-8")
-    return [curve.comparison(MUST) for curve in curves]
+    # What idles costs a little for each subscriber, and next to nothing in all.
+    return [curve.comparison(None if "idle" in curve.panel else MUST) for curve in curves]
 
 
 @contextmanager
@@ -147,6 +150,21 @@ def _work(url: str, subscribers: int) -> tuple[float, float]:
             return seconds, MESSAGES / (time.perf_counter() - started)
         finally:
             worker.stop()
+
+
+def idle_curve(url: str) -> Curve:
+    """Measure the processor time of a worker that has nothing to do."""
+    curve = Curve("An idle worker", "processor time", "subscribers", "% of a core")
+    for count in IDLE_SUBSCRIBERS:
+        with _shop(url, f"idle{count}") as pubsub:
+            for number in range(count):
+                pubsub.subscriber(f"topic{number}", name=f"s{number}")(lambda message: None)
+            with pubsub.run_worker():
+                time.sleep(1)  # the pulls are made
+                started = time.process_time()
+                time.sleep(IDLE_SECONDS)
+                curve.add(count, (time.process_time() - started) / IDLE_SECONDS * 100)
+    return curve
 
 
 def subject_curve(url: str) -> Curve:

@@ -154,9 +154,7 @@ MATRIX = {
     "uwsgi": [str(UWSGI), *UWSGI_OPTIONS, "--lazy-apps"],
     "waitress": [*PYTHON, "-m", "waitress", "--listen", "127.0.0.1:{port}", f"{SITE}:app"],
 }
-SERVERS = [
-    pytest.param(name, marks=[needs_uwsgi] if name == "uwsgi" else []) for name in MATRIX
-]
+SERVERS = [pytest.param(name, marks=[needs_uwsgi] if name == "uwsgi" else []) for name in MATRIX]
 PRELOADING = {
     "sync": [*MATRIX["gunicorn-sync"], "--preload"],
     "gevent": [*MATRIX["gunicorn-gevent"], "--preload"],
@@ -181,9 +179,7 @@ def test_every_publish_arrives_over_one_connection_a_process(
             if Path("/proc/self/task").exists():
                 assert threads_of(site.process.pid) == 1
         # waitress ends by SIGINT only; SIGTERM is the system's own end of it
-        check_clean_stop(
-            site, server, signal.SIGINT if name == "waitress" else signal.SIGTERM
-        )
+        check_clean_stop(site, server, signal.SIGINT if name == "waitress" else signal.SIGTERM)
 
     assert Counter(event_ids(stored(shop))) == Counter(f"e{n}" for n in range(200))
 
@@ -224,7 +220,8 @@ def test_async_views_publish(
     shop: NatsPubsub, server: MonitoredServer, env: str, tmp_path: Path, worker: str
 ) -> None:
     with running([*GUNICORN, "-k", worker], server, env, tmp_path, 1) as site:
-        site.publish(20, path="async/e")
+        # Under gevent two async views cannot run at once, whatever they do: see the docs.
+        site.publish(20, at_once=1 if worker == "gevent" else 8, path="async/e")
         check_clean_stop(site, server, signal.SIGTERM)
 
     assert Counter(event_ids(stored(shop))) == Counter(f"e{n}" for n in range(20))
