@@ -328,7 +328,10 @@ class Relay:
         :returns: whether there may be more to send again.
         """
         more = False
-        if 0 not in self._held or not self._broker.is_connected:
+        if 0 not in self._held:
+            return more
+        if not self._broker.is_connected:  # later, not at once: nothing else may be due
+            self._next_check = max(self._next_check, time.monotonic() + PAUSE)
             return more
         try:
             if self._watch.has_new or time.monotonic() >= self._next_check:

@@ -47,7 +47,7 @@ class StreamWatch:
         self._doubted: set[str] = set()
         self._walk: Iterator[list[int]] | None = None
         self._walked: StreamRecord | None = None
-        self._resent = 0
+        self._lost: list[int] = []
 
     def load(self) -> None:
         """Read what other relays, or this one before a restart, have seen."""
@@ -165,26 +165,29 @@ class StreamWatch:
     # --- repair
 
     def resend_some(self) -> bool:
-        """Make some of the rows pending that a rewound stream has lost; whether there may be more.
+        """Search on for what a rewound stream has lost; at the end make that pending.
 
+        :returns: whether to go on.
         :raises NatsPubsubError: the database or the server failed; the search begins anew.
         """
         if self._walk is None or self._walked is None:
             records = [one for one in self._store.streams.rewound() if one.created]
             if not records:
                 return False
-            self._walked, self._resent = records[0], 0
+            self._walked, self._lost = records[0], []
             self._walk = lost_rows(self._store, self._broker, self._walked)
         walk, self._walk = self._walk, None  # one that fails cannot be gone on with
         lost = next(walk, None)
         if lost is None:
             self._end_of_walk(self._walked)
-            return self.rewound
-        self._resent += self._store.sent.resend(lost)
+            return True
+        self._lost += lost
         self._walk = walk
         return True
 
     def _end_of_walk(self, record: StreamRecord) -> None:
+        # Only now, and the oldest first: found newest first, one could overtake another of its key.
+        count = self._store.sent.resend(sorted(self._lost))
         if self._store.streams.clear(record):
-            _log.warning("the stream %r: %d lost rows are sent again", record.name, self._resent)
+            _log.warning("the stream %r: %d lost rows are sent again", record.name, count)
         self.rewound = bool(self._store.streams.rewound())

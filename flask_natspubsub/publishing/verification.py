@@ -205,14 +205,15 @@ class SentEvents:
         :param dry_run: change nothing.
         :returns: how many rows were, or would be, made pending.
         """
-        count = 0
+        chosen: list[int] = []
         known = self._store.streams.rewound()
         for page in self._store.sent.pages(since=since):
-            ids = self._lost(page) if missing_only else [row.id for row in page]
-            count += len(ids) if dry_run else self._store.sent.resend(ids)
+            chosen += self._lost(page) if missing_only else [row.id for row in page]
             progress(len(page))
-        if not dry_run:
-            self._clear([record for record in known if self._is_whole(record)])
+        if dry_run:
+            return len(chosen)
+        count = self._store.sent.resend(sorted(chosen))  # of one key none before an earlier one
+        self._clear([record for record in known if self._is_whole(record)])
         return count
 
     def _lost(self, page: list[SentRow]) -> list[int]:

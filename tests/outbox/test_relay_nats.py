@@ -46,6 +46,29 @@ def test_hint_crosses_from_one_process_to_another(
         assert time.monotonic() - began < 2
 
 
+def test_relay_does_not_spin_while_the_server_is_away(make_shop: MakeShop, sqlite: str) -> None:
+    with NatsServer() as server:
+        shop = make_shop(sqlite, urls=server.url, outbox_poll_interval=1)
+        relay = shop.start_relay()
+        shop.commit(1)
+        shop.wait_until_marked()
+        server.kill()
+        eventually(lambda: not shop.broker.is_connected)
+        relay._next_check = 0.0
+        rounds = 0
+        go_round = relay._round
+
+        def counted() -> float:
+            nonlocal rounds
+            rounds += 1
+            return go_round()
+
+        relay._round = counted  # type: ignore[method-assign]
+        for_seconds(2, lambda: None)
+        assert 1 <= rounds <= 10
+        shop.stop_relay(relay)
+
+
 def test_server_away_and_back(make_shop: MakeShop, sqlite: str) -> None:
     with NatsServer() as server:
         shop = make_shop(sqlite, urls=server.url, outbox_poll_interval=0.1, publish_timeout=0.5)

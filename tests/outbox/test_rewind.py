@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from flask_natspubsub import ConfigurationError
-from flask_natspubsub.brokers.base import StoredAck
+from flask_natspubsub.brokers.base import ConsumerConfig, StoredAck
+from flask_natspubsub.brokers.jetstream import CONSUMER_NOT_FOUND, Floor, JetStreamApi
 from flask_natspubsub.cli import natspubsub
 from flask_natspubsub.publishing import relay as relay_module
 from flask_natspubsub.publishing import verification
@@ -140,6 +143,8 @@ def test_a_relay_notices_by_the_acknowledgement_and_has_it_sent_again(
     eventually(lambda: set(shop.sent) == set(range(21)), 60, "not all was sent again")
     eventually(lambda: not rewound(shop), 60, "it is still reported")
     assert len(errors(caplog)) == 1
+    again = [number for number in shop.sent if 10 <= number < 20]
+    assert again == sorted(again), "in the order of before"
     assert events(shop).verify(full=True).missing == []
 
 
@@ -218,6 +223,29 @@ def test_a_second_copy_is_no_rewind(shop: OutboxShop) -> None:
     watch.note([("x", StoredAck(shop.state.settings.stream, 1, duplicate=True))])
     watch.check()
     assert rewound(shop) == []
+
+
+@pytest.mark.parametrize(("last", "start"), [(20, 14), (13, 14), (12, None)])
+def test_a_consumer_made_anew_leaves_out_none_of_the_numbers_given_again(
+    last: int, start: int | None
+) -> None:
+    """It goes on where the one before was, unless the stream has not even come that far."""
+    made: list[dict[str, Any]] = []
+
+    async def request(subject: str, payload: bytes) -> bytes:
+        if ".STREAM.INFO." in subject:
+            state = {"last_seq": last}
+            return json.dumps(
+                {"config": {"subjects": ["a.>"]}, "created": "then", "state": state}
+            ).encode()
+        if ".CONSUMER.INFO." in subject:
+            return json.dumps({"error": {"err_code": CONSUMER_NOT_FOUND}}).encode()
+        made.append(json.loads(payload)["config"])
+        return b"{}"
+
+    config = ConsumerConfig(stream="main", durable="reader", filter_subjects=("a.b",))
+    asyncio.run(JetStreamApi(request).ensure_consumer(config, after=Floor("then", 13)))
+    assert made[0].get("opt_start_seq") == start
 
 
 # --- told and repaired

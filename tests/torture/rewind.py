@@ -10,6 +10,7 @@ from .ledger import Result, count
 from .run import Run
 from .site import Site
 
+WAYS = ("busy", "idle", "alive")
 #: Longest time until a relay that has nothing to send notices; seconds.
 NOTICE = 60.0
 COPY = "copy-of-the-store"
@@ -19,10 +20,10 @@ def stream_rewound(run: Run) -> Result:
     """What the stream has acknowledged and lost is noticed, and sent again from the outbox."""
     total = {"lost by the stream": 0, "of these not handled": 0, "s until noticed": 0.0}
     rounds, messages = run.size["rounds"], run.size["messages"]
-    with Site(outbox_resend_on_rewind=True) as site:
+    with Site(outbox_resend_on_rewind=True, slowness=0.02) as site:
         site.start_relay()
         for number in range(rounds):
-            _rewind(run, site, messages, total, idle=number % 2 == 1)
+            _rewind(run, site, messages, total, WAYS[number % len(WAYS)])
             run.progress("rounds", number + 1, rounds)
         site.finish()
         result = count(run.name, site)
@@ -32,32 +33,36 @@ def stream_rewound(run: Run) -> Result:
     return result
 
 
-def _rewind(run: Run, site: Site, messages: int, total: dict[str, float], *, idle: bool) -> None:
+def _rewind(run: Run, site: Site, messages: int, total: dict[str, float], way: str) -> None:
     """Send messages, copy the store, send more, kill the server, and give it the copy.
 
     The worker has handled some of what the stream then loses: these must not happen again.
     The others are in nothing but the outbox.
 
-    :param idle: nothing is sent afterwards: the relay has to look by itself.
+    :param way: ``busy``: there is more to send afterwards; ``idle``: nothing, so the relay has to
+        look by itself; ``alive``: the worker is not killed, and has messages in hand whose
+        numbers are given to others meanwhile.
     """
     worker = site.start_worker()
     kept = int(messages * run.random.uniform(0.3, 0.7))
     _publish(site, kept)
     _copy_store(site)
     _publish(site, (messages - kept) // 2)
-    worker.kill()
+    if way != "alive":
+        worker.kill()
     _publish(site, messages - kept - (messages - kept) // 2)
     noticed = _rewinds(site) + 1
     total["lost by the stream"] += messages - kept
     total["of these not handled"] += site.unhandled
     _restore_store(site)
     began = time.monotonic()
-    if not idle:
+    if way != "idle":
         site.publish(10)
     eventually(lambda: _rewinds(site) == noticed, NOTICE, "the rewind is not noticed", 0.1)
     total["s until noticed"] = max(total["s until noticed"], time.monotonic() - began)
     eventually(lambda: not _is_reported(site), NOTICE, "the rewind is not repaired", 0.1)
-    worker = site.start_worker()
+    if way != "alive":
+        worker = site.start_worker()
     site.await_effects()
     worker.terminate()
     worker.await_end()

@@ -48,7 +48,12 @@ TABLE: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any], str]] = {
     "publish_timeout": (5.0, [(1, 1.0)], POSITIVE_SECONDS, "seconds"),
     "publish_in_flight": (4_000, [(1, 1)], [0, -1, "4", True], "whole number, 1 or more"),
     "publish_queue": (10_000, [(1, 1)], [0, -1, "4", True], "whole number, 1 or more"),
-    "publish_queue_bytes": (64 * 1024 * 1024, [(1, 1)], [0, -1, "4", True], "whole number, 1 or more"),
+    "publish_queue_bytes": (
+        64 * 1024 * 1024,
+        [(1, 1)],
+        [0, -1, "4", True],
+        "whole number, 1 or more",
+    ),
     "stream_name": (None, [("events", "events")], ["", "a.b", "a b", 5], "letters"),
     "stream_config": (
         {},
