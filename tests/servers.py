@@ -37,12 +37,23 @@ class NatsServer:
     :param config: more configuration text (``authorization {...}``, ``tls {...}``,
         ``max_payload: ...``); it may be changed between ``stop`` and ``start``.
     :param port: -1 for any free port.
+    :param binary: default: the installed server.
     """
 
-    def __init__(self, config: str = "", *, port: int = -1, jetstream: bool = True) -> None:
+    def __init__(
+        self,
+        config: str = "",
+        *,
+        port: int = -1,
+        jetstream: bool = True,
+        binary: Path | None = None,
+        name: str = "tests",
+    ) -> None:
         self.config = config
         self.port = port
+        self.name = name
         self._jetstream = jetstream
+        self._binary = str(binary or nats_server_binary())
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
 
@@ -66,6 +77,11 @@ class NatsServer:
     def url(self) -> str:
         """The address for clients, without credentials."""
         return f"nats://127.0.0.1:{self.port}"
+
+    @property
+    def urls(self) -> list[str]:
+        """The addresses for clients: one."""
+        return [self.url]
 
     @property
     def folder(self) -> Path:
@@ -98,7 +114,7 @@ class NatsServer:
         config.write_text(self._config_text())
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [nats_server_binary(), "-c", str(config), "--ports_file_dir", str(self.folder)],
+                [self._binary, "-c", str(config), "--ports_file_dir", str(self.folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -131,7 +147,7 @@ class NatsServer:
             self._folder = None
 
     def _config_text(self) -> str:
-        lines = [f"listen: 127.0.0.1:{self.port}", "server_name: tests", self.config]
+        lines = [f"listen: 127.0.0.1:{self.port}", f"server_name: {self.name}", self.config]
         if self._jetstream:
             lines.append(f"jetstream {{ store_dir: {json.dumps(str(self.folder / 'data'))} }}")
         return "\n".join(lines) + "\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import commits, kills, outages, relays, rewind
+from . import cluster, commits, kills, outages, relays, rewind
 from .run import Scenario
 
 SCENARIOS = [
@@ -50,6 +50,12 @@ SCENARIOS = [
         {"rounds": 20, "messages": 5_000},
     ),
     Scenario("nats-down", outages.nats_down, {"requests": 100}, {"requests": 5_000}),
+    Scenario(
+        "cluster-leaders",
+        cluster.leaders_killed,
+        {"rounds": 2, "down_s": 0},
+        {"rounds": 40, "down_s": 60},
+    ),
     Scenario(
         "end-to-end",
         outages.end_to_end,

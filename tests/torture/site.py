@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from flask_natspubsub import NatsPubsub
 from flask_natspubsub.state import AppState
 
+from ..cluster import NatsCluster
 from ..databases import sqlite_url
 from ..servers import NatsServer
 from ..waiting import eventually
@@ -32,6 +33,7 @@ class Site:
     :param database: its address; default a SQLite file.
     :param lease: how long a dead relay holds its partitions; default as in production.
     :param slowness: longest time that a handler takes, seconds; each takes another.
+    :param nats: what is to be started; default one server.
     :param settings: ``NATSPUBSUB_`` keys in lower case, for all processes.
     """
 
@@ -41,9 +43,10 @@ class Site:
         *,
         lease: float | None = None,
         slowness: float = 0.0,
+        nats: NatsServer | NatsCluster | None = None,
         **settings: Any,
     ) -> None:
-        self.nats = NatsServer()
+        self.nats = nats or NatsServer()
         self._stack = ExitStack()
         self._database = database
         self._lease = lease
@@ -86,7 +89,7 @@ class Site:
         url = self._database or f"{sqlite_url(folder)}?timeout=15"
         self._stack.enter_context(self.nats)
         config = {f"NATSPUBSUB_{key.upper()}": value for key, value in self.settings.items()}
-        config |= {"NATSPUBSUB_URLS": self.nats.url, "SQLALCHEMY_DATABASE_URI": url}
+        config |= {"NATSPUBSUB_URLS": self.nats.urls, "SQLALCHEMY_DATABASE_URI": url}
         environment = {f"FLASK_{key}": json.dumps(value) for key, value in config.items()}
         environment[failpoints.RESENT] = str(folder / "resent")
         environment["TORTURE_SLOWNESS"] = str(self._slowness)
@@ -98,7 +101,7 @@ class Site:
         self._stack.callback(self._close_app)
         with self.app.app_context():
             db.create_all()
-            assert self.pubsub.is_connected
+            eventually(lambda: self.pubsub.is_connected, 30)
 
     def _close_app(self) -> None:
         self.pubsub.shutdown(self.app)
