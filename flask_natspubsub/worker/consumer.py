@@ -43,6 +43,10 @@ class Job(msgspec.Struct, eq=False):
 class SubscriberConsumer:
     """Pulls for one subscription and hands jobs to the worker's threads.
 
+    No lock is shared by the handler threads: one that waits for a lock gives up the
+    interpreter, and with handlers of microseconds they would do little else. What has to be
+    decided once is decided by removing something: the first to remove it has it.
+
     :param dispatch: puts a job on the worker's queue.
     :param slots: handler threads of the worker.
     """
@@ -58,15 +62,20 @@ class SubscriberConsumer:
         self.processor = processor
         self.subscription = processor.subscription
         self.concurrency = min(self.subscription.concurrency, slots)
+        #: Grows with every message handled; not their exact number.
         self.handled = 0
         self._broker = broker
         self._stream = stream
         self._dispatch = dispatch
-        self._lock = threading.Lock()
         self._jobs: set[Job] = set()
+        #: Of those, the ones that no handler has begun with.
+        self._waiting: set[Job] = set()
         self._backlog: deque[Job] = deque()
-        self._running = 0
-        self._requested = 0
+        #: One token for each handler that may be running besides those that are.
+        self._free = deque(range(self.concurrency))
+        self._asking = threading.Lock()
+        self._asked = 0
+        self._received = 0
         self._limit = self.concurrency
         self._average = 0.0
         self._consumption: Consumption | None = None
@@ -77,19 +86,15 @@ class SubscriberConsumer:
     def start(self) -> None:
         """Make the durable consumer and begin to pull; the errors of ``Broker.consume``."""
         config = self.subscription.consumer_config(self._stream)
-        consumption = self._broker.consume(config, self._deliver)
-        with self._lock:
-            self._consumption = consumption
-            stopping = self._stopping
-        if stopping:
-            self._end(consumption, STOP_TIMEOUT)
+        self._consumption = self._broker.consume(config, self._deliver)
+        if self._stopping:
+            self._end(self._consumption, STOP_TIMEOUT)
         else:
             self._top_up()
 
     def halt(self) -> None:
         """Begin no more handlers; ``stop_pulling`` is to follow."""
-        with self._lock:
-            self._stopping = True
+        self._stopping = True
 
     def stop_pulling(self, timeout: float = STOP_TIMEOUT) -> None:
         """Ask for no more, and hand back what no handler has begun with."""
@@ -97,12 +102,11 @@ class SubscriberConsumer:
         if self._consumption is not None:
             self._end(self._consumption, timeout)
         # Only now: while the pull was open, the server would have given it back to us at once.
-        with self._lock:
-            waiting = [job for job in self._jobs if job.started is None]
-            self._jobs.difference_update(waiting)
-            self._backlog.clear()
-        for job in waiting:
-            job.delivery.nak()
+        self._backlog.clear()
+        for job in list(self._waiting):
+            if _take(self._waiting, job):
+                self._jobs.discard(job)
+                job.delivery.nak()
 
     def _end(self, consumption: Consumption, timeout: float) -> None:
         try:
@@ -112,9 +116,7 @@ class SubscriberConsumer:
 
     def abandon(self) -> None:
         """Give back all that is in hand, begun or not."""
-        with self._lock:
-            jobs = list(self._jobs)
-        for job in jobs:
+        for job in list(self._jobs):
             job.delivery.nak()
 
     @property
@@ -144,18 +146,39 @@ class SubscriberConsumer:
     # --- the broker's thread
 
     def _deliver(self, delivery: Delivery) -> None:
+        if self._received < self._asked:
+            self._received += 1
         job = Job(self, delivery, time.monotonic())
-        with self._lock:
-            if self._requested:
-                self._requested -= 1
-            self._jobs.add(job)
-            if self._stopping:
-                return
-            if self._running >= self.concurrency:
-                self._backlog.append(job)
-                return
-            self._running += 1
-        self._dispatch(job)
+        self._jobs.add(job)
+        self._waiting.add(job)
+        if not self._stopping:
+            self._backlog.append(job)
+            self._hand_out()
+
+    # --- any thread
+
+    def _hand_out(self) -> None:
+        """Give waiting jobs to the threads, as far as there are handlers free."""
+        while self._backlog:
+            try:
+                token = self._free.pop()
+            except IndexError:
+                return  # whoever gives a token back looks here again
+            try:
+                job = self._backlog.popleft()
+            except IndexError:
+                self._free.append(token)
+            else:
+                self._dispatch(job)
+
+    def _next(self) -> Job | None:
+        """Return the job to go on with; if there is none, another handler may run."""
+        try:
+            return self._backlog.popleft()
+        except IndexError:
+            self._free.append(0)
+            self._hand_out()
+            return None
 
     # --- the handler threads
 
@@ -167,64 +190,55 @@ class SubscriberConsumer:
         :returns: what became of it, None if the worker is stopping and it is handed back; and
             the job to go on with, if there is one.
         """
-        with self._lock:
-            if self._stopping:
-                return None, None
-            job.thread = threading.current_thread()
-            job.started = started = time.monotonic()
+        job.thread = threading.current_thread()
+        if self._stopping or not _take(self._waiting, job):
+            return None, None
+        job.started = time.monotonic()
         try:
             outcome = process(job.delivery)
         except BaseException:
-            self._go_on(self._finished(job, started))
+            following = self._finished(job, job.started)
+            if following is not None:
+                self._dispatch(following)
             raise
-        return outcome, self._finished(job, started)
+        return outcome, self._finished(job, job.started)
 
     def _finished(self, job: Job, started: float) -> Job | None:
         """Count a job as done; returns the next one."""
+        self.handled += 1
+        if not _take(self._jobs, job):
+            job.expired = True  # its place was given away when its time ran out
+            return None
         seconds = time.monotonic() - started
-        with self._lock:
-            self.handled += 1
-            if job.expired:
-                return None  # its place was given away when its time ran out
-            self._jobs.discard(job)
-            self._average += (seconds - self._average) * NEWEST if self._average else seconds
-            following = self._next()
-            more = self._missing()
-        if more and self._consumption is not None:
-            self._consumption.request(more)
+        self._average += (seconds - self._average) * NEWEST if self._average else seconds
+        following = self._next()
+        self._top_up()
         return following
 
-    def _go_on(self, following: Job | None) -> None:
-        if following is not None:
-            self._dispatch(following)
-        self._top_up()
-
-    def _next(self) -> Job | None:
-        if self._backlog:
-            return self._backlog.popleft()
-        self._running -= 1
-        return None
-
     def _top_up(self) -> None:
-        with self._lock:
-            more = self._missing()
-        if more and self._consumption is not None:
+        """Ask for more once half of what may be in hand is gone, or a thread would be idle."""
+        while self._is_low():
+            if not self._asking.acquire(blocking=False):
+                return  # whoever has it looks again after releasing it
+            try:
+                coming = self._coming()
+                self._limit = self._workable()
+                more = self._limit - coming
+                self._asked += max(0, more)
+            finally:
+                self._asking.release()
+            if more <= 0 or self._consumption is None:
+                return
             self._consumption.request(more)
 
-    def _missing(self) -> int:
-        """Return how many to ask for, and count them as asked for; to be called with the lock.
+    def _is_low(self) -> bool:
+        coming = self._coming()
+        low = coming <= self._limit // 2 or coming < self.concurrency
+        return low and not self._stopping and self._consumption is not None
 
-        None until half of what may be in hand is gone, or a thread would be idle.
-        """
-        coming = len(self._jobs) + self._requested
-        if coming > self._limit // 2 and coming >= self.concurrency:
-            return 0
-        if self._stopping or self._consumption is None:
-            return 0
-        self._limit = self._workable()
-        more = max(0, self._limit - coming)
-        self._requested += more
-        return more
+    def _coming(self) -> int:
+        """Return how many are in hand or asked for."""
+        return len(self._jobs) + self._asked - self._received
 
     def _workable(self) -> int:
         """Return how many may be in hand, by the handler times measured so far."""
@@ -239,18 +253,16 @@ class SubscriberConsumer:
     def look_after(self, now: float) -> list[Job]:
         """Renew what is in hand; return the jobs whose handler has just run out of time.
 
-        Their slots are free from here on: the worker starts a thread in place of each.
+        Those that are ``expired`` have lost their place: the worker starts a thread in place of
+        each. The others have come to their end at this very moment.
         """
-        with self._lock:
-            late = [job for job in self._jobs if self._is_late(job, now)]
-            following = [self._expire(job) for job in late]
-            jobs = list(self._jobs)
-        for job in jobs:
+        late = [job for job in list(self._jobs) if self._is_late(job, now)]
+        for job in late:
+            self._expire(job)
+        for job in list(self._jobs):
             if now - job.renewed >= self.subscription.ack_wait / 3:
                 job.renewed = now
                 job.delivery.in_progress()
-        for waiting in following:
-            self._go_on(waiting)
         return late
 
     def _is_late(self, job: Job, now: float) -> bool:
@@ -261,7 +273,20 @@ class SubscriberConsumer:
             and self.processor.take_over(job.delivery)
         )
 
-    def _expire(self, job: Job) -> Job | None:
-        job.expired = True
-        self._jobs.discard(job)
-        return self._next()
+    def _expire(self, job: Job) -> None:
+        """Give the place of a job away, unless it has come to its end."""
+        if _take(self._jobs, job):
+            job.expired = True
+            following = self._next()
+            if following is not None:
+                self._dispatch(following)
+            self._top_up()
+
+
+def _take(jobs: set[Job], job: Job) -> bool:
+    """Remove ``job``; False if another thread was quicker."""
+    try:
+        jobs.remove(job)
+    except KeyError:
+        return False
+    return True

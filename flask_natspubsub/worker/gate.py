@@ -8,7 +8,10 @@ from collections.abc import Iterator
 
 
 class Gate:
-    """Lets many in at once, or one alone; each says who it is."""
+    """Lets many in at once, or one alone; each says who it is.
+
+    While nobody wants to be alone, to enter and to leave takes no lock.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -18,8 +21,11 @@ class Gate:
 
     def enter(self, who: object) -> None:
         """Enter with others; waits while somebody is, or wants to be, alone."""
-        with self._lock:
-            if self._alone is not None:
+        # First in, then the look: who wants to be alone says so first and looks then.
+        self._inside.add(who)
+        while self._alone is not None:
+            self.leave(who)
+            with self._lock:
                 self._changed.wait_for(lambda: self._alone is None)
             self._inside.add(who)
 
@@ -37,10 +43,10 @@ class Gate:
 
     def leave(self, who: object) -> None:
         """Count ``who`` as gone, as one that hangs inside; leaving twice does no harm."""
+        self._inside.discard(who)
+        if self._alone is None:
+            return  # so nobody waits
         with self._lock:
-            self._inside.discard(who)
-            if self._alone is None:
-                return  # so nobody waits
             if self._alone is who:
                 self._alone = None
             self._changed.notify_all()

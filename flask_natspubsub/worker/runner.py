@@ -354,21 +354,24 @@ class Worker:
 
     def _expire(self, job: Job) -> None:
         _log.error(
-            "%s: the handler has been running for more than %g s; its message is handed back "
-            "and a new thread takes over",
+            "%s: the handler has been running for more than %g s; its message is handed back",
             job.consumer.subscription.name,
             job.consumer.subscription.timeout,
         )
-        late = cast(threading.Thread, job.thread)
-        self._threads.discard(late)
-        running_on = {one: since for one, since in self._overdue.items() if one.is_alive()}
-        self._overdue = running_on | {late: time.monotonic()}
-        self._start_thread()
-        self._gate.leave(job)
+        if job.expired:
+            self._replace(cast(threading.Thread, job.thread))
+            self._gate.leave(job)
         # Storing a dead letter may take a while; the monitor has others to renew.
         threading.Thread(
             target=job.consumer.processor.time_out, args=(job.delivery,), daemon=True
         ).start()
+
+    def _replace(self, late: threading.Thread) -> None:
+        """Start a thread in place of one that hangs in a handler."""
+        self._threads.discard(late)
+        running_on = {one: since for one, since in self._overdue.items() if one.is_alive()}
+        self._overdue = running_on | {late: time.monotonic()}
+        self._start_thread()
 
 
 def choose(subscriptions: Sequence[Subscription], only: Sequence[str] | None) -> list[Subscription]:

@@ -65,7 +65,7 @@ class Load:
         messages = [(TOPIC, {"total": 1}, {"event_id": one}) for one in ids]
         try:
             with self._site.app.app_context():
-                self._site.pubsub.publish_many(messages, outbox=False, timeout=3)
+                self._site.pubsub.publish_many(messages, timeout=3)
         except PublishError:
             self.retries += 1
             return False

@@ -34,9 +34,7 @@ def test_sizes_are_counted_in_bytes() -> None:
     block = header_block({"topic": "größe"})
     size = len("NATS/1.0\r\ntopic: größe\r\n\r\n".encode())
 
-    assert frame("s", "ü".encode(), "r", block).startswith(
-        b"HPUB s r %d %d\r\n" % (size, size + 2)
-    )
+    assert frame("s", "ü".encode(), "r", block).startswith(b"HPUB s r %d %d\r\n" % (size, size + 2))
 
 
 def test_headers_keep_their_order_and_text() -> None:
