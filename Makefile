@@ -32,7 +32,7 @@ lint: $(VENV)/.stamp-dev $(VENV)/.stamp-lint  ## check style and types
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-bench: $(VENV)/.stamp-dev  ## measure
+bench: $(VENV)/.stamp-dev $(VENV)/.stamp-bench  ## measure
 	@$(RUN) -m tests.bench $(ARGS)
 
 torture: $(VENV)/.stamp-dev  ## kill processes, servers and connections for half an hour, and count the losses

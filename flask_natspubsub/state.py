@@ -111,7 +111,8 @@ class AppState:
         return True
 
     def _nats_health(self) -> dict[str, Any]:
-        return {"ok": self.is_connected, **self.broker().load()}
+        connected, load = self.is_connected, self.broker().load()
+        return {"ok": connected and not load.get("publishes_unanswered"), **load}
 
     def subscriptions(self) -> list[Subscription]:
         """Import ``NATSPUBSUB_SUBSCRIBERS`` and settle all subscribers for this app.

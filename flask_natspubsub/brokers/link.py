@@ -26,6 +26,8 @@ _log = logging.getLogger("flask_natspubsub.broker")
 
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 2.0
+# All clients lose a server at the same moment; they return at any moment of so many seconds.
+RETURN_WITHIN = 1.0
 STABLE = 5.0
 REFUSED_PAUSE = 30.0
 LOG_INTERVAL = 10.0
@@ -59,6 +61,10 @@ class Connection(Protocol):
     @property
     def servers(self) -> Sequence[str]:
         """Return the URLs of further servers of the cluster."""
+
+    @property
+    def cluster_size(self) -> int:
+        """Return how many servers of the cluster take clients."""
 
     def send(self, frames: Sequence[bytes]) -> None:
         """Write frames of messages."""
@@ -111,6 +117,7 @@ class Link:
         self.refused = ""
         self.max_payload = DEFAULT_MAX_PAYLOAD
         self.server_version = ""
+        self.cluster_size = 1
         self.listeners: list[Listener] = []
         self.on_denied: Callable[[str], None] = lambda subject: None
         self.set_up: Callable[[], Coroutine[Any, Any, None]] = _nothing
@@ -261,11 +268,13 @@ class Link:
         pause = FIRST_PAUSE
         while not self._closing:
             began = time.monotonic()
+            was_up = False
             try:
                 await self._serve(await self._dial_any())
+                was_up = True
             except ConnectionRefused as error:
                 self._fail(f"{self._settings.safe_urls} refused the connection: {error}.")
-                await self._sleep(REFUSED_PAUSE)
+                await self._sleep(jittered(REFUSED_PAUSE))
                 continue
             except (OSError, TimeoutError, NatsPubsubError) as error:
                 self._down(_one_line(error))
@@ -274,7 +283,7 @@ class Link:
                 self._down(type(error).__name__)
             if time.monotonic() - began > STABLE:
                 pause = FIRST_PAUSE
-            await self._sleep(pause)
+            await self._sleep(jittered(pause, was_up=was_up))
             pause = min(pause * 2, LONGEST_PAUSE)
 
     async def close(self, timeout: float) -> None:
@@ -309,6 +318,7 @@ class Link:
         self._known = [*dict.fromkeys([*self._settings.urls, *connection.servers])]
         self.max_payload = connection.max_payload
         self.server_version = connection.version
+        self.cluster_size = connection.cluster_size
         self._connection = connection
         self.refused = ""
         self._last_error = "connected, the streams are being looked after"
@@ -366,13 +376,23 @@ class Link:
             self._logged = now
             _log.warning("%s Still trying.", self.describe_down())
 
-    async def _sleep(self, pause: float) -> None:
-        """Pause, with full jitter so that many clients do not return at the same moment."""
+    async def _sleep(self, seconds: float) -> None:
         changed = self._changed
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause / 2 + random.uniform(0.0, max(pause, 0.05))):  # noqa: S311
+            async with asyncio.timeout(seconds):
                 while not self._closing:
                     await changed.wait()
+
+
+def jittered(pause: float, *, was_up: bool = False) -> float:
+    """Return about ``pause`` seconds, so that many clients do not come at the same moment.
+
+    :param was_up: there was a connection until now, which other clients have lost as well.
+    """
+    shortest, longest = pause / 2, pause / 2 + max(pause, FIRST_PAUSE)
+    if was_up:
+        shortest, longest = 0.0, max(longest, RETURN_WITHIN)
+    return random.uniform(shortest, longest)  # noqa: S311 - nothing secret
 
 
 async def _nothing() -> None:

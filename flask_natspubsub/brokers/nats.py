@@ -139,6 +139,10 @@ class _Connection:
     def servers(self) -> list[str]:
         return [url.geturl() for url in self._client.discovered_servers]
 
+    @property
+    def cluster_size(self) -> int:
+        return len(self._client._server_info.get("connect_urls") or ()) or 1
+
     def send(self, frames: Sequence[bytes]) -> None:
         transport = self._client._transport
         if transport is not None and not self.closed.is_set():

@@ -7,6 +7,7 @@ makes publishers wait instead of growing the process. Deadlines are kept by one 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -15,16 +16,13 @@ from typing import Protocol
 
 import msgspec
 
-from ..errors import (
-    NoStreamForSubject,
-    NotConnected,
-    PayloadTooLarge,
-    PublishDenied,
-    PublishError,
-)
+from ..errors import NoStreamForSubject, NotConnected, PublishDenied, PublishError
 from ..settings import Settings
+from .answers import result_of, too_large
 from .base import OutgoingMessage, StoredAck, Ticket
 from .wire import STATUS, frame, header_block
+
+_log = logging.getLogger("flask_natspubsub.broker")
 
 IN_FLIGHT_BYTES = 32 * 1024 * 1024
 #: So many messages are written at once.
@@ -34,7 +32,10 @@ SWEEP = 0.05
 # it is tried again after these seconds before it is an error.
 NO_RESPONDERS_WAITS = (0.05, 0.1, 0.2, 0.4)
 NO_RESPONDERS = "503"
-STREAM_MESSAGE_TOO_LARGE = 10054
+# So many publishes without an acknowledgement, of which the last was so many seconds ago, are
+# no accident: a stream may refuse to store while its servers look healthy.
+UNANSWERED = 3
+UNANSWERED_SECONDS = 60.0
 
 
 class OutboundLink(Protocol):
@@ -62,16 +63,6 @@ class OutboundLink(Protocol):
 
     def mend_streams(self) -> None:
         """Look after the streams again: a subject has nobody who stores it."""
-
-
-class _PubAck(msgspec.Struct):
-    stream: str = ""
-    seq: int = 0
-    duplicate: bool = False
-    error: dict[str, object] | None = None
-
-
-_decode_ack = msgspec.json.Decoder(_PubAck).decode
 
 
 class _Item(msgspec.Struct, gc=False):
@@ -118,6 +109,8 @@ class PublishWindow:
         self._bytes = 0
         self._token = 0
         self._sweeping = False
+        self._unanswered = 0
+        self._unanswered_at = 0.0
 
     # --- any thread
 
@@ -178,7 +171,14 @@ class PublishWindow:
             "publishes_queued_bytes_limit": self._most_queued_bytes,
             "publishes_in_flight": len(self._in_flight),
             "publishes_in_flight_limit": self._most_in_flight,
+            "publishes_unanswered": self._unanswered if self.is_mute else 0,
         }
+
+    @property
+    def is_mute(self) -> bool:
+        """Whether the server takes publishes and has acknowledged none of late."""
+        recent = time.monotonic() - self._unanswered_at < UNANSWERED_SECONDS
+        return recent and self._unanswered >= UNANSWERED
 
     @property
     def idle(self) -> bool:
@@ -216,7 +216,7 @@ class PublishWindow:
             count += 1
             size += item.size
             if item.size > limit:
-                item.settle(_too_large(item, limit))
+                item.settle(too_large(item.message.subject, item.size, limit))
                 continue
             self._token += 1
             self._in_flight[self._token] = item
@@ -260,7 +260,8 @@ class PublishWindow:
         if headers and headers.get(STATUS) == NO_RESPONDERS:
             self._no_responders(item)
         else:
-            item.ticket.settle(item.index, _result(item, data))
+            self._unanswered = 0
+            item.ticket.settle(item.index, result_of(data, item.message.subject, item.size))
         if self._queue and not self._scheduled:
             self._scheduled = True
             self._link.wake(self._drain)
@@ -290,6 +291,7 @@ class PublishWindow:
         self._put_back(self._in_flight.values())
         self._in_flight.clear()
         self._bytes = 0
+        self._unanswered = 0
 
     def on_denied(self, subject: str) -> None:
         """Fail what was sent to ``subject``: the server reports this out of band.
@@ -354,12 +356,23 @@ class PublishWindow:
                 "The message waited too long behind others and was not sent.",
                 "The server is slower than this process; publish less at once.",
             )
+        self._note_unanswered()
         return PublishError(
             f"No acknowledgement for {item.message.subject!r} came in time; "
             "it may or may not be stored.",
             "Publish again with the same event_id: a second copy is not stored.",
             outcome="unknown",
         )
+
+    def _note_unanswered(self) -> None:
+        self._unanswered += 1
+        self._unanswered_at = time.monotonic()
+        if self._unanswered == UNANSWERED:
+            _log.error(
+                "connected to NATS, but the last %d publishes were not acknowledged: "
+                "look at the stream's leader and replicas",
+                UNANSWERED,
+            )
 
 
 def _closed() -> PublishError:
@@ -368,32 +381,3 @@ def _closed() -> PublishError:
 
 def _with_outcome(error: PublishError, item: _Item) -> PublishError:
     return type(error)(error.message, error.fix, outcome="unknown" if item.sent else "not_sent")
-
-
-def _too_large(item: _Item, limit: int) -> PayloadTooLarge:
-    return PayloadTooLarge(
-        f"The message for {item.message.subject!r} has {item.size:,} bytes with its headers; "
-        f"the server takes {limit:,}.",
-        "Publish a reference to the data instead, or raise max_payload on the server.",
-        size=item.size,
-        limit=limit,
-    )
-
-
-def _result(item: _Item, data: bytes) -> StoredAck | PublishError:
-    try:
-        ack = _decode_ack(data)
-    except msgspec.MsgspecError:
-        return PublishError(
-            f"Something other than JetStream answered on {item.message.subject!r}.",
-            "Another service replies to this subject; it should not.",
-            outcome="unknown",
-        )
-    if ack.error is None:
-        return StoredAck(ack.stream, ack.seq, ack.duplicate)
-    text = f"The stream refused the message: {ack.error.get('description', ack.error)}."
-    if ack.error.get("err_code") == STREAM_MESSAGE_TOO_LARGE:
-        return PayloadTooLarge(text, "Raise max_msg_size of the stream.", size=item.size)
-    if ack.error.get("code") == 503:
-        return PublishError(text, "The stream may be full, or without a leader; try again later.")
-    return PublishDenied(text, "Compare the stream's settings with what is published.")

@@ -44,6 +44,8 @@ _log = logging.getLogger("flask_natspubsub.broker")
 T = TypeVar("T")
 
 API_TIMEOUT = 5.0
+#: A cluster of so many servers can keep a stream more than once.
+WORTH_REPLICAS = 3
 
 #: What a forked child inherited and must not touch: closing it, or letting it be collected,
 #: could disturb the parent, whose sockets and selector it shares.
@@ -64,6 +66,7 @@ class _Session:
         self.link.listeners.append(self)
         self.link.on_denied = self.window.on_denied
         self.wanted = wanted
+        self._warned = False
         self.link.set_up = self.set_up
         # Not waited for: a greenlet that waits while it holds the broker's lock, which may be
         # older than gevent's patches, would hang all others. What comes later runs after it.
@@ -88,10 +91,28 @@ class _Session:
         try:
             if self.wanted:
                 await self.api.setup(self.wanted, dry_run=False)
+                await self._look_at_replicas()
         except NatsPubsubError as error:
             _log.error("the streams could not be set up: %s", error)
         except Exception:  # noqa: BLE001 - an answer without sense must not stop the link
             _log.exception("the streams could not be set up")
+
+    async def _look_at_replicas(self) -> None:
+        """Warn, once, of a stream that only one server of a cluster has."""
+        size, name = self.link.cluster_size, self.wanted[0].name
+        if size < WORTH_REPLICAS or self._warned:
+            return
+        report = await self.api.stream(name)
+        if report is not None and stream_info(report).config.replicas == 1:
+            self._warned = True
+            _log.warning(
+                "the stream %r has 1 replica in a cluster of %d: if its server is lost, so are "
+                "its messages. Set replicas to 3 in NATSPUBSUB_STREAM_CONFIG before it is made, "
+                "or now: nats stream edit %s --replicas 3",
+                name,
+                size,
+                name,
+            )
 
     def on_up(self) -> None:
         self.writer.flush()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import os
+import random
 import re
-import threading
+import secrets
 import time
 import uuid
 from functools import lru_cache
@@ -15,47 +17,36 @@ from ..errors import EncodingError
 #: Namespace of derived ids; a change would give a message sent again another id.
 _DERIVED = uuid.UUID("5b0f6c0e-2c57-4d0b-9d6c-6a1f8d5f3c11")
 
-_COUNTER_LIMIT = 16**6
-_RANDOM_DIGITS = 12
-_SEED_DIGITS = 6
-_POOL = 512 * (_RANDOM_DIGITS + _SEED_DIGITS)
+#: The counter of ids starts somewhere below, so that it never reaches its 48 bits.
+_SEED_BITS = 47
+_TAIL_BITS = 24
 _TIMESTAMP = re.compile(
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[+-]\d\d(?::?\d\d)?)",
     re.ASCII | re.IGNORECASE,
 )
 
-_lock = threading.Lock()
-_milliseconds = 0
-_prefix = ""
-_counter = 0
-#: Random digits not used yet: each call of the system gives up the interpreter's lock.
-_random = ""
-_used = 0
+_counter = itertools.count(secrets.randbits(_SEED_BITS))
+#: The latest millisecond, and its digits in an id.
+_latest = 0, ""
 
 
 def new_event_id() -> str:
-    """Return a new UUID of version 7, greater than all before in this process.
+    """Return a new UUID of version 7, greater than those made before it in this process.
 
-    Milliseconds, a counter of 24 bits that starts somewhere in each of them, 48 random bits:
+    Milliseconds, a counter of 48 bits that each process starts somewhere else, 24 random bits:
     RFC 9562, section 6.2, method 1. Written out because ``uuid.uuid7`` needs Python 3.14.
+    No lock: publishing threads would wait for each other in it.
     """
-    global _milliseconds, _prefix, _counter, _random, _used
+    global _latest
     now = time.time_ns() // 1_000_000
-    with _lock:
-        if _used == len(_random):
-            _random, _used = os.urandom(_POOL // 2).hex(), 0
-        seed = _used + _RANDOM_DIGITS
-        digits = _random[_used:seed]
-        _used = seed + _SEED_DIGITS
-        _counter += 1
-        if now > _milliseconds or _counter == _COUNTER_LIMIT:
-            # A clock set back is not followed: the ids would not be greater.
-            _milliseconds = max(now, _milliseconds + 1)
-            high = f"{_milliseconds:012x}"
-            _prefix = f"{high[:8]}-{high[8:]}-7"
-            _counter = int(_random[seed:_used], 16) // 2
-        prefix, counter = _prefix, f"{_counter:06x}"
-    return f"{prefix}{counter[:3]}-8{counter[3:]}-{digits}"
+    known, prefix = _latest
+    if now > known:  # a clock set back is not followed
+        high = f"{now:012x}"
+        prefix = f"{high[:8]}-{high[8:]}-7"
+        _latest = now, prefix
+    count = f"{next(_counter):012x}"
+    tail = random.getrandbits(_TAIL_BITS)
+    return f"{prefix}{count[:3]}-8{count[3:6]}-{count[6:]}{tail:06x}"
 
 
 def derived_event_id(event_id: str, topic: str) -> str:
@@ -116,11 +107,9 @@ def parse_timestamp(text: str) -> dt.datetime:
 
 
 def _after_fork() -> None:
-    """Start anew in a child process: the lock may have been held when it was born."""
-    global _lock, _milliseconds, _counter, _random, _used
-    _lock = threading.Lock()
-    _milliseconds = _counter = 0
-    _random, _used = "", 0
+    """Start anew in a child process, whose ids would be close to its parent's."""
+    global _counter
+    _counter = itertools.count(secrets.randbits(_SEED_BITS))
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -1,69 +1,226 @@
-"""Consuming: a worker with a handler that does nothing."""
+"""Consuming: a worker, against what the client, a framework and a bare socket can do."""
 
 from __future__ import annotations
 
 import itertools
+import logging
+import subprocess
+import sys
+import tempfile
 import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub
+from tests.waiting import eventually
 
 from .harness import Comparison, Variant, measure
-from .peers import NatsPy, per_second
+from .peers import NatsPy, RawSocket, per_second
+from .peers_faststream import faststream_pull
 
-COUNT = 10_000
+COUNT = 30_000
+#: Handled before the clock starts: by then the worker asks for as much as it ever does.
+WARM = 3_000
+FETCHED = 6_000
+FASTSTREAM = 2_000
+WRITTEN = 1_500
 STREAM = "bench-events-stream"
 SUBJECT = "bench.shop.order.created"
+PROCESS = Path(__file__).with_name("process.py")
 
 
 def comparisons(url: str, rounds: int) -> list[Comparison]:
-    """Measure a worker with 8 threads against nats-py's fetch, which does not even decode."""
+    """Measure workers on a stream that was filled beforehand, each with its own consumer."""
+    logging.getLogger("flask_natspubsub").setLevel(logging.ERROR)
+    app, publisher = _app(url)
+    with app.app_context():
+        for start in range(0, COUNT, 1000):
+            batch = [("order.created", {"n": start + n, "note": "x" * 150}) for n in range(1000)]
+            publisher.publish_many(batch)
+    naive = NatsPy(url)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return measure(list(_pairs(url, naive, Path(folder))), rounds)
+        finally:
+            naive.close()
+            publisher.shutdown()
+
+
+def _pairs(url: str, naive: NatsPy, folder: Path) -> Iterator[Comparison]:
+    numbers = itertools.count()
+
+    def durable() -> str:
+        return f"peer{next(numbers)}"
+
+    def fetch() -> float:
+        seconds = naive.fetch(SUBJECT, STREAM, durable(), FETCHED, 100)
+        return FETCHED / seconds
+
+    def raw() -> float:
+        name = durable()
+        naive.make_consumer(SUBJECT, STREAM, name)
+        socket = RawSocket(url)
+        try:
+            return per_second(COUNT, lambda: socket.pull(STREAM, name, COUNT, 500))
+        finally:
+            socket.close()
+
+    def framework() -> float:
+        return faststream_pull(url, SUBJECT, STREAM, durable(), FASTSTREAM)
+
+    threads8 = Variant("worker, 8 threads, no-op", lambda: _worker(url))
+    yield Comparison(threads8, Variant("nats-py fetch(100) + ack", fetch), 2)
+    yield Comparison(threads8, Variant("FastStream pull 100, sync handler", framework), 12)
+    yield Comparison(threads8, Variant("raw pull(500), acks in one write", raw), 0.18)
+    yield Comparison(
+        Variant("2 worker processes", lambda: _processes(url, 2)),
+        Variant("1 worker process", lambda: _processes(url, 1)),
+        1.2,
+    )
+    yield Comparison(
+        Variant("handler that writes, with inbox", lambda: _writing(url, folder, inbox=True)),
+        Variant("without inbox, one more INSERT", lambda: _writing(url, folder, inbox=False)),
+        0.8,
+    )
+
+
+def _app(url: str, **config: Any) -> tuple[Flask, NatsPubsub]:
     app = Flask("shop")
     app.config.update(NATSPUBSUB_URLS=url, NATSPUBSUB_ENV="bench", NATSPUBSUB_PUBLISH_TIMEOUT=30)
-    publisher = NatsPubsub(app)
-    with app.app_context():
-        publisher.publish_many([("order.created", {"order_id": n}) for n in range(COUNT)])
-    naive = NatsPy(url)
-    numbers = itertools.count()
-    try:
-        worker = Variant("worker, 8 threads, no-op", lambda: _worker(url, next(numbers)))
-        fetch = Variant(
-            "nats-py fetch(100) + ack",
-            lambda: per_second(
-                COUNT, lambda: naive.fetch(SUBJECT, STREAM, f"naive{next(numbers)}", COUNT, 100)
-            ),
-        )
-        return measure([Comparison(worker, fetch, 2)], rounds)
-    finally:
-        naive.close()
-        publisher.shutdown()
+    app.config.update(NATSPUBSUB_CONCURRENCY=8, **config)
+    return app, NatsPubsub(app)
 
 
-def _worker(url: str, number: int) -> float:
-    """Work off the stream with a durable of its own."""
-    app = Flask("shop")
-    app.config.update(NATSPUBSUB_URLS=url, NATSPUBSUB_ENV="bench", NATSPUBSUB_CONCURRENCY=8)
-    pubsub = NatsPubsub(app)
-    done = threading.Event()
-    count = itertools.count(1)
+class _Stopwatch:
+    """From the message that ends the warming up to the last."""
 
-    @pubsub.subscriber("order.created", name=f"ours{number}")
-    def handle(message: dict[str, object]) -> None:
-        if next(count) == COUNT:
-            done.set()
+    def __init__(self, warm: int, total: int) -> None:
+        self._warm, self._total = warm, total
+        self._count = itertools.count(1)
+        self._began = 0.0
+        self.done = threading.Event()
 
-    with app.app_context():
-        worker = pubsub.make_worker()
-        pubsub.is_connected  # noqa: B018 - connect beforehand
+    def tick(self) -> None:
+        number = next(self._count)
+        if number == self._warm:
+            self._began = time.perf_counter()
+        elif number == self._total:
+            self.done.set()
 
-    def run() -> None:
-        worker.start()
-        if not done.wait(60):
+    def rate(self) -> float:
+        """Return messages a second; to be called when all are acknowledged."""
+        return (self._total - self._warm) / (time.perf_counter() - self._began)
+
+
+def _run(app: Flask, pubsub: NatsPubsub, watch: _Stopwatch) -> float:
+    with app.app_context(), pubsub.run_worker():
+        if not watch.done.wait(120):
             raise TimeoutError("the worker did not finish")
+        if watch._total == COUNT:
+            eventually(lambda: _all_acked(pubsub), interval=0.002)
+        rate = watch.rate()
+    pubsub.shutdown()
+    return rate
+
+
+def _info(pubsub: NatsPubsub) -> Any:
+    state = pubsub.state()
+    return state.broker().consumer_info(STREAM, state.subscriptions()[0].durable)
+
+
+def _all_acked(pubsub: NatsPubsub) -> bool:
+    info = _info(pubsub)
+    return not (info.pending or info.ack_pending)
+
+
+_numbers = itertools.count()
+
+
+def _worker(url: str) -> float:
+    """Decode, push an application context, call a handler that does nothing, acknowledge."""
+    app, pubsub = _app(url)
+    watch = _Stopwatch(WARM, COUNT)
+    name = f"ours{next(_numbers)}"
+
+    @pubsub.subscriber("order.created", name=name)
+    def handle(message: dict[str, object]) -> None:
+        watch.tick()
+
+    return _run(app, pubsub, watch)
+
+
+def _writing(url: str, folder: Path, *, inbox: bool) -> float:
+    """Write a row for each message; without the inbox one more, so that the rows are as many."""
+    name = f"writer{next(_numbers)}"
+    app = Flask("shop")
+    app.config.update(
+        SQLALCHEMY_DATABASE_URI=f"sqlite:///{folder / name}.db",
+        NATSPUBSUB_URLS=url,
+        NATSPUBSUB_ENV="bench",
+        NATSPUBSUB_CONCURRENCY=1,  # SQLite lets one write at a time
+        NATSPUBSUB_USE_INBOX=inbox,
+    )
+    db = SQLAlchemy(app)
+    pubsub = NatsPubsub(app, db)
+    orders = db.Table("orders", db.Column("id", db.Integer, primary_key=True))
+    other = db.Table(
+        "other",
+        db.Column("event_id", db.String(255), primary_key=True),
+        db.Column("subscriber", db.String(100), primary_key=True),
+    )
+    with app.app_context():
+        db.session.execute(db.text("PRAGMA journal_mode=WAL"))
+        db.create_all()
+    watch = _Stopwatch(100, WRITTEN)
+
+    @pubsub.subscriber("order.created", name=name)
+    def handle(message: dict[str, Any], context: Any) -> None:
+        if not inbox:
+            row = {"event_id": context.event_id, "subscriber": name}
+            db.session.execute(other.insert().values(row))
+        db.session.execute(orders.insert().values(id=message["n"]))
+        watch.tick()
 
     try:
-        return per_second(COUNT, run)
+        return _run(app, pubsub, watch)
     finally:
-        worker.stop()
+        with app.app_context():
+            db.engine.dispose()
+
+
+def _processes(url: str, number: int) -> float:
+    """Let so many processes of 4 threads share one consumer."""
+    name = f"shared{next(_numbers)}"
+    app, pubsub = _app(url)
+    pubsub.subscriber("order.created", name=name)(lambda message: None)
+    command = [sys.executable, str(PROCESS), url, name]
+    workers = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(number)]
+    try:
+        with app.app_context():
+            return _share(lambda: _info(pubsub))
+    finally:
+        for worker in workers:
+            worker.communicate()
         pubsub.shutdown()
+
+
+def _share(info: Callable[[], Any]) -> float:
+    """Return the rate between two looks at the consumer: both processes up, and nearly done."""
+    seen: list[tuple[float, int]] = []
+
+    def reached(pending: int) -> bool:
+        now = info()
+        if now is None or now.pending > pending:
+            return False
+        seen.append((time.perf_counter(), now.pending))
+        return True
+
+    eventually(lambda: reached(COUNT * 8 // 10), 60, interval=0.002)
+    eventually(lambda: reached(COUNT // 10), 60, interval=0.002)
+    (began, first), (ended, last) = seen
+    return (first - last) / (ended - began)

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
 class Variant:
-    """Something to be measured: ``run`` returns operations a second."""
+    """Something to be measured: ``run`` returns operations a second, or what its name says."""
 
     name: str
     run: Callable[[], float]
@@ -26,11 +27,15 @@ class Variant:
 
 @dataclass
 class Comparison:
-    """One of ours, what it is measured against, and the ratio it has to reach."""
+    """One of ours, what it is measured against, and the ratio it has to reach.
+
+    :param at_most: the ratio may not be above ``must``: of times and sizes, not of rates.
+    """
 
     ours: Variant
     reference: Variant
     must: float | None = None
+    at_most: bool = False
 
     @property
     def ratio(self) -> float:
@@ -42,6 +47,8 @@ class Comparison:
     def verdict(self) -> str:
         if self.must is None:
             return ""
+        if self.at_most:
+            return "ok" if self.ratio <= self.must else "ABOVE"
         return "ok" if self.ratio >= self.must else "BELOW"
 
 
@@ -62,15 +69,15 @@ def measure(comparisons: Iterable[Comparison], rounds: int) -> list[Comparison]:
 
 def table(comparisons: Iterable[Comparison]) -> str:
     """Return the table that is printed."""
-    rows = [("ours", "per second", "against", "per second", "ratio", "must", "")]
+    rows = [("ours", "median", "against", "median", "ratio", "must", "")]
     for one in comparisons:
-        must = "" if one.must is None else f"{one.must:.2f}"
+        must = "" if one.must is None else f"{'<= ' if one.at_most else ''}{one.must:.2f}"
         rows.append(
             (
                 one.ours.name,
-                f"{one.ours.median:,.0f}",
+                _figure(one.ours.median),
                 one.reference.name,
-                f"{one.reference.median:,.0f}",
+                _figure(one.reference.median),
                 f"{one.ratio:.2f}",
                 must,
                 one.verdict,
@@ -84,17 +91,29 @@ def table(comparisons: Iterable[Comparison]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def write_json(path: Path, comparisons: Iterable[Comparison]) -> None:
-    """Write every figure of every round."""
-    rows = [
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def write_json(path: Path, part: str, comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
+    """Write every figure of every round in place of what the file has of this part.
+
+    :returns: all that is in the file now.
+    """
+    known = json.loads(path.read_text("utf-8")) if path.exists() else []
+    rows = [row for row in known if row.get("part") != part]
+    rows += [
         {
+            "part": part,
             "ours": one.ours.name,
             "against": one.reference.name,
             "ratio": round(one.ratio, 3),
             "must": one.must,
-            "ours_per_second": [round(value) for value in one.ours.results],
-            "against_per_second": [round(value) for value in one.reference.results],
+            "at_most": one.at_most,
+            "ours_per_second": [round(value, 3) for value in one.ours.results],
+            "against_per_second": [round(value, 3) for value in one.reference.results],
         }
         for one in comparisons
     ]
     path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from flask.testing import FlaskClient
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub
+from tests.databases import PostgresServer
 
 from .harness import Comparison, Variant, measure
 from .peers import per_second
@@ -23,41 +24,53 @@ NAIVE_ROWS = 300
 
 
 def comparisons(url: str, rounds: int) -> list[Comparison]:
-    """Measure on SQLite in WAL mode."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as closed:
+    """Measure on SQLite in WAL mode and on PostgreSQL, which syncs each commit."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        PostgresServer(fsync=True) as postgres,
+        socket.socket() as closed,
+    ):
         closed.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers here
         down_url = f"nats://127.0.0.1:{closed.getsockname()[1]}"
-        up, down = _Site(folder, "up", url), _Site(folder, "down", down_url)
+        sites = (
+            _Site("sqlite", f"sqlite:///{Path(folder) / 'up'}.db", url),
+            _Site("down", f"sqlite:///{Path(folder) / 'down'}.db", down_url),
+            _Site("postgresql", postgres.url(), url),
+        )
         try:
-            pairs = [
-                Comparison(
-                    Variant("request with outbox, NATS down", down.requests("/order")),
-                    Variant("the same, NATS up", up.requests("/order")),
-                    0.8,
-                ),
-                Comparison(
-                    Variant("request with outbox", up.requests("/order")),
-                    Variant("the same without a publish", up.requests("/plain")),
-                ),
-                Comparison(
-                    Variant("relay, batches of 500", up.relay),
-                    Variant("row by row, a commit each", up.relay_row_by_row),
-                    30,
-                ),
-            ]
-            return measure(pairs, rounds)
+            return measure(list(_pairs(*sites)), rounds)
         finally:
-            up.close()
-            down.close()
+            for site in sites:
+                site.close()
+
+
+def _pairs(sqlite: _Site, down: _Site, postgres: _Site) -> Iterator[Comparison]:
+    yield Comparison(
+        Variant("request with outbox, NATS down", down.requests("/order")),
+        Variant("the same, NATS up", sqlite.requests("/order")),
+        0.8,
+    )
+    for site in (sqlite, postgres):
+        yield Comparison(
+            Variant(f"request with outbox, {site.name}, ms", site.milliseconds("/order")),
+            Variant("the same without a publish, ms", site.milliseconds("/plain")),
+        )
+        relay = Variant(f"relay, {site.name}, batches of 500", site.relay)
+        must = {"sqlite": 30, "postgresql": 40}[site.name]
+        yield Comparison(relay, Variant("row by row, a commit each", site.relay_row_by_row), must)
+        if site is postgres:
+            limit = Variant("claim and mark by 500, no publish", site.claim_and_mark)
+            yield Comparison(relay, limit, 0.28)
 
 
 class _Site:
     """A small site with a database of its own."""
 
-    def __init__(self, folder: str, name: str, url: str) -> None:
+    def __init__(self, name: str, database: str, url: str) -> None:
+        self.name = name
         self.app = Flask(name)
         self.app.config.update(
-            SQLALCHEMY_DATABASE_URI=f"sqlite:///{Path(folder) / name}.db",
+            SQLALCHEMY_DATABASE_URI=database,
             NATSPUBSUB_URLS=url,
             NATSPUBSUB_ENV="bench",
             NATSPUBSUB_USE_OUTBOX=True,
@@ -68,7 +81,8 @@ class _Site:
         self.app.add_url_rule("/order", "order", lambda: self._request(publish=True))
         self.app.add_url_rule("/plain", "plain", lambda: self._request(publish=False))
         with self.app.app_context():
-            self.db.session.execute(self.db.text("PRAGMA journal_mode=WAL"))
+            if database.startswith("sqlite"):
+                self.db.session.execute(self.db.text("PRAGMA journal_mode=WAL"))
             self.db.create_all()
 
     def _model(self) -> Any:
@@ -95,6 +109,28 @@ class _Site:
                 assert client.get(path).status_code == 200
 
         return lambda: per_second(REQUESTS, run)
+
+    def milliseconds(self, path: str) -> Callable[[], float]:
+        """Return a measure of the time of one request."""
+        rate = self.requests(path)
+        return lambda: 1000 / rate()
+
+    def claim_and_mark(self) -> float:
+        """Do what the database has to do for the relay, and nothing else."""
+        self._fill(ROWS)
+        with self.app.app_context():
+            return per_second(ROWS, self._claim_all)
+
+    def _claim_all(self) -> None:
+        session, text = self.db.session, self.db.text
+        claim = text(
+            "SELECT id, event_id, subject, headers, payload FROM natspubsub_outbox "
+            "WHERE status = 'pending' ORDER BY id LIMIT 500"
+        )
+        mark = text("UPDATE natspubsub_outbox SET status = 'sent' WHERE id = ANY(:ids)")
+        while rows := session.execute(claim).all():
+            session.execute(mark, {"ids": [row.id for row in rows]})
+            session.commit()
 
     def _fill(self, count: int) -> None:
         with self.app.app_context():

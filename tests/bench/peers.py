@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
+import json
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ from urllib.parse import urlsplit
 
 import nats
 from nats.aio.client import Client
+from nats.js.api import ConsumerConfig
 
 PAYLOAD = b'{"event_id":"01a1fbc6-f435-719c-868d-67159933ed83","message":{"order_id":1,' + (
     b'"note":"' + b"x" * 220 + b'"}}'
@@ -42,6 +46,22 @@ class NatsPy:
     def publish_one(self, subject: str) -> None:
         self.call(self.js.publish(subject, PAYLOAD))
 
+    def publish_message(self, subject: str, message: dict[str, Any]) -> None:
+        """Publish what this package publishes: an envelope, a header, an id."""
+        event_id = str(uuid.uuid4())
+        now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
+        envelope = {
+            "event_id": event_id,
+            "schema_version": 1,
+            "topic": "order.created",
+            "producer": "shop",
+            "occurred_at": now,
+            "message": message,
+        }
+        headers = {"topic": "order.created", "Nats-Msg-Id": event_id}
+        payload = json.dumps(envelope).encode()
+        self.call(self.js.publish(subject, payload, headers=headers))
+
     def publish_gather(self, subject: str, count: int) -> None:
         async def run() -> None:
             await asyncio.gather(*(self.js.publish(subject, PAYLOAD) for _ in range(count)))
@@ -55,18 +75,32 @@ class NatsPy:
 
         self.call(run())
 
-    def fetch(self, subject: str, stream: str, durable: str, count: int, batch: int) -> None:
-        async def run() -> None:
+    def make_consumer(self, subject: str, stream: str, durable: str) -> None:
+        config = ConsumerConfig(
+            durable_name=durable, filter_subject=subject, max_ack_pending=20_000
+        )
+        self.call(self.js.add_consumer(stream, config))
+
+    def fetch(self, subject: str, stream: str, durable: str, count: int, batch: int) -> float:
+        """Fetch and acknowledge ``count`` messages; returns the seconds it took after the first."""
+
+        async def run() -> float:
             subscription = await self.js.pull_subscribe(subject, durable=durable, stream=stream)
+            for message in await subscription.fetch(1, timeout=10):
+                await message.ack()
+            began = time.perf_counter()
             done = 0
             while done < count:
                 for message in await subscription.fetch(batch, timeout=10):
                     await message.ack()
                     done += 1
             await self.client.flush()
+            seconds = time.perf_counter() - began
             await subscription.unsubscribe()
+            return seconds
 
-        self.call(run())
+        seconds: float = self.call(run())
+        return seconds
 
 
 class RawSocket:
@@ -90,6 +124,23 @@ class RawSocket:
         self._socket.sendall(frames)
         reader.join()
 
+    def pull(self, stream: str, durable: str, count: int, batch: int) -> None:
+        """Pull and acknowledge ``count`` messages, two requests at a time under way."""
+        ask = b'{"batch":%d,"expires":30000000000}' % batch
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}".encode()
+        request = b"PUB %b _INBOX.raw %d\r\n%b\r\n" % (subject, len(ask), ask)
+        self._socket.sendall(request * 2)
+        done, asked, rest = 0, 2 * batch, b""
+        while done < count:
+            data = rest + self._socket.recv(1 << 20)
+            replies, rest = _replies(data)
+            acks = [b"PUB %b 4\r\n+ACK\r\n" % reply for reply in replies]
+            done += len(acks)
+            while asked - done <= batch and asked < count:
+                acks.append(request)
+                asked += batch
+            self._socket.sendall(b"".join(acks))
+
     def _count(self, count: int) -> None:
         seen, tail = 0, b""
         while seen < count:
@@ -99,6 +150,23 @@ class RawSocket:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _replies(data: bytes) -> tuple[list[bytes], bytes]:
+    """Return where to acknowledge the messages in ``data``, and the frame that is not complete."""
+    replies, at = [], 0
+    while (end := data.find(b"\r\n", at)) >= 0:
+        words = data[at:end].split()
+        if words[0] not in (b"MSG", b"HMSG"):
+            at = end + 2
+            continue
+        following = end + 4 + int(words[-1])
+        if following > len(data):
+            break
+        if words[3].startswith(b"$JS.ACK"):
+            replies.append(words[3])
+        at = following
+    return replies, data[at:]
 
 
 def per_second(count: int, run: Any) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
 from flask import Flask
 
 from flask_natspubsub import NatsPubsub
@@ -21,7 +24,7 @@ def comparisons(url: str, rounds: int) -> list[Comparison]:
     app.config.update(NATSPUBSUB_URLS=url, NATSPUBSUB_ENV="bench", NATSPUBSUB_PUBLISH_TIMEOUT=30)
     pubsub = NatsPubsub(app)
     with app.app_context():
-        pubsub.publish("order.created", MESSAGE)
+        pubsub.publish("order.created", MESSAGE)  # connects
     naive, raw = NatsPy(url), RawSocket(url)
     try:
         return measure(_pairs(pubsub, naive, raw), rounds)
@@ -32,25 +35,32 @@ def comparisons(url: str, rounds: int) -> list[Comparison]:
 
 
 def _pairs(pubsub: NatsPubsub, naive: NatsPy, raw: RawSocket) -> list[Comparison]:
-    def ours(threads: int) -> Variant:
-        def one() -> None:
-            pubsub.publish("order.created", MESSAGE)
-
+    def threaded(name: str, threads: int, one: Callable[[], object]) -> Variant:
         return Variant(
-            f"publish, {threads} threads",
+            f"{name}, {threads} thread{'s' * (threads > 1)}",
             lambda: per_second(ONE_BY_ONE, lambda: in_threads(threads, ONE_BY_ONE, one)),
         )
 
-    def theirs(threads: int) -> Variant:
-        def one() -> None:
-            naive.publish_one(SUBJECT)
+    def ours() -> None:
+        pubsub.publish("order.created", MESSAGE)
 
-        return Variant(
-            f"naive, {threads} threads",
-            lambda: per_second(ONE_BY_ONE, lambda: in_threads(threads, ONE_BY_ONE, one)),
-        )
+    def theirs() -> None:
+        naive.publish_one(SUBJECT)
+
+    def the_same_message() -> None:
+        naive.publish_message(SUBJECT, MESSAGE)
 
     batch = [("order.created", MESSAGE)] * 1000
+
+    def block() -> None:
+        for _ in range(MANY // 1000):
+            with pubsub.batch() as together:
+                for topic, message in batch:
+                    together.publish(topic, message)
+
+    async def gathered() -> None:
+        for _ in range(MANY // 1000):
+            await asyncio.gather(*(pubsub.publish_async(*one) for one in batch))
 
     def many() -> None:
         for _ in range(MANY // 1000):
@@ -60,12 +70,25 @@ def _pairs(pubsub: NatsPubsub, naive: NatsPy, raw: RawSocket) -> list[Comparison
         for _ in range(MANY // 1000):
             naive.publish_gather(SUBJECT, 1000)
 
+    def run_gathered() -> None:
+        asyncio.run(gathered())
+
     publish_many = Variant("publish_many(1000)", lambda: per_second(MANY, many))
-    musts = {1: 1.4, 8: 1.8, 32: 2.2}
+    naive_gather = Variant("naive gather(1000)", lambda: per_second(MANY, gather))
+    one_by_one = []
+    for threads, must in {1: 1.4, 8: 1.8, 32: 2.2}.items():
+        publish = threaded("publish", threads, ours)
+        one_by_one += [
+            Comparison(publish, threaded("naive", threads, theirs), must),
+            Comparison(publish, threaded("naive, same headers", threads, the_same_message), must),
+        ]
     return [
-        *(Comparison(ours(threads), theirs(threads), must) for threads, must in musts.items()),
+        *one_by_one,
+        Comparison(publish_many, naive_gather, 3),
+        Comparison(Variant("batch() of 1000", lambda: per_second(MANY, block)), naive_gather),
         Comparison(
-            publish_many, Variant("naive gather(1000)", lambda: per_second(MANY, gather)), 3
+            Variant("gather(publish_async)", lambda: per_second(MANY, run_gathered)),
+            naive_gather,
         ),
         Comparison(
             publish_many,

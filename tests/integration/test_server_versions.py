@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +80,9 @@ def test_a_journey(make_shop, server, request):
     seen.wait_for_numbers(range(450))
     shop.wait_until_settled()
     assert shop.dead_letters == []
+
+
+def test_the_documentation_names_the_versions():
+    text = (Path(__file__).parents[2] / "docs" / "deployment.rst").read_text()
+
+    assert [version for version in VERSIONS if version not in text] == []

@@ -54,6 +54,7 @@ def install() -> FailPoints:
     if seconds := os.environ.get(LEASE):
         for module in (store, relay):
             vars(module)["LEASE_SECONDS"] = float(seconds)
+        relay.RENEW_BEFORE = float(seconds) * 2 / 3
         relay.STAND_BY_INTERVAL = 0.2
     return points
 

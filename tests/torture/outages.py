@@ -10,13 +10,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from flask_natspubsub import PublishError
+
 from ..waiting import eventually
 from .ledger import Result, count
 from .processes import Child
 from .run import Run
+from .shop import TOPIC
 from .site import Site
 
 CUSTOMERS = 4
+#: Seconds from the server's start until a message that was published then is handled.
+LONGEST_SILENCE = 10.0
 
 
 class Shop:
@@ -114,6 +119,34 @@ def nats_down(run: Run) -> Result:
         result = shop.count(run.name, site)
         result.facts |= {"ms a request": up, "while down": down}
     return result
+
+
+def idle_restarts(run: Run) -> Result:
+    """One message after each restart of a server whose worker has nothing to do."""
+    restarts, published = run.size["restarts"], {}
+    with Site() as site:
+        site.start_worker(concurrency=1)
+        for number in range(restarts):
+            run.progress("restarts", number, restarts)
+            (site.nats.kill if number % 2 else site.nats.stop)()
+            site.nats.start()
+            event_id = f"after-{number}"
+            published[event_id] = time.time()
+            eventually(lambda event_id=event_id: _publish(site, event_id), 60, "not stored")
+            eventually(lambda number=number: site.handled > number, 60, "a pull is silent", 0.02)
+        site.finish()
+        result = count(run.name, site, committed=published)
+    result.expect(result.max_delay <= LONGEST_SILENCE, "a message waited too long for its pull")
+    return result
+
+
+def _publish(site: Site, event_id: str) -> bool:
+    with site.app.app_context():
+        try:
+            site.pubsub.publish(TOPIC, {"total": 1}, event_id=event_id, timeout=2)
+        except PublishError:
+            return False
+    return True
 
 
 def end_to_end(run: Run) -> Result:

@@ -56,6 +56,7 @@ SCENARIOS = [
         {"rounds": 2, "down_s": 0},
         {"rounds": 40, "down_s": 60},
     ),
+    Scenario("idle-restarts", outages.idle_restarts, {"restarts": 3}, {"restarts": 100}),
     Scenario(
         "end-to-end",
         outages.end_to_end,
