@@ -20,7 +20,11 @@ copyright = "The Flask-NatsPubsub authors"
 version = release = flask_natspubsub.__version__
 
 extensions = ["sphinx.ext.autodoc"]
-exclude_patterns = ["_build", "performance-growth.rst"]  # included by performance.rst
+exclude_patterns = [
+    "_build",
+    "performance-growth.rst",  # included by performance.rst
+    "performance-table.rst",
+]
 smartquotes = False  # the texts of settings and errors quote code
 
 autodoc_member_order = "bysource"

@@ -222,7 +222,7 @@ class Link:
                 f"Nobody answers on {subject}.", "Is JetStream enabled on the server (-js)?"
             ) from None
         except TimeoutError:
-            if not self.is_up:
+            if self._connection is None:
                 raise NotConnected(self.describe_down()) from None
             raise BrokerError(
                 f"The server did not answer {subject} within {timeout:g} s.",
@@ -385,10 +385,7 @@ class Link:
 
 
 def jittered(pause: float, *, was_up: bool = False) -> float:
-    """Return about ``pause`` seconds, so that many clients do not come at the same moment.
-
-    :param was_up: there was a connection until now, which other clients have lost as well.
-    """
+    """Return about ``pause`` seconds, or any moment from now on if it ``was_up`` until now."""
     shortest, longest = pause / 2, pause / 2 + max(pause, FIRST_PAUSE)
     if was_up:
         shortest, longest = 0.0, max(longest, RETURN_WITHIN)

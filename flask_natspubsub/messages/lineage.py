@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from typing import NamedTuple
+
+import msgspec
 
 
-class Lineage(NamedTuple):
+class Lineage(msgspec.Struct, frozen=True, gc=False):
     """Ids that a published message inherits unless its publisher gives others."""
 
     trace_id: str | None = None

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
-import secrets
 from collections.abc import Iterable, Iterator
 from contextvars import Token
 from typing import Any
@@ -49,13 +49,15 @@ def lineage_of_request(trace_header: str | None, traceparent: str | None) -> Lin
     A header that is longer than 128 characters, or has others than letters, digits and
     ``._:/+=@-``, is not trusted: it would end up in logs, headers and messages.
     """
+    if not trace_header and not traceparent:
+        return Lineage(f"{random.getrandbits(128):032x}")
     w3c = _TRACEPARENT.fullmatch(traceparent) if traceparent else None
     if trace_header and _ALLOWED.fullmatch(trace_header):
         trace_id = trace_header
     elif w3c:
         trace_id = w3c[1]
     else:
-        trace_id = secrets.token_hex(16)
+        trace_id = f"{random.getrandbits(128):032x}"
     return Lineage(trace_id=trace_id, traceparent=traceparent if w3c else None)
 
 
@@ -81,19 +83,24 @@ class _Streamed:
 
 
 def install(app: Flask, header: str) -> None:
-    """Add the request hooks to ``app``."""
+    """Add the request hooks to ``app``.
+
+    They run for every request, so they read what WSGI gives them, and not the objects around it.
+    """
+    key = f"HTTP_{header.upper().replace('-', '_')}"
 
     def before() -> None:
-        get = request.headers.get
-        token = enter(lineage_of_request(get(header), get("traceparent")))
-        request.environ[_KEPT] = token
+        environ = request.environ
+        own = lineage_of_request(environ.get(key), environ.get("HTTP_TRACEPARENT"))
+        environ[_KEPT] = enter(own)
 
     def after(response: Response) -> Response:
         lineage = current_lineage()
         if lineage.trace_id is not None:
-            response.headers[header] = lineage.trace_id
-            if response.is_streamed and not response.direct_passthrough:
-                response.response = _Streamed(lineage, response.response)
+            response.headers.set(header, lineage.trace_id)
+            body = response.response
+            if type(body) is not list and response.is_streamed and not response.direct_passthrough:
+                response.response = _Streamed(lineage, body)
         return response
 
     def teardown(error: BaseException | None) -> None:

@@ -4,6 +4,8 @@ make bench                        all but growth
 make bench ARGS="publish"         one part
 make bench ARGS="growth"          what must not get slower as there is more of it
 make bench ARGS="--rounds 7"
+
+Without a part, the figures of docs/performance.rst are written too.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from tests.servers import NatsServer
 
 from . import consume, growth, outbox, overheads, publish
+from .bars import write_pages
 from .harness import table, write_json
 
 PARTS = {
@@ -27,6 +30,7 @@ PARTS = {
 #: The part that takes as long as all others, most of it to fill tables and streams.
 LONG = "growth"
 OUTPUT = Path(__file__).with_name("results.json")
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def main() -> None:
@@ -35,11 +39,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
-    for name in arguments.parts or [part for part in PARTS if part != LONG]:
+    usual = [part for part in PARTS if part != LONG]
+    parts = arguments.parts or usual
+    for name in parts:
         with NatsServer() as server:
             found = PARTS[name](server.url, arguments.rounds)
         print(f"{name}\n{table(found)}\n", flush=True)
-        write_json(OUTPUT, name, found)
+        rows = write_json(OUTPUT, name, found)
+    if set(parts) >= set(usual):
+        write_pages([row for row in rows if row["part"] in usual], DOCS)
+    else:
+        print(f"docs/performance-table.rst is written when all of these run: {', '.join(usual)}.")
 
 
 main()

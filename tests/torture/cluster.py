@@ -16,7 +16,7 @@ from .run import Run
 from .shop import SUBSCRIBER, TOPIC
 from .site import Site
 
-AT_ONCE = 4
+AT_ONCE = 8
 PAUSE = 0.03
 PATIENCE = 120.0
 

@@ -53,7 +53,7 @@ SCENARIOS = [
     Scenario(
         "cluster-leaders",
         cluster.leaders_killed,
-        {"rounds": 2, "down_s": 0},
+        {"rounds": 1, "down_s": 0},
         {"rounds": 40, "down_s": 60},
     ),
     Scenario("idle-restarts", outages.idle_restarts, {"restarts": 3}, {"restarts": 100}),

@@ -9,7 +9,7 @@ import pytest
 
 from flask_natspubsub import DeadLetter, Discard, Retry, current_message
 from flask_natspubsub.errors import PublishError
-from flask_natspubsub.messages.lineage import current_lineage
+from flask_natspubsub.messages.lineage import Lineage, current_lineage
 from flask_natspubsub.subscribing.processor import HandlerTimeout
 
 from .worker_helpers import FakeDelivery, Rig, envelope
@@ -114,8 +114,8 @@ def test_current_message_and_lineage_are_set_for_the_handler_only():
     event_id, lineage = seen[0]
     assert event_id == "e1"
     # What the handler publishes is caused by the message, not by what caused that.
-    assert lineage == ("t1", "c1", "e1", headers["traceparent"])
-    assert current_lineage() == (None, None, None, None)
+    assert lineage == Lineage("t1", "c1", "e1", headers["traceparent"])
+    assert current_lineage() == Lineage()
     with pytest.raises(RuntimeError, match="No message is being handled"):
         _ = current_message.event_id
 
