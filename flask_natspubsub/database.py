@@ -22,6 +22,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 
 from .errors import ConfigurationError, DatabaseError, TablesMissing
+from .statements import Statement
 
 #: Longest time a statement of the relay or of a clean-up may take, seconds.
 STATEMENT_TIMEOUT = 10.0
@@ -307,6 +308,8 @@ class Leases:
         self.table = table
         self.seconds = seconds
         self._database = database
+        ours = [table.c[name] == sa.bindparam(f"its_{name}") for name in ("name", "owner", "token")]
+        self._renew = Statement(sa.update(table).where(*ours).values(expires_at=self._until()))
 
     def acquire(self, name: str, owner: str) -> Lease | None:
         """Take a free or expired lease; None while somebody else has it.
@@ -347,8 +350,10 @@ class Leases:
 
     def renew_in(self, connection: sa.Connection, lease: Lease) -> bool:
         """Extend a lease within a transaction, which it thereby fences: False if it is lost."""
-        statement = sa.update(self.table).where(self._is(lease)).values(expires_at=self._until())
-        return connection.execute(statement).rowcount == 1
+        renewed = self._renew.execute(
+            connection, its_name=lease.name, its_owner=lease.owner, its_token=lease.token
+        )
+        return renewed.rowcount == 1
 
     def release(self, lease: Lease) -> None:
         """Give a lease back, so that another may take it at once."""

@@ -57,6 +57,7 @@ class AppState:
         self._declared: tuple[object, ...] = ()
         self._persistence: Persistence | None = None
         self._warned = False
+        self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
         self.publisher = Publisher(
             settings,
             self.broker,
@@ -167,15 +168,19 @@ class AppState:
 
     def make_relay(self) -> Relay:
         """Make a relay for the app's outbox; it is not started."""
-        return self.require_persistence().make_relay(
+        relay = self.require_persistence().make_relay(
             self.broker(), lambda count: self.emit(outbox_relayed, count=count)
         )
+        self._relays.add(relay)
+        return relay
 
     def _outbox(self) -> Outbox:
         return self.require_persistence().writer
 
     def _committed(self) -> None:
-        """Tell the relays, wherever they are, that there are rows; the hint may be lost."""
+        """Tell the relays, here and elsewhere, that there are rows; the hint may be lost."""
+        for relay in list(self._relays):
+            relay.nudge()
         self.broker().send(wakeup_subject(self.settings), b"")
 
     def _before_direct(self) -> None:

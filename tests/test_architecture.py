@@ -19,7 +19,7 @@ PACKAGE = HOUSE.name
 FLOORS = [
     ["errors", "signals"],
     ["messages"],
-    ["values"],
+    ["values", "statements"],
     ["settings"],
     ["brokers", "database"],
     ["publishing", "subscribing"],
@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "nkeys": {"brokers/nats.py"},
     "sqlalchemy": {
         "database.py",  # the adapter
+        "statements.py",
         "publishing/outbox.py",
         "publishing/store.py",
         "publishing/sent.py",

@@ -44,6 +44,7 @@ _log = logging.getLogger("flask_natspubsub.broker")
 T = TypeVar("T")
 
 API_TIMEOUT = 5.0
+ASK_AGAIN = 1.0
 #: A cluster of so many servers can keep a stream more than once.
 WORTH_REPLICAS = 3
 
@@ -84,7 +85,10 @@ class _Session:
             self.window.close()
 
     async def _request(self, subject: str, payload: bytes) -> bytes:
-        return await self.link.request(subject, payload, API_TIMEOUT)
+        def ask() -> Coroutine[Any, Any, bytes]:
+            return self.link.request(subject, payload, API_TIMEOUT)
+
+        return await (_first_answer(ask) if ".INFO." in subject else ask())
 
     async def set_up(self) -> None:
         """Look after the wanted streams; what goes wrong is logged."""
@@ -143,6 +147,27 @@ class _Session:
             await asyncio.sleep(0.01)
         self.writer.flush()
         await self.link.close(max(0.1, deadline - time.monotonic()))
+
+
+async def _first_answer(ask: Callable[[], Coroutine[Any, Any, bytes]]) -> bytes:
+    """Ask again every ``ASK_AGAIN`` seconds until one of the questions is answered or fails.
+
+    While a stream or a consumer of a cluster has no leader, what is asked of it is lost.
+    """
+    asked: list[asyncio.Task[bytes]] = []
+    try:
+        while True:
+            asked.append(asyncio.create_task(ask()))
+            more = len(asked) < API_TIMEOUT / ASK_AGAIN
+            done, _ = await asyncio.wait(
+                asked, timeout=ASK_AGAIN if more else None, return_when=asyncio.FIRST_COMPLETED
+            )
+            if done:
+                return done.pop().result()
+    finally:
+        for one in asked:
+            one.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
 
 
 class _PullHandle(Consumption):

@@ -199,7 +199,13 @@ class Relay:
     def _on_hint(self, message: CoreMessage) -> None:
         if message.data == RELEASED:
             self._next_try = 0.0
-        if message.data == RELEASED or self._held:
+            self._wake.set()
+        else:
+            self.nudge()
+
+    def nudge(self) -> None:
+        """Have it look for rows now; any thread."""
+        if self._held:
             self._wake.set()
 
     # --- one round

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from ..brokers.base import OutgoingMessage, StoredAck
 from ..database import Database, Lease, Leases, database_now
+from ..statements import Statement
 from .outbox import DELAYED_INDEX, PARKED, PENDING, SENT, OutboxTables
 from .sent import SentRows
 from .streams import StreamRecords
@@ -54,6 +55,9 @@ class OutboxStore:
         self.streams = StreamRecords(database, tables.stream)
         self.table = tables.outbox
         self._database = database
+        #: By the clock's skew, which only tests have.
+        self._due: dict[float, Statement] = {}
+        self._marks: dict[str, sa.TextClause] = {}
 
     def due(self, partition: int, limit: int) -> list[DueRow]:
         """Read what may be sent, oldest first.
@@ -61,6 +65,19 @@ class OutboxStore:
         A row whose key has an older row that is not due yet, or is still in another partition,
         waits for it; one that had to wait itself, until no older one of its key is left.
         """
+        statement = self._due.get(self._database.skew)
+        if statement is None:
+            statement = self._due[self._database.skew] = Statement(self._due_query())
+        with self._database.begin() as connection:
+            rows = statement.execute(connection, partition=partition, most=limit).all()
+        return [
+            DueRow(row.id, row.event_id, _message(row), row.ordering_key, row.attempts)
+            for row in rows
+        ]
+
+    def _due_query(self) -> sa.Select[Any]:
+        partition = sa.bindparam("partition", type_=sa.Integer)
+        limit = sa.bindparam("most", type_=sa.Integer)
         columns, older = self.table.c, self.table.alias("older")
         older_of_key = sa.and_(
             _is_pending(older),
@@ -83,15 +100,9 @@ class OutboxStore:
             delayed.order_by(columns.available_at, columns.id).limit(limit).subquery(),
         )
         both = sa.union_all(*(sa.select(arm) for arm in arms)).subquery()
-        query = sa.select(both).order_by(both.c.id).limit(limit)
-        with self._database.begin() as connection:
-            rows = connection.execute(query).all()
-        return [
-            DueRow(row.id, row.event_id, _message(row), row.ordering_key, row.attempts)
-            for row in rows
-        ]
+        return sa.select(both).order_by(both.c.id).limit(limit)
 
-    def _pending_in(self, partition: int) -> sa.Select[Any]:
+    def _pending_in(self, partition: sa.BindParameter[int]) -> sa.Select[Any]:
         table, columns = self.table, self.table.c
         query = sa.select(
             columns.id, columns.event_id, columns.subject, columns.payload,
@@ -124,9 +135,14 @@ class OutboxStore:
         return True
 
     def _mark_sent(self, dialect: sa.Dialect) -> sa.TextClause:
-        table = dialect.identifier_preparer.format_table(self.table)
-        now = database_now().compile(dialect=dialect)
-        return sa.text(_MARK_SENT[dialect.name].format(table, now=now))
+        mark = self._marks.get(dialect.name)
+        if mark is None:
+            table = dialect.identifier_preparer.format_table(self.table)
+            now = database_now().compile(dialect=dialect)
+            mark = self._marks[dialect.name] = sa.text(
+                _MARK_SENT[dialect.name].format(table, now=now)
+            )
+        return mark
 
     def _mark_failed(self) -> sa.Update:
         columns = self.table.c

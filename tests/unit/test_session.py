@@ -1,0 +1,81 @@
+"""Questions to a server of a cluster that may be between two leaders."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from flask_natspubsub import BrokerError
+from flask_natspubsub.brokers import session
+
+
+class Asked:
+    """Answers the question number ``answered``, once all have been asked that there are to be."""
+
+    def __init__(self, answered: int, of: int) -> None:
+        self._answered, self._of = answered, of
+        self.count = 0
+        self._all_asked = asyncio.Event()
+
+    async def __call__(self) -> bytes:
+        self.count += 1
+        number = self.count
+        if number == self._of:
+            self._all_asked.set()
+        await self._all_asked.wait()
+        if number != self._answered:
+            await asyncio.Event().wait()
+        return b"%d" % number
+
+
+def first_answer(asked: Asked) -> bytes:
+    async def main() -> bytes:
+        async with asyncio.timeout(30):
+            return await session._first_answer(asked)
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("answered", [1, 2, 3])
+def test_a_question_without_an_answer_is_asked_again_and_any_answer_counts(
+    answered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "ASK_AGAIN", 0.05)
+    asked = Asked(answered, of=3)
+
+    assert first_answer(asked) == b"%d" % answered
+    assert asked.count >= 3
+
+
+def test_what_is_answered_at_once_is_asked_once() -> None:
+    asked = Asked(1, of=1)
+
+    assert first_answer(asked) == b"1"
+    assert asked.count == 1
+
+
+def test_a_failure_is_an_answer_and_nothing_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "ASK_AGAIN", 0.05)
+    count = 0
+
+    async def main() -> set[asyncio.Task[Any]]:
+        lost = asyncio.Event()
+
+        async def ask() -> bytes:
+            nonlocal count
+            count += 1
+            if count == 3:
+                lost.set()
+            await lost.wait()
+            raise BrokerError("the connection was lost")
+
+        with pytest.raises(BrokerError, match="was lost"):
+            await session._first_answer(ask)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(main()) == set()
+    assert count >= 3
