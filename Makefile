@@ -16,7 +16,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint bench torture docs clean
+.PHONY: help demo test lint audit bench torture docs clean
 
 help:  ## show this list
 	@sed -En 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -31,6 +31,10 @@ lint: $(VENV)/.stamp-dev $(VENV)/.stamp-lint  ## check style and types
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
+
+audit: $(VENV)/.stamp-base $(VENV)/.stamp-audit  ## check the licences and known weaknesses of the dependencies
+	@$(RUN) -m tests.licences
+	@$(RUN) -m tests.audit
 
 bench: $(VENV)/.stamp-dev $(VENV)/.stamp-bench  ## measure
 	@$(RUN) -m tests.bench $(ARGS)

@@ -175,6 +175,15 @@ class NotConnected(PublishError):
 
     code = "not-connected"
 
+    def __init__(
+        self,
+        message: str,
+        fix: str = "Check that the server runs, NATSPUBSUB_URLS and the credentials.",
+        *,
+        outcome: Outcome = "not_sent",
+    ) -> None:
+        super().__init__(message, fix, outcome=outcome)
+
 
 class CircuitOpen(PublishError):
     """Publishing failed too often in a row and is suspended for a moment."""

@@ -44,7 +44,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _DAY = 24 * 3600.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# What is left out here is not used, and would take its part of every import.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False, match_args=False)
 class Settings:
     """The settings of one application; durations are seconds."""
 
@@ -70,10 +71,12 @@ class Settings:
         "A set of defaults: `development`, `testing` (memory broker) or `production`. "
         "Keys set explicitly win.",
     )
-    user: str | None = setting(None, values.optional(values.text), "User name.")
-    password: str | None = setting(None, values.optional(values.text), "Password.", secret=True)
+    user: str | None = setting(None, values.optional(values.credential), "User name.")
+    password: str | None = setting(
+        None, values.optional(values.credential), "Password.", secret=True
+    )
     token: str | None = setting(
-        None, values.optional(values.text), "Authentication token.", secret=True
+        None, values.optional(values.credential), "Authentication token.", secret=True
     )
     nkey_seed_file: str | None = setting(
         None, values.optional(values.text), "File with an NKey seed (needs the extra `nkeys`)."

@@ -77,6 +77,21 @@ def text(value: Any) -> str:
     return value
 
 
+def credential(value: Any) -> str:
+    """Take a name, password or token; one of digits only may come as a number.
+
+    ``app.config.from_prefixed_env`` reads values as JSON, which makes 12345 a number.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise Invalid(
+            "a text, not empty (in an environment variable, put quotation marks around what "
+            "JSON takes for something else: '\"1e5\"')"
+        )
+    return value
+
+
 def token(value: Any) -> str:
     """Take what can be one token of a subject."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", value):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from flask import Flask
 
 from flask_natspubsub import NatsPubsub
 
+from .secrets import SECRET
 from .servers import NatsServer
 from .waiting import eventually
 
@@ -30,6 +31,17 @@ hypothesis.settings.register_profile(
     "shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("shared")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test whose captured log, stdout or stderr shows the secret."""
+    report = yield
+    shown = [title for title, text in report.sections if SECRET in text]
+    if shown and report.outcome == "passed":
+        report.outcome = "failed"
+        report.longrepr = f"the secret of the tests is shown in: {', '.join(shown)}"
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

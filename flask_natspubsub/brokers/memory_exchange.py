@@ -309,4 +309,7 @@ class Exchange:
 
 def not_connected() -> NotConnected:
     """Return the error of a broker that is closed or cut off."""
-    return NotConnected("The broker in memory is closed or was disconnected by a test.")
+    return NotConnected(
+        "The broker in memory is closed or was disconnected by a test.",
+        "Call reconnect(), or do not use it after shutdown().",
+    )

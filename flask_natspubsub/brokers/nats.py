@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import re
@@ -321,6 +322,8 @@ def check_credentials(settings: Settings) -> None:
             raise ConfigurationError(
                 f"NATSPUBSUB_{key.upper()} is {path!r}, which cannot be read.", "Correct the path."
             )
+    if any(urlsplit(url).scheme in ("ws", "wss") for url in settings.urls):
+        _check_websocket()
     if settings.nkey_seed_file or settings.credentials_file:
         try:
             import nkeys  # noqa: F401
@@ -329,6 +332,14 @@ def check_credentials(settings: Settings) -> None:
                 "NKeys and credentials files need the package nkeys.",
                 "pip install 'Flask-NatsPubsub[nkeys]'",
             ) from None
+
+
+def _check_websocket() -> None:
+    if importlib.util.find_spec("aiohttp") is None:
+        raise ConfigurationError(
+            "NATSPUBSUB_URLS has a ws:// or wss:// URL, which needs the package aiohttp.",
+            "pip install aiohttp, or use a nats:// or tls:// URL.",
+        )
 
 
 class NatsBroker(JetStreamBroker):

@@ -50,7 +50,8 @@ def _middleware(value: Any) -> tuple[Middleware, ...]:
     return functions
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# What is left out here is not used, and would take its part of every import.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False, match_args=False)
 class SubscriberOptions:
     """What a subscriber may set for itself; ``None`` is the application's setting.
 

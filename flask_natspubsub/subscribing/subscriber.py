@@ -122,7 +122,8 @@ def _warn_near_misses(cls: type[Subscriber]) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# What is left out here is not used, and would take its part of every import.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False, match_args=False)
 class Declaration:
     """A subscriber as written, checked as far as it can be without an app's settings.
 

@@ -31,14 +31,13 @@ from tests.certificates import Authority, KeyPair
 from tests.conftest import MakePubsub
 from tests.fake_server import FakeServer
 from tests.proxy import Proxy
+from tests.secrets import SECRET
 from tests.servers import NatsServer
 from tests.waiting import eventually, for_seconds
 
 from .helpers import api, at_most, count, event_ids, stored
 
 pytestmark = pytest.mark.real_server
-
-SECRET = "s3cr3t"
 
 
 def free_port() -> int:

@@ -28,7 +28,8 @@ def test_an_error_says_what_happened_and_what_to_do(kind: type[errors.NatsPubsub
     error = kind("It broke.", "Mend it.")
 
     assert (error.message, error.fix, str(error)) == ("It broke.", "Mend it.", "It broke. Mend it.")
-    assert str(kind("It broke.")) == "It broke."
+    assert str(kind("It broke.")).startswith("It broke.")
+    assert bool(kind("It broke.").fix) == (kind is errors.NotConnected)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ALL if issubclass(kind, errors.PublishError)])

@@ -11,6 +11,7 @@ from flask import Flask
 
 from flask_natspubsub import ConfigurationError, NatsPubsub
 from flask_natspubsub.settings import PREFIX, Settings, mask_url, table
+from tests.secrets import SECRET
 
 SECONDS = ["soon", -1, True, float("nan"), float("inf"), dt.timedelta(seconds=-1)]
 POSITIVE_SECONDS = [*SECONDS, 0, dt.timedelta(0)]
@@ -35,9 +36,9 @@ TABLE: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any], str]] = {
     "env": ("development", [("prod-1_A", "prod-1_A")], ["", "a.b", "a b", "*", 5], "letters"),
     "app_name": ("my_shop", [("Shop-1", "Shop-1")], ["a.b", "dlq", "Events", "", 5], ""),
     "preset": (None, [("testing", "testing")], ["", "dev", 5], "'production'"),
-    "user": (None, [("u", "u")], TEXT, "text"),
-    "password": (None, [("p", "p")], TEXT, "text"),
-    "token": (None, [("t", "t")], TEXT, "text"),
+    "user": (None, [("u", "u"), (12345, "12345")], ["", 1.5, True, ["a"]], "text"),
+    "password": (None, [("p", "p"), (12345, "12345")], ["", 1.5, True, ["a"]], "text"),
+    "token": (None, [("t", "t"), (12345, "12345")], ["", 1.5, True, ["a"]], "text"),
     "nkey_seed_file": (None, [("f", "f")], TEXT, "text"),
     "credentials_file": (None, [("f", "f")], TEXT, "text"),
     "tls_ca_file": (None, [("f", "f")], TEXT, "text"),
@@ -241,9 +242,6 @@ def test_a_preset_holds_values_that_a_user_could_give(preset: str) -> None:
 
 
 # --- secrets
-
-
-SECRET = "s3cr3t"
 
 
 @pytest.mark.parametrize(

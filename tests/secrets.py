@@ -1,0 +1,8 @@
+"""The password and token of all tests that sign in: nothing may ever show it.
+
+``conftest.py`` fails a test whose captured log, stdout or stderr has it.
+"""
+
+from __future__ import annotations
+
+SECRET = "s3cr3tCanary"
