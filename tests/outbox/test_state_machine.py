@@ -351,4 +351,5 @@ def test_what_is_relayed_is_what_was_committed(
     with capsys.disabled():
         print(f"\n{kind}: {world.tally}")
     assert world.tally.programs >= count
-    assert world.tally.relayed == world.tally.committed > count
+    # How much few programs come to is chance; that most of them did something is not.
+    assert world.tally.relayed == world.tally.committed > count // 4
