@@ -80,7 +80,8 @@ def _pairs(pubsub: NatsPubsub, naive: NatsPy, raw: RawSocket) -> list[Comparison
         publish = threaded("publish", threads, ours)
         one_by_one += [
             Comparison(publish, threaded("naive", threads, theirs), must),
-            Comparison(publish, threaded("naive, same headers", threads, the_same_message), must),
+            # For comparison: the budget is against the plain one.
+            Comparison(publish, threaded("naive, same headers", threads, the_same_message)),
         ]
     return [
         *one_by_one,
