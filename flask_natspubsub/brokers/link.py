@@ -188,7 +188,11 @@ class Link:
         key = self._route_number
         self._routes[key] = interest = _Interest(subject, handler)
         if self._connection is not None:
-            await self._subscribe(self._connection, key, interest)
+            try:
+                await self._subscribe(self._connection, key, interest)
+            except BaseException:  # the caller has no key to give it up with
+                await self.unroute(key)
+                raise
         return key
 
     async def unroute(self, key: int, *, flush: bool = False) -> None:
@@ -199,9 +203,11 @@ class Link:
                 await self._connection.unsubscribe(interest.handle, flush=flush)
 
     async def _subscribe(self, connection: Connection, key: int, interest: _Interest) -> None:
-        interest.handle = await connection.subscribe(interest.subject, interest.handler)
+        handle = await connection.subscribe(interest.subject, interest.handler)
         if key not in self._routes:  # given up meanwhile
-            await connection.unsubscribe(interest.handle, flush=False)
+            await connection.unsubscribe(handle, flush=False)
+        elif not connection.closed.is_set():  # the next connection has handles of its own
+            interest.handle = handle
 
     async def _subscribe_all(self, connection: Connection) -> None:
         """Subscribe for every route, also for those that are added while we do."""
