@@ -9,12 +9,12 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psycopg
 import sqlalchemy as sa
 
+from .managed import Managed
 from .waiting import eventually
 
 with warnings.catch_warnings():
@@ -24,7 +24,7 @@ with warnings.catch_warnings():
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
-class PostgresServer:
+class PostgresServer(Managed):
     """A PostgreSQL server on a Unix socket; a context manager.
 
     The databases survive ``stop`` and ``start``; leaving the context removes everything. Run
@@ -36,22 +36,6 @@ class PostgresServer:
         self._server: Any = None
         self._folder: Path | None = None
         self._databases: set[str] = {"postgres"}
-
-    def __enter__(self) -> PostgresServer:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def start(self) -> None:
         """Start, and wait until it takes connections."""
@@ -104,7 +88,7 @@ def sqlite_url(folder: Path, name: str = "app") -> str:
     return f"sqlite:///{folder / name}.db"
 
 
-class MysqlServer:
+class MysqlServer(Managed):
     """A MariaDB server on a Unix socket, or the server of NATSPUBSUB_TEST_MYSQL_URL.
 
     A context manager; leaving it removes the databases it has made.
@@ -123,23 +107,6 @@ class MysqlServer:
     def is_available() -> bool:
         """Whether there is a server to use or to start."""
         return "NATSPUBSUB_TEST_MYSQL_URL" in os.environ or shutil.which("mariadbd") is not None
-
-    def __enter__(self) -> MysqlServer:
-        try:
-            if self._given is None:
-                self._start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def url(self, database: str) -> str:
         """The address of a database, which is created if it is not there yet."""
@@ -169,7 +136,10 @@ class MysqlServer:
             return sa.make_url(self._given)
         return sa.make_url(f"mysql+pymysql://root@localhost/?unix_socket={self._folder}/socket")
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start a server, unless there is one to use."""
+        if self._given is not None:
+            return
         self._folder = folder = Path(tempfile.mkdtemp(prefix="natspubsub-mysql-"))
         where = ["--no-defaults", f"--datadir={folder / 'data'}"]
         who = ["--user=root"] if os.geteuid() == 0 else []

@@ -6,11 +6,12 @@ import contextlib
 import json
 import socket
 import threading
-from types import TracebackType
 from typing import Any
 
+from .managed import Managed
 
-class FakeServer:
+
+class FakeServer(Managed):
     """Accepts connections, sends one line, answers PING, and records.
 
     :param info: what the INFO line says; or bytes, sent as they are.
@@ -41,16 +42,10 @@ class FakeServer:
     def url(self) -> str:
         return f"nats://127.0.0.1:{self.port}"
 
-    def __enter__(self) -> FakeServer:
+    def start(self) -> None:
         self._threads[0].start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._threads[0].join(5)
         self._listener.close()

@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine
-from types import TracebackType
 from typing import Any
+
+from .managed import Managed
 
 #: Takes what the server sent, returns what the client gets.
 Filter = Callable[[bytes], bytes]
 
 
-class Proxy:
+class Proxy(Managed):
     """Stands between a client and ``port``; a context manager.
 
     :param delay: seconds that everything is late, in each direction.
@@ -41,18 +42,14 @@ class Proxy:
         """The address for clients."""
         return f"nats://127.0.0.1:{self.port}"
 
-    def __enter__(self) -> Proxy:
+    def start(self) -> None:
+        """Listen on a free port."""
         self._thread.start()
         self._server = self._do(asyncio.start_server(self._accept, "127.0.0.1", 0))
         self.port = self._server.sockets[0].getsockname()[1]
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close all connections and the listener."""
         self._do(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from urllib.parse import urlsplit
 
+from .managed import Managed
 from .waiting import eventually
 
 START_TIMEOUT = 15.0
@@ -28,7 +28,7 @@ def nats_server_binary() -> str:
     return found
 
 
-class NatsServer:
+class NatsServer(Managed):
     """A nats-server process with JetStream; a context manager.
 
     The port, once chosen, and the stored streams survive ``stop``, ``kill`` and ``start``;
@@ -56,22 +56,6 @@ class NatsServer:
         self._binary = str(binary or nats_server_binary())
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
-
-    def __enter__(self) -> NatsServer:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def url(self) -> str:

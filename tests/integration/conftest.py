@@ -1,15 +1,17 @@
-"""Apps on the shared server, with what their workers did written down."""
+"""Apps on the shared server, and projects whose commands run as processes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ..conftest import MakePubsub
 from ..servers import NatsServer
+from .project import Project
 from .shop import Shop
 
 MakeShop = Callable[..., Shop]
@@ -31,3 +33,18 @@ def make_shop(make_pubsub: MakePubsub, nats_server: NatsServer) -> Iterator[Make
 def shop(make_shop: MakeShop) -> Shop:
     """One shop on the shared server."""
     return make_shop()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[NatsServer]:
+    """A server for the tests of one file, which may stop it."""
+    with NatsServer() as running:
+        yield running
+
+
+@pytest.fixture
+def project(tmp_path: Path, server: NatsServer) -> Iterator[Project]:
+    """A project in a folder of its own."""
+    made = Project(tmp_path, server.url)
+    yield made
+    made.close()

@@ -10,24 +10,10 @@ import threading
 
 import pytest
 
-from ..servers import NatsServer
 from ..waiting import eventually
-from .project import TIMEOUT, Project
+from .project import TIMEOUT
 
 pytestmark = pytest.mark.real_server
-
-
-@pytest.fixture(scope="module")
-def server():
-    with NatsServer() as running:
-        yield running
-
-
-@pytest.fixture
-def project(tmp_path, server):
-    made = Project(tmp_path, server.url)
-    yield made
-    made.close()
 
 
 def streams(project):

@@ -90,12 +90,6 @@ class OutboxProject(Project):
         return self.start("relay", *arguments)
 
 
-@pytest.fixture(scope="module")
-def server():
-    with NatsServer() as running:
-        yield running
-
-
 @pytest.fixture
 def project(tmp_path, server):
     made = OutboxProject(tmp_path, server.url)

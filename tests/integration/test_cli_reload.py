@@ -7,24 +7,10 @@ import signal
 
 import pytest
 
-from ..servers import NatsServer
 from ..waiting import eventually
-from .project import HANDLERS, TIMEOUT, Project
+from .project import HANDLERS, TIMEOUT
 
 pytestmark = pytest.mark.real_server
-
-
-@pytest.fixture(scope="module")
-def server():
-    with NatsServer() as running:
-        yield running
-
-
-@pytest.fixture
-def project(tmp_path, server):
-    made = Project(tmp_path, server.url)
-    yield made
-    made.close()
 
 
 def handled_by(project, version):

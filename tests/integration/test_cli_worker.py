@@ -16,19 +16,6 @@ from .project import TIMEOUT, Project
 pytestmark = pytest.mark.real_server
 
 
-@pytest.fixture(scope="module")
-def server():
-    with NatsServer() as running:
-        yield running
-
-
-@pytest.fixture
-def project(tmp_path, server):
-    made = Project(tmp_path, server.url)
-    yield made
-    made.close()
-
-
 def publish(project, jobs, **fields):
     """Publish jobs with these numbers through the app itself."""
     project.write(

@@ -45,12 +45,6 @@ def where(message):
 BREAKABLE = "import os, pathlib\nif pathlib.Path('broken').exists():\n    os._exit(7)\n"
 
 
-@pytest.fixture(scope="module")
-def server():
-    with NatsServer() as running:
-        yield running
-
-
 @pytest.fixture
 def project(tmp_path, server):
     made = Project(tmp_path, server.url)
