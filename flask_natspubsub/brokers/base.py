@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -371,7 +371,3 @@ class Broker(ABC):
     @abstractmethod
     def now(self) -> float:
         """Seconds since the epoch on the broker's clock, which tests may turn."""
-
-
-#: Makes a broker from an application's settings.
-BrokerFactory = Callable[[Any], Broker]

@@ -10,14 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from flask import Blueprint, Response, jsonify
 
 _log = logging.getLogger("flask_natspubsub.health")
-
-Status = Literal["ok", "failed"]
 
 
 class Health(msgspec.Struct, frozen=True):
