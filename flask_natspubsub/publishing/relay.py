@@ -76,6 +76,8 @@ class Relay:
     ) -> None:
         #: How often another relay had taken a lease before this one renewed it.
         self.lease_lost = 0
+        #: How many rows it has sent.
+        self.sent = 0
         #: When ``run`` was last seen to go round, on the monotonic clock.
         self.beat = time.monotonic()
         self._store = store
@@ -168,18 +170,18 @@ class Relay:
 
         :raises NatsPubsubError: the database, or the connection to the broker, failed.
         """
-        count = 0
+        before = self.sent
         try:
             self._take_leases()
             self._watch_streams()
             more = True
             while more and not self._stopping.is_set():
-                sent = self.step()
-                count += sent
-                more = self._watch_streams() or bool(sent)
+                self._take_leases()
+                found = self._send_batches()
+                more = self._watch_streams() or found
         finally:
             self.release()
-        return count
+        return self.sent - before
 
     def is_idle(self) -> bool:
         """Whether no row of any partition is due, whoever relays it."""
@@ -215,11 +217,15 @@ class Relay:
 
         :raises PublishError: none could be sent, for a reason that passes.
         """
+        before = self.sent
         self._take_leases()
-        return self._send_batches()
+        self._send_batches()
+        return self.sent - before
 
-    def _send_batches(self) -> int:
-        return sum(self._send_batch(held) for held in list(self._held.values()))
+    def _send_batches(self) -> bool:
+        """Send one batch of each partition; returns whether there may be more to send."""
+        found = [self._send_batch(held) for held in list(self._held.values())]
+        return any(found)
 
     def _take_leases(self) -> None:
         for held in list(self._held.values()):
@@ -258,10 +264,10 @@ class Relay:
             self.lease_lost += 1
             _log.warning("the lease of partition %d was lost to another relay", held.partition)
 
-    def _send_batch(self, held: _Held) -> int:
+    def _send_batch(self, held: _Held) -> bool:
         rows = self._store.due(held.partition, self._settings.outbox_batch_size)
         if not rows:
-            return 0
+            return False
         sent, errors = self._publish(rows, held)
         if not sent and errors and all(error.temporary for error in errors.values()):
             raise next(iter(errors.values()))  # nothing can be sent for now: leave the rows
@@ -269,13 +275,14 @@ class Relay:
         started = time.monotonic()
         if not self._store.mark(held.lease, sent, failures):
             self._lose(held)
-            return 0
+            return False
         held.until = started + LEASE_SECONDS
         with contextlib.suppress(NatsPubsubError):  # it is tried again with the next check
             self._watch.settle()
         if sent:
+            self.sent += len(sent)
             self._relayed(len(sent))
-        return len(sent)
+        return True  # also if all were refused: those behind them need not wait for the next poll
 
     def _publish(
         self, rows: Sequence[DueRow], held: _Held

@@ -441,6 +441,15 @@ def test_failures_of_a_batch_are_one_statement(sqlite_shop: OutboxShop) -> None:
     relay.release()
 
 
+def test_a_batch_of_which_all_were_refused_is_not_the_last(
+    make_shop: MakeShop, sqlite: str
+) -> None:
+    shop = make_shop(sqlite, outbox_batch_size=10)
+    shop.use_flaky_broker().failures = {n: [refused()] for n in range(20)}
+    shop.commit(*range(30))
+    assert shop.relay().run_once() == 10
+
+
 @pytest.mark.parametrize(("poll", "most"), [(60.0, 6), (0.5, 13)])
 def test_idle_relay_looks_as_often_as_it_was_told(
     make_shop: MakeShop, sqlite: str, poll: float, most: int
