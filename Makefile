@@ -39,7 +39,7 @@ audit: $(VENV)/.stamp-base $(VENV)/.stamp-audit  ## check the licences and known
 bench: $(VENV)/.stamp-dev $(VENV)/.stamp-bench  ## measure
 	@$(RUN) -m tests.bench $(ARGS)
 
-torture: $(VENV)/.stamp-dev  ## kill processes, servers and connections for half an hour, and count the losses
+torture: $(VENV)/.stamp-dev  ## kill processes, servers and connections for an hour or two, and count the losses
 	@$(RUN) -m tests.torture --long $(ARGS)
 
 docs: $(VENV)/.stamp-dev $(VENV)/.stamp-docs  ## build the documentation into docs/_build/html

@@ -19,11 +19,13 @@ project = "Flask-NatsPubsub"
 copyright = "The Flask-NatsPubsub authors"
 version = release = flask_natspubsub.__version__
 
-extensions = ["sphinx.ext.autodoc"]
+extensions = ["sphinx.ext.autodoc", "myst_parser"]
+myst_enable_extensions = ["deflist"]
 exclude_patterns = [
     "_build",
     "performance-growth.rst",  # included by performance.rst
     "performance-table.rst",
+    "reliability",  # the parts of reliability.md
 ]
 smartquotes = False  # the texts of settings and errors quote code
 

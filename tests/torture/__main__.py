@@ -9,6 +9,7 @@ import time
 from contextlib import ExitStack
 
 from ..databases import PostgresServer
+from .kept import REPORT, STATE, Kept, commit
 from .ledger import HEADER, Result
 from .run import Run, Scenario
 from .scenarios import SCENARIOS
@@ -21,28 +22,59 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: end the processes
     chosen = [one for one in SCENARIOS if not options.names or one.name in options.names]
-    bad = 0
     with ExitStack() as stack:
-        servers: list[PostgresServer] = []
-
-        def postgres() -> PostgresServer:
-            if not servers:
-                servers.append(stack.enter_context(PostgresServer()))
-            return servers[0]
-
-        print(f"seed {options.seed}, {'long' if options.long else 'short'} form\n{HEADER}")
-        for scenario in chosen:
-            size = scenario.long if options.long else scenario.short
-            run = Run(scenario.name, size, options.seed, postgres, scenario.limit, verbose=True)
-            began = time.monotonic()
-            result = _try(scenario, run)
-            print(f"{result}, {time.monotonic() - began:.0f} s", flush=True)
-            bad += bool(getattr(result, "problems", True))
+        session = _Session(options, stack)
+        print(f"seed {options.seed}, {session.form}\n{HEADER}")
+        outcomes = [session.run(scenario) for scenario in chosen]
+    bad = sum(bool(getattr(outcome, "problems", True)) for outcome in outcomes)
     print(f"{len(chosen)} scenarios, {bad} with something wrong")
     return 1 if bad else 0
 
 
+class _Session:
+    """Scenarios one after the other: a database server for all, and a time limit."""
+
+    def __init__(self, options: argparse.Namespace, stack: ExitStack) -> None:
+        self._options = options
+        self._stack = stack
+        self._server: PostgresServer | None = None
+        self._deadline = time.monotonic() + options.minutes * 60
+        self._kept = Kept()
+        self._commit = commit()
+
+    @property
+    def form(self) -> str:
+        minutes = self._options.minutes
+        return f"long form, at most {minutes:g} minutes" if self._options.long else "short form"
+
+    def _postgres(self) -> PostgresServer:
+        if self._server is None:
+            self._server = self._stack.enter_context(PostgresServer())
+        return self._server
+
+    def run(self, scenario: Scenario) -> Result | str:
+        """Run one, unless its result is known, and print what came of it."""
+        options = self._options
+        known = self._kept.find(scenario, options.seed, self._commit)
+        if options.long and known and not options.again:
+            print(f"{known.outcome}, {known.seconds:.0f} s, known from before", flush=True)
+            return known.outcome
+        limit = min(scenario.limit, self._deadline - time.monotonic())
+        size = scenario.long if options.long else scenario.short
+        run = Run(scenario.name, size, options.seed, self._postgres, limit, verbose=True)
+        began = time.monotonic()
+        outcome = _try(scenario, run)
+        seconds = time.monotonic() - began
+        print(f"{outcome}, {seconds:.0f} s", flush=True)
+        if options.long and isinstance(outcome, Result):
+            self._kept.add(scenario, options.seed, outcome, seconds)
+            self._kept.write_report(SCENARIOS)
+        return outcome
+
+
 def _try(scenario: Scenario, run: Run) -> Result | str:
+    if run.limit <= 0:
+        return f"{scenario.name:34}  not begun: the time is up; the same command goes on here"
     try:
         return scenario.function(run)
     except Exception as error:
@@ -57,7 +89,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         epilog=f"Scenarios: {', '.join(names)}.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="scenarios to run; default all")
-    parser.add_argument("--long", action="store_true", help="the sizes of a nightly run")
+    parser.add_argument(
+        "--long",
+        action="store_true",
+        help=f"the sizes of a nightly run; results are kept in {STATE.name} and reported in "
+        f"docs/{REPORT.name}, and what was done on the same commit is not done again",
+    )
+    parser.add_argument("--again", action="store_true", help="run also what was done already")
+    parser.add_argument(
+        "--minutes", type=float, default=120, help="longest time for all (default: %(default)g)"
+    )
     parser.add_argument("--seed", type=int, default=SEED, help="other random moments")
     options = parser.parse_args(arguments)
     for name in options.names:

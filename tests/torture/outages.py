@@ -25,14 +25,19 @@ LONGEST_SILENCE = 10.0
 
 
 class Shop:
-    """The web process, and customers who order at it."""
+    """The web process, and customers who order at it.
 
-    def __init__(self, site: Site) -> None:
+    :param each: orders in one request, and so in one transaction.
+    """
+
+    def __init__(self, site: Site, each: int = 1) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port: int = probe.getsockname()[1]
+        self._site = site
+        self._each = each
         self._process = site.start_web(self._port)
-        #: The answer to each order; 0 if the connection was lost instead.
+        #: The answer to each request; 0 if the connection was lost instead.
         self.answers: list[int] = []
         self.times: list[float] = []
         eventually(self._is_up, 30, "no web server")
@@ -44,23 +49,40 @@ class Shop:
             return False
         return True
 
+    def restart(self) -> None:
+        """Kill the web processes and start them again."""
+        self._process.kill()
+        self._process = self._site.start_web(self._port)
+
     @property
     def accepted(self) -> int:
-        """Orders that were answered with 201 so far."""
+        """Requests that were answered with 201 so far."""
         return self.answers.count(201)
 
     def order(self) -> None:
-        """Order once."""
+        """Order once; while nobody listens, wait until somebody does."""
         began = time.monotonic()
+        answer = None
+        while answer is None:
+            try:
+                answer = self._order()
+            except ConnectionRefusedError:
+                eventually(self._is_up, 30, "no web server")
+        self.answers.append(answer)
+        self.times.append(time.monotonic() - began)
+
+    def _order(self) -> int:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
         try:
-            connection.request("POST", "/orders")
-            self.answers.append(connection.getresponse().status)
-        except OSError:
-            self.answers.append(0)
+            connection.connect()
+            connection.request("POST", f"/orders?number={self._each}")
+            return connection.getresponse().status
+        except ConnectionRefusedError:
+            raise
+        except (OSError, http.client.HTTPException):
+            return 0
         finally:
             connection.close()
-        self.times.append(time.monotonic() - began)
 
     def orders(self, number: int) -> float:
         """Have the customers order; the median time of an order, in milliseconds."""
@@ -84,14 +106,15 @@ class Shop:
 
     def count(self, scenario: str, site: Site) -> Result:
         """Compare the answers, too, with what was committed."""
-        result = count(scenario, site, sent=len(self.answers))
+        result = count(scenario, site, sent=len(self.answers) * self._each)
         unanswered = self.answers.count(0)
         result.facts["unanswered"] = unanswered
         refused = len(self.answers) - unanswered - self.accepted
         result.expect(not refused, f"{refused} requests failed")
         result.expect(
-            self.accepted <= result.committed <= self.accepted + unanswered,
-            f"{self.accepted} requests were accepted, but {result.committed} committed",
+            self.accepted <= result.committed / self._each <= self.accepted + unanswered,
+            f"{self.accepted} requests of {self._each} orders were accepted, "
+            f"but {result.committed} orders committed",
         )
         return result
 
@@ -156,7 +179,7 @@ def end_to_end(run: Run) -> Result:
     run.random.shuffle(victims)
     with Site(lease=2) as site:
         shop = Shop(site)
-        crew = Crew(site)
+        crew = Crew(site, shop)
         for number, victim in enumerate(victims):
             run.progress("kills", number, kills)
             with shop.ordering(messages // kills):
@@ -175,21 +198,29 @@ def _await_more_effects(site: Site) -> None:
 
 
 class Crew:
-    """A relay, a worker and the server, each of which can be replaced at any moment."""
+    """Relays, workers, the web and the server, each of which can be replaced at any moment.
 
-    def __init__(self, site: Site) -> None:
+    :param lanes: how many relays there are, and workers.
+    """
+
+    def __init__(self, site: Site, shop: Shop, lanes: int = 1) -> None:
         self._site = site
+        self._shop = shop
         self._starts: dict[str, Callable[[], Child]] = {
             "relay": site.start_relay,
             "worker": site.start_worker,
         }
-        self._children = {name: start() for name, start in self._starts.items()}
+        self._children = {
+            name: [start() for _ in range(lanes)] for name, start in self._starts.items()
+        }
 
-    def replace(self, name: str) -> None:
+    def replace(self, name: str, lane: int = 0) -> None:
         """Kill one and start it again."""
         if name == "nats":
             self._site.nats.kill()
             self._site.nats.start()
+        elif name == "web":
+            self._shop.restart()
         else:
-            self._children[name].kill()
-            self._children[name] = self._starts[name]()
+            self._children[name][lane].kill()
+            self._children[name][lane] = self._starts[name]()

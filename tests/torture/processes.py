@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -35,8 +36,9 @@ class Child:
         return self._popen.poll() == -signal.SIGKILL
 
     def kill(self) -> None:
-        """End it as the loss of power would."""
-        self._popen.kill()
+        """End it, and what it has started, as the loss of power would."""
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.killpg(self.pid, signal.SIGKILL)
         self._popen.wait()
 
     def terminate(self) -> None:
@@ -87,7 +89,7 @@ class Children:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the parent, which ends them in order
+                start_new_session=True,  # Ctrl-C is for the parent; and a group for ``kill``
             )
         child = Child(role, popen)
         self._children.append(child)

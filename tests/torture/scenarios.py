@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import cluster, commits, kills, outages, relays, rewind
+from . import cluster, commits, headline, kills, outages, relays, rewind
 from .run import Scenario
 
 SCENARIOS = [
@@ -62,5 +62,12 @@ SCENARIOS = [
         outages.end_to_end,
         {"messages": 500, "kills": 6},
         {"messages": 20_000, "kills": 100},
+    ),
+    Scenario(
+        "headline",
+        headline.headline,
+        {"messages": 2_000, "kills": 4, "cuts": 1},
+        {"messages": 100_000, "kills": 200, "cuts": 50},
+        limit=3600.0,
     ),
 ]

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 import sqlalchemy as sa
-from flask import Flask
+from flask import Flask, request
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import event, orm
 
@@ -70,9 +70,10 @@ def place_order(pubsub: NatsPubsub, ordering_key: str | None = None) -> str:
 def _add_views(app: Flask, pubsub: NatsPubsub) -> None:
     @app.post("/orders")
     def order() -> tuple[str, int]:
-        event_id = place_order(pubsub)
+        number = request.args.get("number", 1, int)
+        event_ids = [place_order(pubsub) for _ in range(number)]
         db.session.commit()
-        return event_id, 201
+        return "\n".join(event_ids), 201
 
 
 def _add_subscriber(pubsub: NatsPubsub, points: failpoints.FailPoints) -> None:

@@ -18,6 +18,7 @@ from flask_natspubsub.state import AppState
 
 from ..cluster import NatsCluster
 from ..databases import sqlite_url
+from ..proxy import Proxy
 from ..servers import NatsServer
 from ..waiting import eventually
 from . import failpoints
@@ -34,6 +35,7 @@ class Site:
     :param lease: how long a dead relay holds its partitions; default as in production.
     :param slowness: longest time that a handler takes, seconds; each takes another.
     :param nats: what is to be started; default one server.
+    :param proxied: whether there is a ``proxy`` on the way to it, which can be cut.
     :param settings: ``NATSPUBSUB_`` keys in lower case, for all processes.
     """
 
@@ -44,9 +46,12 @@ class Site:
         lease: float | None = None,
         slowness: float = 0.0,
         nats: NatsServer | NatsCluster | None = None,
+        proxied: bool = False,
         **settings: Any,
     ) -> None:
         self.nats = nats or NatsServer()
+        self.proxy: Proxy | None = None
+        self._proxied = proxied
         self._stack = ExitStack()
         self._database = database
         self._lease = lease
@@ -89,7 +94,7 @@ class Site:
         url = self._database or f"{sqlite_url(folder)}?timeout=15"
         self._stack.enter_context(self.nats)
         config = {f"NATSPUBSUB_{key.upper()}": value for key, value in self.settings.items()}
-        config |= {"NATSPUBSUB_URLS": self.nats.urls, "SQLALCHEMY_DATABASE_URI": url}
+        config |= {"NATSPUBSUB_URLS": self._urls(), "SQLALCHEMY_DATABASE_URI": url}
         environment = {f"FLASK_{key}": json.dumps(value) for key, value in config.items()}
         environment[failpoints.RESENT] = str(folder / "resent")
         environment["TORTURE_SLOWNESS"] = str(self._slowness)
@@ -102,6 +107,18 @@ class Site:
         with self.app.app_context():
             db.create_all()
             eventually(lambda: self.pubsub.is_connected, 30)
+
+    def _urls(self) -> list[str]:
+        if not self._proxied:
+            return self.nats.urls
+        assert isinstance(self.nats, NatsServer)
+        self.proxy = self._stack.enter_context(Proxy(self.nats.port))
+        return [self.proxy.url]
+
+    def cut(self) -> None:
+        """Cut all connections to the server."""
+        assert self.proxy is not None, "there is no proxy on the way"
+        self.proxy.cut()
 
     def _close_app(self) -> None:
         self.pubsub.shutdown(self.app)
@@ -159,6 +176,11 @@ class Site:
     def handled(self) -> int:
         """Messages that have had their effect."""
         return self.number("SELECT count(DISTINCT event_id) FROM effect")
+
+    @property
+    def last_effect(self) -> int:
+        """Grows with each effect; cheaper than to count them."""
+        return self.number("SELECT coalesce(max(id), 0) FROM effect")
 
     @property
     def unhandled(self) -> int:
