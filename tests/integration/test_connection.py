@@ -760,7 +760,7 @@ def test_apps_that_come_and_go_leave_no_file_open(
         pubsub.shutdown()
         return len(list(Path("/proc/self/fd").iterdir()))
 
-    first, *others = [come_and_go(number) for number in range(20)]
+    first, *others = [come_and_go(number) for number in range(100)]
 
     assert max(others) <= first
 

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count as numbers
 from pathlib import Path
@@ -24,6 +24,7 @@ from flask import Flask
 
 from flask_natspubsub import NatsPubsub
 from tests.conftest import MakePubsub
+from tests.forking import in_child
 from tests.servers import NatsServer
 from tests.waiting import eventually
 
@@ -61,33 +62,6 @@ def server() -> Iterator[MonitoredServer]:
 @pytest.fixture
 def shop(make_pubsub: MakePubsub, server: MonitoredServer) -> NatsPubsub:
     return make_pubsub(urls=server.url)
-
-
-def in_child(function: Callable[[], Any], timeout: float = 15) -> Any:
-    """Run a function in a forked child, and return what it returns; its pid is killed if late."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        answer: dict[str, Any]
-        try:
-            answer = {"result": function()}
-        except BaseException as error:
-            answer = {"error": repr(error)}
-        os.write(writing, json.dumps(answer).encode())
-        os._exit(0)
-    os.close(writing)
-    try:
-        eventually(lambda: os.waitpid(pid, os.WNOHANG)[0], timeout, "the child hangs")
-    except AssertionError:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        raise
-    finally:
-        with os.fdopen(reading, "rb") as pipe:
-            data = pipe.read()
-    answer = json.loads(data)
-    assert "error" not in answer, answer
-    return answer["result"]
 
 
 def publish_some(pubsub: NatsPubsub, name: str, times: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import cluster, commits, headline, kills, outages, relays, rewind
+from . import cluster, commits, database, endurance, headline, kills, outages, relays, rewind
 from .run import Scenario
 
 SCENARIOS = [
@@ -70,4 +70,12 @@ SCENARIOS = [
         {"messages": 100_000, "kills": 200, "cuts": 50},
         limit=3600.0,
     ),
+    Scenario(
+        "database-down",
+        database.database_down,
+        {"rounds": 1, "down_s": 2},
+        {"rounds": 5, "down_s": 60},
+    ),
+    Scenario("soak", endurance.soak, {"messages": 20_000}, {"messages": 1_000_000}),
+    Scenario("forks", endurance.forks, {"forks": 10}, {"forks": 1_000}),
 ]

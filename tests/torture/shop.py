@@ -6,9 +6,12 @@ gunicorn, ``flask natspubsub relay`` and ``flask natspubsub worker``.
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import os
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +25,8 @@ from . import failpoints
 
 TOPIC = "order.created"
 SUBSCRIBER = "ledger"
+#: A file into which a worker writes, when it ends, how many messages without an effect it had.
+TICKS = "TORTURE_TICKS"
 
 db = SQLAlchemy()
 
@@ -78,9 +83,15 @@ def _add_views(app: Flask, pubsub: NatsPubsub) -> None:
 
 def _add_subscriber(pubsub: NatsPubsub, points: failpoints.FailPoints) -> None:
     slowness = float(os.environ.get("TORTURE_SLOWNESS", "0"))
+    ticks = itertools.count()
+    if path := os.environ.get(TICKS):
+        atexit.register(lambda: Path(path).write_text(str(next(ticks))))
 
     @pubsub.subscriber(TOPIC, name=SUBSCRIBER)
     def ledger(message: dict[str, Any], context: MessageContext) -> None:
+        if message.get("tick"):
+            next(ticks)
+            return
         points.reach(failpoints.BEFORE)
         if slowness:
             time.sleep(random.uniform(0, slowness))

@@ -23,7 +23,7 @@ from ..servers import NatsServer
 from ..waiting import eventually
 from . import failpoints
 from .processes import Child, Children
-from .shop import create_app, db, place_order
+from .shop import TICKS, TOPIC, create_app, db, place_order
 
 FLASK = (sys.executable, "-m", "flask", "--app", "tests.torture.shop", "natspubsub")
 
@@ -97,6 +97,7 @@ class Site:
         config |= {"NATSPUBSUB_URLS": self._urls(), "SQLALCHEMY_DATABASE_URI": url}
         environment = {f"FLASK_{key}": json.dumps(value) for key, value in config.items()}
         environment[failpoints.RESENT] = str(folder / "resent")
+        environment[TICKS] = str(folder / "ticks")
         environment["TORTURE_SLOWNESS"] = str(self._slowness)
         if self._lease is not None:
             environment[failpoints.LEASE] = str(self._lease)
@@ -157,6 +158,16 @@ class Site:
                 for number in range(start, min(start + each, count)):
                     place_order(self.pubsub, turn[number % len(turn)])
                 db.session.commit()
+
+    def publish_ticks(self, count: int) -> None:
+        """Publish messages that have no effect, round the outbox; each is stored afterwards."""
+        with self.app.app_context():
+            self.pubsub.publish_many([(TOPIC, {"tick": True})] * count)
+
+    @property
+    def ticks(self) -> int:
+        """Messages without an effect that the worker has handled; known when it has ended."""
+        return int((self.folder / "ticks").read_text())
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """The rows of a query."""

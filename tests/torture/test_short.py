@@ -8,7 +8,11 @@ from ..databases import PostgresServer
 from .run import Run, Scenario
 from .scenarios import SCENARIOS
 
-pytestmark = pytest.mark.real_server
+pytestmark = [
+    pytest.mark.real_server,
+    # Python 3.12 warns of forking with threads around, which is what ``forks`` does.
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
 
 SEED = 1
 LIMIT = 120.0
