@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from flask_natspubsub import PublishError
+from flask_natspubsub import PublishError, database
 from flask_natspubsub.brokers.base import StoredAck
 from flask_natspubsub.brokers.memory import MemoryBroker
 from flask_natspubsub.errors import DatabaseError, NotConnected, PublishDenied
@@ -393,6 +393,24 @@ def test_relay_goes_on_after_its_connections_were_cut(make_shop: MakeShop, postg
         shop.wait_for_sent(n + 1)
     shop.wait_until_marked()
     assert shop.sent == [0, 1, 2]
+
+
+def test_relay_gives_up_a_statement_that_stalls(
+    make_shop: MakeShop,
+    postgresql: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert database.STATEMENT_TIMEOUT <= 30
+    monkeypatch.setattr(database, "STATEMENT_TIMEOUT", 0.3)
+    shop = make_shop(postgresql, outbox_poll_interval=0.1)
+    wait_for_lease(shop.start_relay())
+    locker = sa.create_engine(postgresql, poolclass=sa.NullPool)
+    with locker.begin() as connection:
+        connection.exec_driver_sql("LOCK TABLE natspubsub_outbox IN ACCESS EXCLUSIVE MODE")
+        eventually(lambda: "statement timeout" in caplog.text, 20)
+    shop.commit(1)
+    shop.wait_for_sent(1)
 
 
 def cut_connections(url: str) -> None:
