@@ -1,12 +1,14 @@
 """Looks for known weaknesses in what users install with the package: ``python -m tests.audit``.
 
-Ends with 1 if pip-audit finds one. Where the vulnerability service cannot be reached, or gives
-no answer in time, it says so and ends with 0: no network is no weakness.
+Ends with 1 if pip-audit finds one, and if pip-audit itself fails. Only where the vulnerability
+service cannot be reached, or gives no answer in time, it says so and ends with 0: no network is
+no weakness.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,17 @@ from pathlib import Path
 from .licences import needed
 
 LIMIT = 90.0
+
+# How pip-audit, and requests below it, say that the service was not reached or does not serve.
+_UNREACHABLE = re.compile(
+    r"requests\.exceptions\.(ProxyError|ConnectionError|ConnectTimeout|ReadTimeout|SSLError):"
+    r"|requests\.exceptions\.HTTPError: (403|407|429|5\d\d) "
+    r"|Could not connect to PyPI's vulnerability feed|PyPI is not redirecting properly"
+)
+
+
+class Unreachable(Exception):
+    """The vulnerability service gave no answer: says nothing of the dependencies."""
 
 
 def pins() -> str:
@@ -29,27 +42,36 @@ def pins() -> str:
     return "\n".join(lines) + "\n"
 
 
-def findings(report: str) -> tuple[list[str], int]:
-    """Return a line for each weakness in pip-audit's JSON, and how many packages it looked up.
+def findings(report: str) -> tuple[list[str], list[str]]:
+    """Return a line for each weakness in pip-audit's JSON, and the names it looked up.
 
     A package that the service does not know is skipped by pip-audit, and counts as not looked
     up: an index without data on weaknesses must not pass for a clean one.
+
+    :raises RuntimeError: it is no such report.
     """
     try:
-        dependencies = json.loads(report)["dependencies"]
-    except (ValueError, KeyError, TypeError):
-        return [], 0
-    looked_up = [entry for entry in dependencies if "skip_reason" not in entry]
-    return [
-        f"{entry['name']} {entry['version']}: {weakness['id']}, "
-        f"mended in {', '.join(weakness['fix_versions']) or 'no version yet'}"
-        for entry in looked_up
-        for weakness in entry.get("vulns", [])
-    ], len(looked_up)
+        looked_up = [entry for entry in json.loads(report)["dependencies"] if _was_looked_up(entry)]
+        return [
+            f"{entry['name']} {entry['version']}: {weakness['id']}, "
+            f"mended in {', '.join(weakness['fix_versions']) or 'no version yet'}"
+            for entry in looked_up
+            for weakness in entry["vulns"]
+        ], [entry["name"] for entry in looked_up]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"pip-audit's report cannot be read: {error!r}") from None
+
+
+def _was_looked_up(entry: dict[str, object]) -> bool:
+    return "skip_reason" not in entry
 
 
 def audit(requirements: str, limit: float = LIMIT) -> str:
-    """Return pip-audit's JSON report; empty if there is none in time."""
+    """Return pip-audit's JSON report.
+
+    :raises Unreachable: the service could not be asked, or not in ``limit`` seconds.
+    :raises RuntimeError: pip-audit failed; with the end of what it said.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "requirements.txt"
         file.write_text(requirements)
@@ -58,23 +80,50 @@ def audit(requirements: str, limit: float = LIMIT) -> str:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
-            return ""
-    # Without the service there is no report; what went wrong else has to be seen.
-    if not done.stdout and "Connection" not in done.stderr and "timed out" not in done.stderr:
-        print(done.stderr[-2000:], file=sys.stderr)
-    return done.stdout
+            raise Unreachable(f"no answer within {limit:.0f} s") from None
+    return report_of(done)
+
+
+def report_of(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the report of a pip-audit that has ended; see ``audit``.
+
+    It ends with 0, or with 1 both when it has found something and when it has failed: then
+    there is no report.
+    """
+    if done.returncode in (0, 1) and done.stdout.strip():
+        return done.stdout
+    reason = _UNREACHABLE.search(done.stderr)
+    if done.returncode == 1 and reason:
+        raise Unreachable(reason[0].rstrip(": "))
+    raise RuntimeError(f"pip-audit ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
 def main() -> int:
-    """Print what was found; return 1 if that is anything."""
+    """Print what was found; return 1 if that is anything, or if it cannot be told."""
     requirements = pins()
-    found, looked_up = findings(audit(requirements))
+    try:
+        found, looked_up = findings(audit(requirements))
+    except Unreachable as reason:
+        return _nothing_known(str(reason))
+    except RuntimeError as problem:
+        print(f"FAILED: {problem}")
+        return 1
+    wanted = re.findall(r"(?m)^(.+)==", requirements)
     if not looked_up:
-        print("the vulnerability service is not reachable: nothing was looked up")
-        return 0
-    print(f"{looked_up} of {requirements.count('==')} packages looked up, {len(found)} weaknesses")
+        return _nothing_known("it knows none of the packages")
+    print(f"{len(looked_up)} of {len(wanted)} packages looked up, {len(found)} weaknesses")
+    unknown = sorted(set(wanted) - set(looked_up))
+    print("".join(f"WARNING: {name} is not known to the service\n" for name in unknown), end="")
     print("".join(f"{line}\n" for line in found), end="")
     return 1 if found else 0
+
+
+def _nothing_known(reason: str) -> int:
+    print("!" * 80)
+    print(f"WARNING: the vulnerability service is not reachable ({reason}).")
+    print("NOTHING was looked up: this run says nothing about weaknesses.")
+    print("!" * 80)
+    return 0
 
 
 if __name__ == "__main__":
