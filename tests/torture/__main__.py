@@ -62,12 +62,16 @@ class _Session:
         limit = min(scenario.limit, self._deadline - time.monotonic())
         size = scenario.long if options.long else scenario.short
         run = Run(scenario.name, size, options.seed, self._postgres, limit, verbose=True)
+        if limit > 0:
+            sizes = ", ".join(f"{name} {value:,}" for name, value in size.items())
+            print(f"  {scenario.name}: {sizes}; at most {limit:.0f} s", file=sys.stderr)
         began = time.monotonic()
         outcome = _try(scenario, run)
         seconds = time.monotonic() - began
         print(f"{outcome}, {seconds:.0f} s", flush=True)
-        if options.long and isinstance(outcome, Result):
-            self._kept.add(scenario, options.seed, outcome, seconds)
+        if options.long and run.limit > 0:
+            result = outcome if isinstance(outcome, Result) else _failed(scenario, outcome)
+            self._kept.add(scenario, options.seed, self._commit, result, seconds)
             self._kept.write_report(SCENARIOS)
         return outcome
 
@@ -79,6 +83,11 @@ def _try(scenario: Scenario, run: Run) -> Result | str:
         return scenario.function(run)
     except Exception as error:
         return f"{scenario.name:34}  FAILED: {type(error).__name__}: {error}"
+
+
+def _failed(scenario: Scenario, outcome: str) -> Result:
+    """What is kept of a run that did not come to its counts."""
+    return Result(scenario.name, 0, 0, 0, 0, 0, 0.0, problems=[outcome.split(maxsplit=1)[1]])
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..databases import postgres_version
 from ..servers import nats_server_binary
 from .ledger import COLUMNS, Result
 from .run import Scenario
@@ -73,6 +74,7 @@ def versions() -> str:
     number = re.search(r"v([\d.]+)", server.stdout)
     packages = ("nats-py", "Flask", "SQLAlchemy", "psycopg", "gunicorn")
     parts = [f"Python {platform.python_version()}", f"nats-server {number[1] if number else '?'}"]
+    parts.append(f"PostgreSQL {postgres_version()}")
     return ", ".join(parts + [f"{name} {metadata.version(name)}" for name in packages])
 
 
@@ -88,19 +90,26 @@ class Kept:
 
     def find(self, scenario: Scenario, seed: int, version: str) -> Entry | None:
         """The good result of the same scenario, sizes and seed on the same commit."""
+        if not version or version.endswith("-dirty"):
+            return None
         for one in self.entries:
             same = (one.name, one.seed, one.size) == (scenario.name, seed, dict(scenario.long))
-            if same and one.commit == version and not version.endswith("-dirty"):
+            if same and one.commit == version:
                 return None if one.outcome.problems else one
         return None
 
-    def add(self, scenario: Scenario, seed: int, result: Result, seconds: float) -> None:
-        """Keep a result instead of an older one of the same scenario, and write the report."""
+    def add(
+        self, scenario: Scenario, seed: int, version: str, result: Result, seconds: float
+    ) -> None:
+        """Keep a result instead of an older one of the same scenario.
+
+        :param version: the commit as it was when the run began.
+        """
         entry = Entry(
             name=scenario.name,
             seed=seed,
             size=dict(scenario.long),
-            commit=commit(),
+            commit=version,
             date=datetime.now(UTC).date().isoformat(),
             seconds=round(seconds, 1),
             versions=versions(),
@@ -129,6 +138,8 @@ class Kept:
 
 def _row(entry: Entry) -> str:
     result = entry.outcome
+    if not result.sent:  # it failed before anything was counted: 0 lost would be a lie
+        return f"| {entry.name} | failed | | | | | | {entry.seconds:,.0f} |"
     counts = (result.sent, result.committed, result.effects, result.duplicates, result.lost)
     cells = [entry.name, *(f"{one:,}" for one in counts), f"{result.max_delay:.1f}"]
     return "| " + " | ".join([*cells, f"{entry.seconds:,.0f}"]) + " |"

@@ -13,6 +13,8 @@ from .site import Site
 WAYS = ("busy", "idle", "alive")
 #: Longest time until a relay that has nothing to send notices; seconds.
 NOTICE = 60.0
+#: Messages a second that the worker handles at least, with its slow handler and SQLite.
+SLOWEST = 25
 COPY = "copy-of-the-store"
 
 
@@ -63,7 +65,7 @@ def _rewind(run: Run, site: Site, messages: int, total: dict[str, float], way: s
     eventually(lambda: not _is_reported(site), NOTICE, "the rewind is not repaired", 0.1)
     if way != "alive":
         worker = site.start_worker()
-    site.await_effects()
+    site.await_effects(60 + messages / SLOWEST)
     worker.terminate()
     worker.await_end()
 

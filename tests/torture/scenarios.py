@@ -48,6 +48,7 @@ SCENARIOS = [
         rewind.stream_rewound,
         {"rounds": 1, "messages": 200},
         {"rounds": 20, "messages": 5_000},
+        limit=3600.0,
     ),
     Scenario("nats-down", outages.nats_down, {"requests": 100}, {"requests": 5_000}),
     Scenario(
