@@ -100,6 +100,12 @@ class Settings:
         values.optional(values.text),
         "Host name the server's certificate must carry, if not the URL's.",
     )
+    reply_prefix: str = setting(
+        "_INBOX",
+        values.subject_prefix,
+        "First tokens of the subjects that the server's answers come to, which NATS calls the "
+        "inbox prefix: one for each user keeps them from reading each other's answers.",
+    )
     connect_timeout: float = setting(
         2.0, values.positive_seconds, "Longest wait for one server to accept a connection."
     )
@@ -136,6 +142,12 @@ class Settings:
     )
     concurrency: int = setting(
         10, values.integer(1), "Handler threads of a worker; at most so many messages at once."
+    )
+    prefetch: int = setting(
+        1_000,
+        values.integer(1),
+        "Most messages of one subscriber that a worker has in hand; fewer where handlers are slow, "
+        "but one for each of its handler threads.",
     )
     max_deliver: int = setting(
         5, values.integer(1), "Deliveries after which a message becomes a dead letter."

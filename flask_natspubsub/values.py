@@ -99,6 +99,13 @@ def token(value: Any) -> str:
     return value
 
 
+def subject_prefix(value: Any) -> str:
+    """Take the first tokens of a subject, without wildcards."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", value):
+        raise Invalid("tokens of letters, digits, '_' and '-', joined by dots")
+    return value
+
+
 def app_name(value: Any) -> str:
     """Take a token that the streams do not use themselves."""
     name = token(value)

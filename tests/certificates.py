@@ -33,12 +33,15 @@ class Authority:
         self.file = folder / f"{name}-ca.pem"
         self.file.write_bytes(made.public_bytes(serialization.Encoding.PEM))
 
-    def sign(self, host: str = "127.0.0.1", *, expired: bool = False) -> KeyPair:
-        """Make a certificate for a host."""
+    def sign(self, host: str = "127.0.0.1", *, days: tuple[float, float] = (-2, 1)) -> KeyPair:
+        """Make a certificate for a host.
+
+        :param days: from when to when it is valid, counted from now.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
-        made = self._signed(subject, key, host=host, expired=expired)
-        stem = f"{self._name}-{host}-{'expired' if expired else 'valid'}"
+        made = self._signed(subject, key, host=host, days=days)
+        stem = f"{self._name}-{host}-{days[0]:g}-{days[1]:g}"
         pair = KeyPair(self._folder / f"{stem}.pem", self._folder / f"{stem}-key.pem")
         pair.certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
         pair.key.write_bytes(
@@ -56,18 +59,18 @@ class Authority:
         key: ec.EllipticCurvePrivateKey,
         *,
         host: str | None = None,
-        expired: bool = False,
+        days: tuple[float, float] = (-2, 1),
         is_authority: bool = False,
     ) -> x509.Certificate:
         now = dt.datetime.now(dt.UTC)
-        end = now - dt.timedelta(days=1) if expired else now + dt.timedelta(days=1)
+        begin, end = (now + dt.timedelta(days=count) for count in days)
         builder = (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self._subject)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(days=2))
+            .not_valid_before(begin)
             .not_valid_after(end)
             .add_extension(x509.BasicConstraints(is_authority, None), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)

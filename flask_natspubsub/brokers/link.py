@@ -13,12 +13,13 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ..errors import BrokerError, NatsPubsubError, NotConnected
 from ..settings import Settings
+from .connection import Connection, ConnectionRefused, Dial, Listener
 from .loop import BackgroundLoop
 from .wire import Route
 
@@ -35,67 +36,6 @@ MEND_INTERVAL = 1.0
 DEFAULT_MAX_PAYLOAD = 1024 * 1024
 
 T = TypeVar("T")
-
-
-class ConnectionRefused(Exception):
-    """The server answered and does not want us: trying again soon cannot help."""
-
-
-class Connection(Protocol):
-    """One connection, up until ``closed`` is set."""
-
-    closed: asyncio.Event
-
-    @property
-    def version(self) -> str:
-        """The server's version."""
-
-    @property
-    def max_payload(self) -> int:
-        """Return how many bytes of payload and headers the server takes."""
-
-    @property
-    def unsent(self) -> int:
-        """Return how many bytes were written that the socket has not taken yet."""
-
-    @property
-    def servers(self) -> Sequence[str]:
-        """Return the URLs of further servers of the cluster."""
-
-    @property
-    def cluster_size(self) -> int:
-        """Return how many servers of the cluster take clients."""
-
-    def send(self, frames: Sequence[bytes]) -> None:
-        """Write frames of messages."""
-
-    async def subscribe(self, subject: str, route: Route) -> int:
-        """Start to listen; returns a handle."""
-
-    async def unsubscribe(self, handle: int, *, flush: bool) -> None:
-        """Stop to listen; with ``flush``, what is on its way still arrives."""
-
-    async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
-        """Ask and wait for one answer; TimeoutError, or LookupError when nobody listens."""
-
-    async def flush(self, timeout: float) -> None:
-        """Wait until the server has read all that was sent."""
-
-    async def close(self) -> None:
-        """Close at once."""
-
-
-class Listener(Protocol):
-    """Told about the connection, on the loop's thread."""
-
-    def on_up(self) -> None:
-        """There is a connection."""
-
-    def on_down(self) -> None:
-        """There is no connection any more."""
-
-
-Dial = Callable[[Settings, str, Callable[[str, str], None]], Awaitable[Connection]]
 
 
 @dataclass(slots=True)
@@ -170,7 +110,7 @@ class Link:
 
     def new_inbox(self) -> str:
         """Return a subject that nobody else listens to."""
-        return f"_INBOX.{secrets.token_hex(11)}"
+        return f"{self._settings.reply_prefix}.{secrets.token_hex(11)}"
 
     @property
     def unsent(self) -> int:
@@ -315,11 +255,14 @@ class Link:
         """Announce the connection, wait for its end, announce that.
 
         :raises OSError: it broke before it could be used.
+        :raises ConnectionRefused: it is of no use, since no answers may come.
         """
         try:
             await self._subscribe_all(connection)
-        except Exception as error:  # noqa: BLE001 - a connection that broke at once
+        except Exception as error:
             await connection.close()
+            if isinstance(error, ConnectionRefused):
+                raise
             raise OSError(_one_line(error)) from None
         self._known = [*dict.fromkeys([*self._settings.urls, *connection.servers])]
         self.max_payload = connection.max_payload

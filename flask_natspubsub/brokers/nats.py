@@ -24,7 +24,7 @@ from nats.aio.msg import Msg
 
 from ..errors import BrokerError, ConfigurationError
 from ..settings import Settings
-from .link import ConnectionRefused
+from .connection import ConnectionRefused
 from .session import JetStreamBroker
 from .wire import NO_HEADERS, NOT_PASSED_ON, FrameTap, Route
 
@@ -36,7 +36,19 @@ OLDEST_SERVER = (2, 10)
 PING_INTERVAL = 9.0
 UNANSWERED_PINGS = 2
 CLOSE_TIMEOUT = 1.0
-_DENIED = re.compile(r"permissions violation(?: for publish to [\"'](?P<subject>[^\"']+))?", re.I)
+#: What OpenSSL says, in part, and what to do about it.
+_TLS_ADVICE = (
+    ("issuer", "Set NATSPUBSUB_TLS_CA_FILE to the authority that signed the server's certificate"),
+    ("self-signed", "Set NATSPUBSUB_TLS_CA_FILE to the authority that the server's belongs to"),
+    ("mismatch", "Use the host that the certificate names, or set NATSPUBSUB_TLS_HOSTNAME to it"),
+    ("expired", "It is the server's: renew it"),
+    ("not yet valid", "Look at the clocks of this machine and of the one that made it"),
+    ("alert", "Set NATSPUBSUB_TLS_CERT_FILE and _TLS_KEY_FILE to a certificate the server accepts"),
+)
+_DENIED = re.compile(
+    r"permissions violation(?: for (?P<kind>publish|subscription) to [\"'](?P<subject>[^\"']+))?",
+    re.I,
+)
 
 
 class _Client(Client):
@@ -50,6 +62,7 @@ class _Client(Client):
         #: Requests under way, by what ends them early: the future's result says why.
         self.asked: dict[asyncio.Future[str], str] = {}
         self._on_denied = on_denied
+        self._denied_to_listen: set[str] = set()
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """Insist on TLS before the CONNECT that carries the credentials is sent."""
@@ -82,10 +95,25 @@ class _Client(Client):
         """Note what nats-py reports; a refused publish is reported here and nowhere else."""
         self.last_problem = error
         denied = _DENIED.search(str(error))
-        if denied:
+        if denied and denied["kind"] == "subscription":
+            self._denied_to_listen.add((denied["subject"] or "").lower())
+            self._on_denied("", _text_of(error))
+        elif denied:
             subject = (denied["subject"] or "").lower()
             self._end_requests("the server does not let this user send to it", subject)
             self._on_denied(subject, _text_of(error))
+
+    def check_listens(self, subject: str) -> None:
+        """Refuse a connection on which no answers can come.
+
+        Without a hint of the relay, say, one can live; without acknowledgements one cannot.
+        """
+        prefix = self._inbox_prefix.decode()
+        if subject.startswith(f"{prefix}.") and subject.lower() in self._denied_to_listen:
+            raise ConnectionRefused(
+                f"the server does not let this user listen to '{prefix}.>', where its answers "
+                "come. Grant that, or set NATSPUBSUB_REPLY_PREFIX to what this user may listen to"
+            )
 
     async def on_closed(self) -> None:
         """Hear from nats-py that it has closed the connection."""
@@ -163,7 +191,8 @@ class _Connection:
         subscription = await self._client.subscribe(subject, cb=long_way)
         # nats-py queues the SUB, while send() writes at once: without this, a request could
         # reach the server before the interest in its answer.
-        await self._client.flush(2)
+        await self._round_trip()
+        self._client.check_listens(subject)
         handle: int = subscription._id
         self._routes[handle] = route
         self._subscriptions[handle] = subscription
@@ -175,9 +204,14 @@ class _Connection:
             # Tell the server first and keep the route until its answer to a ping has come:
             # what it had sent by then has arrived.
             await self._client._send_unsubscribe(handle)
-            await self._client.flush(2)
+            await self._round_trip()
         self._routes.pop(handle, None)
         await subscription.unsubscribe()
+
+    async def _round_trip(self) -> None:
+        """Wait until the server has done what it was told; a ping alone overtakes the queue."""
+        await self._client._flush_pending(force_flush=True)
+        await self._client.flush(2)
 
     async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
         early_end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -230,6 +264,7 @@ async def dial(settings: Settings, url: str, on_denied: Callable[[str, str], Non
                 ping_interval=PING_INTERVAL,  # type: ignore[arg-type]  # takes floats
                 max_outstanding_pings=UNANSWERED_PINGS,
                 name=f"{settings.app_name}-{os.getpid()}",
+                inbox_prefix=settings.reply_prefix,
                 connect_timeout=settings.connect_timeout,  # type: ignore[arg-type]  # takes floats
                 **_credentials(settings, url),
             )
@@ -263,9 +298,11 @@ def _dial_error(error: Exception | None) -> Exception:
     if isinstance(error, ssl.SSLEOFError):
         return OSError("it hung up during the TLS handshake")
     if isinstance(error, ssl.SSLError):
-        return ConnectionRefused(f"TLS failed, {getattr(error, 'verify_message', '') or text}")
+        return ConnectionRefused(_tls_problem(getattr(error, "verify_message", "") or text))
     if isinstance(error, nats.errors.SecureConnWantedError):
-        return ConnectionRefused("it offers no TLS, and TLS is asked for")
+        return ConnectionRefused(
+            "it offers no TLS, and TLS is asked for. Set up TLS there; without it nothing is sent"
+        )
     if isinstance(error, nats.errors.AuthorizationError) or _BAD_CREDENTIALS.search(text):
         return ConnectionRefused("wrong or missing credentials")
     if error is None or isinstance(error, (OSError, nats.errors.Error, ImportError)):
@@ -274,8 +311,18 @@ def _dial_error(error: Exception | None) -> Exception:
     return ConnectionRefused(f"signing in failed with {type(error).__name__}, check the key files")
 
 
+def _tls_problem(problem: str) -> str:
+    """Say what OpenSSL says, and what to do about it."""
+    return next(
+        (f"TLS failed, {problem}. {advice}" for words, advice in _TLS_ADVICE if words in problem),
+        f"TLS failed, {problem}",
+    )
+
+
 def _text_of(error: Exception | None) -> str:
-    text = " ".join(str(error or "").removeprefix("nats: ").strip("'\"").split())
+    # A server may say anything, and this is logged.
+    text = "".join(c if c.isprintable() else " " for c in str(error or ""))
+    text = " ".join(text.removeprefix("nats: ").strip("'\"").split())
     return text or type(error).__name__
 
 

@@ -181,9 +181,9 @@ class PublishWindow:
         return recent and self._unanswered >= UNANSWERED
 
     @property
-    def idle(self) -> bool:
-        """Whether nothing is queued or in flight."""
-        return not (self._queued or self._in_flight or self._delayed)
+    def unsettled(self) -> int:
+        """How many messages are queued or in flight."""
+        return self._queued + len(self._in_flight) + len(self._delayed)
 
     # --- the loop's thread
 
@@ -194,7 +194,7 @@ class PublishWindow:
             self.fail_all(NotConnected(self._link.refused))
         elif self._link.is_up:
             self._fill_window()
-        if not self._sweeping and not self.idle:
+        if not self._sweeping and self.unsettled:
             self._sweeping = True
             self._link.later(SWEEP, self._sweep)
 

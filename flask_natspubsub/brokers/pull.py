@@ -19,7 +19,7 @@ from ..errors import NatsPubsubError
 from ..messages.codec import encode_value
 from .base import ConsumerConfig, Consumption, Delivery
 from .jetstream import Floor, JetStreamApi
-from .wire import DESCRIPTION, STATUS, Route, frame, parse_ack_subject
+from .wire import DESCRIPTION, STATUS, Route, ack_frame, frame, parse_ack_subject
 
 _log = logging.getLogger("flask_natspubsub.broker")
 
@@ -79,9 +79,9 @@ class ReplyWriter:
         self._replies: deque[bytes] = deque()
         self._scheduled = False
 
-    def put(self, reply: str, payload: bytes) -> None:
-        """Queue one reply; never waits."""
-        self._replies.append(frame(reply, payload))
+    def put(self, reply: bytes) -> None:
+        """Queue the frame of one reply; never waits."""
+        self._replies.append(reply)
         if not self._scheduled:
             self._scheduled = True
             self._link.wake(self._send_on)
@@ -131,10 +131,12 @@ class NatsDelivery(Delivery):
     def _settle(self, payload: bytes) -> None:
         if not self.settled:
             self.settled = True
-            self._writer.put(self._reply, payload)
+            self._writer.put(frame(self._reply, payload))
 
     def ack(self) -> None:  # noqa: D102 - documented in the port, as the rest below
-        self._settle(b"+ACK")
+        if not self.settled:
+            self.settled = True
+            self._writer.put(ack_frame(self._reply))
 
     def nak(self, delay: float | None = None) -> None:  # noqa: D102
         self._settle(b'-NAK {"delay": %d}' % int(delay * NANO) if delay else b"-NAK")
@@ -144,7 +146,7 @@ class NatsDelivery(Delivery):
 
     def in_progress(self) -> None:  # noqa: D102
         if not self.settled:
-            self._writer.put(self._reply, b"+WPI")
+            self._writer.put(frame(self._reply, b"+WPI"))
 
 
 class Pull(Consumption):
@@ -246,10 +248,11 @@ class Pull(Consumption):
     ) -> None:
         self._heard = time.monotonic()
         self._misses = 0
-        if STATUS in headers and not data and not reply.startswith("$JS.ACK"):
+        if not data and STATUS in headers and not reply.startswith("$JS.ACK"):
             self._on_status(headers)
             return
-        self._outstanding = max(0, self._outstanding - 1)
+        if self._outstanding:
+            self._outstanding -= 1
         delivery = NatsDelivery(subject, reply, headers, data, self._writer)
         if self._stopped:
             self._late.append(delivery)

@@ -32,8 +32,9 @@ from .base import (
     StreamInfo,
     Ticket,
 )
+from .connection import Dial
 from .jetstream import JetStreamApi, consumer_info, stream_info
-from .link import DEFAULT_MAX_PAYLOAD, Dial, Link
+from .link import DEFAULT_MAX_PAYLOAD, Link
 from .loop import BackgroundLoop, bind_to_process
 from .outbound import PublishWindow
 from .pull import Pull, ReplyWriter
@@ -142,9 +143,11 @@ class _Session:
             await pull.close()
         # Polled, at the end only: an event would cost something at each publish.
         while (  # noqa: ASYNC110
-            not self.link.has_failed and not self.window.idle and time.monotonic() < deadline
+            not self.link.has_failed and self.window.unsettled and time.monotonic() < deadline
         ):
             await asyncio.sleep(0.01)
+        if left := self.window.unsettled:
+            _log.warning("closed with %d messages not acknowledged: they may not be stored", left)
         self.writer.flush()
         await self.link.close(max(0.1, deadline - time.monotonic()))
 

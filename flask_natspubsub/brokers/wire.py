@@ -7,13 +7,14 @@ described in ADR-15. Pure functions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 _log = logging.getLogger("flask_natspubsub.broker")
 
 NOT_PASSED_ON = "a message on %r could not be passed on"
 HEADER_LINE = "NATS/1.0"
+_NO_STATUS = b"NATS/1.0\r\n"
 _BLANKS = " \t\n\r\v\f"
 _MESSAGES = (b"MSG ", b"HMSG ")
 NO_HEADERS: Mapping[str, str] = {}
@@ -43,6 +44,11 @@ def frame(subject: str, payload: bytes, reply: str = "", headers: bytes = b"") -
     return b"%b%b%b\r\n" % (line.encode(), headers, payload)
 
 
+def ack_frame(reply: str) -> bytes:
+    """Encode the acknowledgement of the delivery with this reply subject."""
+    return f"PUB {reply}  4\r\n+ACK\r\n".encode()
+
+
 def parse_headers(block: bytes) -> dict[str, str]:
     """Decode a header block; an inline status becomes ``Status`` and ``Description``.
 
@@ -61,27 +67,55 @@ def parse_headers(block: bytes) -> dict[str, str]:
     return headers
 
 
-class AckSubject(NamedTuple):
-    """What the reply subject of a JetStream delivery says."""
+class LazyHeaders(Mapping[str, str]):
+    """The headers of a message, read when one of them is asked for that may be there.
 
-    stream: str
-    attempt: int
-    sequence: int
-    timestamp: float
+    Of most messages nobody asks for any, or only for some that are rare.
+
+    :param block: as ``header_block`` makes it, with no status in its first line.
+    """
+
+    __slots__ = ("_block", "_read")
+
+    def __init__(self, block: bytes) -> None:
+        self._block = block
+        self._read: dict[str, str] | None = None
+
+    def _all(self) -> dict[str, str]:
+        if self._read is None:
+            self._read = parse_headers(self._block)
+        return self._read
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return one of the headers; without reading them if it cannot be among them."""
+        return self._all().get(name, default) if name.encode() in self._block else default
+
+    def __getitem__(self, name: str) -> str:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __repr__(self) -> str:
+        return repr(self._all())
 
 
-def parse_ack_subject(reply: str) -> AckSubject:
+def parse_ack_subject(reply: str) -> tuple[str, int, int, float]:
     """Read ``$JS.ACK...`` in both forms; ValueError for anything else.
+
+    :returns: the stream, which delivery this is, the sequence, and when it was stored.
 
     ``$JS.ACK.<stream>.<consumer>.<delivered>.<sseq>.<cseq>.<time>.<pending>``, and since
     ADR-15 with ``<domain>.<account>`` before and a random token behind.
     """
     tokens = reply.split(".")
-    if len(tokens) < 9 or tokens[0] != "$JS" or tokens[1] != "ACK":
+    if len(tokens) < 9 or not reply.startswith("$JS.ACK."):
         raise ValueError(f"{reply!r} is not the reply subject of a JetStream delivery")
     at = 2 if len(tokens) == 9 else 4
-    delivered, sequence, _, time = tokens[at + 2 : at + 6]
-    return AckSubject(tokens[at], int(delivered), int(sequence), int(time) / 1e9)
+    return tokens[at], int(tokens[at + 2]), int(tokens[at + 3]), int(tokens[at + 5]) / 1e9
 
 
 class FrameTap:
@@ -116,22 +150,31 @@ class FrameTap:
                     break
                 route = self._routes.get(int(words[2]))
                 if route is not None:
-                    self._dispatch(route, words, data[line_end + 2 : frame_end - 2])
+                    self._dispatch(route, words, data, line_end + 2, frame_end - 2)
                     at = frame_end
                     continue
             self._forward(data[at:frame_end])
             at = frame_end
         self._rest = data[at:]
 
-    def _dispatch(self, route: Route, words: list[bytes], body: bytes) -> None:
-        """Call ``route`` for ``MSG subject sid [reply] size`` or ``HMSG ... header size``."""
+    def _dispatch(
+        self, route: Route, words: list[bytes], data: bytes, start: int, end: int
+    ) -> None:
+        """Call ``route`` for ``MSG subject sid [reply] size`` or ``HMSG ... header size``.
+
+        What follows that line is in ``data`` from ``start`` to ``end``.
+        """
         subject = words[1].decode()
         try:
             if words[0] == b"MSG":
-                route(subject, words[3].decode() if len(words) == 5 else "", NO_HEADERS, body)
+                reply = words[3].decode() if len(words) == 5 else ""
+                route(subject, reply, NO_HEADERS, data[start:end])
             else:
-                split = int(words[-2])
                 reply = words[3].decode() if len(words) == 6 else ""
-                route(subject, reply, parse_headers(body[:split]), body[split:])
+                split = start + int(words[-2])
+                block = data[start:split]
+                is_plain = block.startswith(_NO_STATUS)
+                headers = LazyHeaders(block) if is_plain else parse_headers(block)
+                route(subject, reply, headers, data[split:end])
         except Exception:  # noqa: BLE001 - the other messages must still be read
             _log.exception(NOT_PASSED_ON, subject)

@@ -74,10 +74,14 @@ def decode_object(data: bytes) -> dict[str, Any]:
     value = decode_value(data)
     if type(value) is not dict:
         raise DecodingError(f"The data is not a JSON object but {_json_kind(value)}.")
-    # Fewer brackets than levels allowed: no need to look how they are nested.
-    if data.count(b"{") + data.count(b"[") > MAX_DEPTH and _is_too_deep(value):
+    if not is_surely_shallow(data) and _is_too_deep(value):
         raise DecodingError(f"The JSON is nested deeper than {MAX_DEPTH} levels.")
     return value
+
+
+def is_surely_shallow(data: bytes) -> bool:
+    """Whether JSON has no more brackets than levels allowed, however they are nested."""
+    return data.count(b"{") + data.count(b"[") <= MAX_DEPTH
 
 
 def build_decoder(annotation: Any) -> Callable[[Any], Any]:

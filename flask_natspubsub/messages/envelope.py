@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 
 from ..errors import DecodingError, EncodingError
-from .codec import decode_object
+from .codec import decode_object, is_surely_shallow
 from .ids import parse_timestamp
 from .plain import one_line
 from .subjects import topic_of
@@ -27,7 +27,8 @@ SCHEMA_VERSION = 1
 _OWN_HEADERS = frozenset({"topic", "trace_id", "traceparent"})
 _HEADER_NAME = re.compile(r"[!-9;-~]+")  # printable ASCII without space and colon
 _IDENTIFIER = re.compile(rf"[!-~]{{1,{MAX_IDENTIFIER_LENGTH}}}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# With the separators of lines and paragraphs, and what turns the direction of a text round.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _ENCODER = msgspec.json.Encoder()
 
 
@@ -169,19 +170,31 @@ class Received(msgspec.Struct, frozen=True, gc=False):
     """One message as it was received.
 
     :param message: its body.
-    :param envelope: every key around it, known or not, as received.
+    :param data: what ``message`` was decoded from, with everything around it.
     """
 
     event_id: str
     topic: str
     message: dict[str, Any]
-    envelope: dict[str, Any]
     message_type: str | None
     producer: str | None
     trace_id: str | None
     correlation_id: str | None
     causation_id: str | None
-    occurred_at: dt.datetime | None
+    occurred: str | None
+    data: bytes
+
+    # Few handlers ask for these, and to make them takes as long as all else here.
+
+    @property
+    def occurred_at(self) -> dt.datetime | None:
+        """When it happened, as the publisher says; None if it says nothing that can be read."""
+        return _time(self.occurred)
+
+    @property
+    def envelope(self) -> dict[str, Any]:
+        """Every key around the message, known or not, as received."""
+        return decode_object(self.data)
 
 
 def read(
@@ -194,49 +207,60 @@ def read(
 
     :raises DecodingError: no JSON object, or none with a message in it.
     """
-    envelope = decode_object(data)
-    fields = _usual_fields(envelope) or _lenient_fields(envelope)
+    fields = _usual_fields(data) or _lenient_fields(decode_object(data))
     return Received(
-        event_id=fields.event_id or _header_id(headers) or f"{stream}:{sequence}",
-        topic=fields.topic or topic_of(subject),
-        message=_body(envelope),
-        envelope=envelope,
-        message_type=fields.message_type,
-        producer=fields.producer,
-        trace_id=fields.trace_id,
-        correlation_id=fields.correlation_id,
-        causation_id=fields.causation_id,
-        occurred_at=_time(fields.occurred_at),
+        fields.event_id or _header_id(headers) or f"{stream}:{sequence}",
+        fields.topic or topic_of(subject),
+        fields.message,
+        fields.message_type,
+        fields.producer,
+        fields.trace_id,
+        fields.correlation_id,
+        fields.causation_id,
+        fields.occurred_at,
+        data,
     )
 
 
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_IDENTIFIER_LENGTH)]
 
 
-class _Fields(msgspec.Struct, frozen=True):
-    """What is read of an envelope beside its message."""
+class _Fields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """The keys of an envelope as this package writes it."""
 
     event_id: _Text | None = None
+    schema_version: Any = None
     topic: _Text | None = None
     message_type: _Text | None = None
     producer: _Text | None = None
+    occurred_at: str | None = None
     trace_id: _Text | None = None
+    message: dict[str, Any]
+    domain: Any = None
+    resource: Any = None
+    action: Any = None
+    resource_id: Any = None
     correlation_id: _Text | None = None
     causation_id: _Text | None = None
-    occurred_at: str | None = None
 
 
-def _usual_fields(envelope: dict[str, Any]) -> _Fields | None:
-    """Read what is as it should be, at once; None if anything needs a closer look."""
+_FIELDS = msgspec.json.Decoder(_Fields)
+
+
+def _usual_fields(data: bytes) -> _Fields | None:
+    """Read what is as it should be, in one go; None if anything needs a closer look."""
+    if not is_surely_shallow(data):
+        return None
     try:
-        fields = msgspec.convert(envelope, _Fields)
-    except msgspec.ValidationError:
+        fields = _FIELDS.decode(data)
+    except (ValueError, RecursionError):  # of which msgspec.DecodeError is one
         return None
     texts = (
-        f"{fields.event_id}{fields.topic}{fields.message_type}{fields.producer}"
-        f"{fields.trace_id}{fields.correlation_id}{fields.causation_id}"
-    )
-    usual = fields.topic is not None and texts.isprintable() and " " not in texts
+        fields.event_id, fields.topic, fields.message_type, fields.producer,
+        fields.trace_id, fields.correlation_id, fields.causation_id,
+    )  # fmt: skip
+    joined = "".join(filter(None, texts))
+    usual = fields.topic is not None and joined.isprintable() and " " not in joined
     return fields if usual else None
 
 
@@ -251,6 +275,7 @@ def _lenient_fields(envelope: dict[str, Any]) -> _Fields:
         correlation_id=_text(envelope.get("correlation_id")),
         causation_id=_text(envelope.get("causation_id")),
         occurred_at=occurred_at if isinstance(occurred_at, str) else None,
+        message=_body(envelope),
     )
 
 

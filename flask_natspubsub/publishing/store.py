@@ -294,7 +294,8 @@ def _is_pending_by_index(table: sa.FromClause) -> sa.ColumnElement[bool]:
 def _failure(row_id: int, failure: Failure) -> dict[str, Any]:
     return {
         "row_id": row_id,
-        "error": failure.error[:1024],
+        # Neither a NUL nor half a surrogate pair is text for every database.
+        "error": "".join(c if c.isprintable() else " " for c in failure.error[:1024]),
         "attempt": int(failure.refused),
         "wait": failure.wait,
         "new_status": PARKED if failure.park else PENDING,

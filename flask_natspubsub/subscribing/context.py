@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from werkzeug.local import LocalProxy
+
+from ..brokers.base import Delivery
+from ..messages.envelope import Received
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +46,69 @@ class MessageContext:
     raw: bytes
     envelope: Mapping[str, Any]
     subscriber: str
+
+
+_Source = Callable[[Delivery, Received, str], Any]
+
+#: Where each field of a context comes from.
+_SOURCES: dict[str, _Source] = {
+    "event_id": lambda delivery, received, name: received.event_id,
+    "topic": lambda delivery, received, name: received.topic,
+    "subject": lambda delivery, received, name: delivery.subject,
+    "stream": lambda delivery, received, name: delivery.stream,
+    "sequence": lambda delivery, received, name: delivery.sequence,
+    "trace_id": lambda delivery, received, name: received.trace_id,
+    "correlation_id": lambda delivery, received, name: received.correlation_id,
+    "causation_id": lambda delivery, received, name: received.causation_id,
+    "producer": lambda delivery, received, name: received.producer,
+    "occurred_at": lambda delivery, received, name: received.occurred_at or _published(delivery),
+    "published_at": lambda delivery, received, name: _published(delivery),
+    "attempt": lambda delivery, received, name: delivery.attempt,
+    "headers": lambda delivery, received, name: dict(delivery.headers),
+    "raw": lambda delivery, received, name: delivery.data,
+    "envelope": lambda delivery, received, name: received.envelope,
+    "subscriber": lambda delivery, received, name: name,
+}
+
+
+def _published(delivery: Delivery) -> dt.datetime:
+    return dt.datetime.fromtimestamp(delivery.timestamp, dt.UTC)
+
+
+class DeliveryContext(MessageContext):
+    """The context of a delivery: each field is made when it is first asked for.
+
+    Handlers ask for one or two, many for none, and to make them all takes as long as to
+    decode the message.
+    """
+
+    __slots__ = ("_from",)
+
+    _from: tuple[Delivery, Received, str]
+
+    @classmethod
+    def of(cls, delivery: Delivery, received: Received, subscriber: str) -> Self:
+        """Make the context without its fields; ``__init__`` takes them, for copies."""
+        context = cls.__new__(cls)
+        context._from = delivery, received, subscriber
+        return context
+
+    def __getattr__(self, field: str) -> Any:
+        """Fill a slot that is empty so far."""
+        source = _SOURCES.get(field)
+        if source is None:
+            raise AttributeError(field, name=field, obj=self)
+        value = source(*self._from)
+        setattr(self, field, value)
+        return value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be copied and pickled without what belongs to this process."""
+        return _with_fields, ({field: getattr(self, field) for field in _SOURCES},)
+
+
+def _with_fields(fields: dict[str, Any]) -> MessageContext:
+    return MessageContext(**fields)
 
 
 _current: ContextVar[MessageContext] = ContextVar("flask_natspubsub.current_message")

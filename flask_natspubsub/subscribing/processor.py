@@ -8,7 +8,6 @@ is decided here; threads, pulls and time limits are the worker's.
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import inspect
 import logging
 import random
@@ -31,7 +30,7 @@ from ..signals import (
     message_retried,
 )
 from . import context as message_context
-from .context import MessageContext
+from .context import DeliveryContext, MessageContext
 from .deadletters import REPLAY_FOR, REPLAY_FORCE, DeadLetterBox
 from .middleware import compose
 from .retry import Drop, GiveUp, GiveUpReason, RetryLater, backoff_delay, classify, error_text
@@ -132,7 +131,7 @@ class Processor:
         received: Received | None = None
         try:
             received = _read(delivery)
-            if delivery.headers.get(REPLAY_FOR, self.subscription.name) != self.subscription.name:
+            if delivery.headers.get(REPLAY_FOR) not in (None, self.subscription.name):
                 delivery.ack()
                 result: Result = "skipped"
             else:
@@ -156,9 +155,9 @@ class Processor:
     def _handle(self, delivery: Delivery, received: Received, started: float) -> Result:
         context = self._context(delivery, received)
         own = lineage.Lineage(
-            context.trace_id,
-            context.correlation_id,
-            context.event_id,
+            received.trace_id,
+            received.correlation_id,
+            received.event_id,
             delivery.headers.get("traceparent"),
         )
         outer, before = lineage.enter(own), message_context.enter(context)
@@ -206,25 +205,7 @@ class Processor:
             self._run_async(result, subscription.timeout)
 
     def _context(self, delivery: Delivery, received: Received) -> MessageContext:
-        published_at = dt.datetime.fromtimestamp(delivery.timestamp, dt.UTC)
-        return MessageContext(
-            event_id=received.event_id,
-            topic=received.topic,
-            subject=delivery.subject,
-            stream=delivery.stream,
-            sequence=delivery.sequence,
-            trace_id=received.trace_id,
-            correlation_id=received.correlation_id,
-            causation_id=received.causation_id,
-            producer=received.producer,
-            occurred_at=received.occurred_at or published_at,
-            published_at=published_at,
-            attempt=delivery.attempt,
-            headers=delivery.headers,
-            raw=delivery.data,
-            envelope=received.envelope,
-            subscriber=self.subscription.name,
-        )
+        return DeliveryContext.of(delivery, received, self.subscription.name)
 
     # --- errors
 

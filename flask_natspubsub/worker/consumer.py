@@ -22,7 +22,6 @@ _log = logging.getLogger("flask_natspubsub.worker")
 
 #: Messages in hand should be worked off in this many seconds.
 HAND = 0.5
-MOST_IN_HAND = 1_000
 #: Longest wait for the server when a pull is stopped.
 STOP_TIMEOUT = 5.0
 #: How fast the measured handler time follows: the weight of the newest message.
@@ -36,6 +35,7 @@ class Job(msgspec.Struct, eq=False):
     delivery: Delivery
     renewed: float
     started: float | None = None
+    #: The one that handles it; set by the worker.
     thread: threading.Thread | None = None
     expired: bool = False
 
@@ -47,8 +47,9 @@ class SubscriberConsumer:
     interpreter, and with handlers of microseconds they would do little else. What has to be
     decided once is decided by removing something: the first to remove it has it.
 
-    :param dispatch: puts a job on the worker's queue.
     :param slots: handler threads of the worker.
+    :param prefetch: most messages in hand, unless there are more handlers at once.
+    :param dispatch: puts a job on the worker's queue.
     """
 
     def __init__(
@@ -57,11 +58,14 @@ class SubscriberConsumer:
         processor: Processor,
         stream: str,
         slots: int,
+        prefetch: int,
         dispatch: Callable[[Job], None],
     ) -> None:
         self.processor = processor
         self.subscription = processor.subscription
         self.concurrency = min(self.subscription.concurrency, slots)
+        #: How many deliveries may be in hand, however fast they are handled.
+        self.most_in_hand = max(prefetch, self.concurrency)
         #: Grows with every message handled; not their exact number.
         self.handled = 0
         self._broker = broker
@@ -80,6 +84,9 @@ class SubscriberConsumer:
         self._average = 0.0
         self._consumption: Consumption | None = None
         self._stopping = False
+        self._ended = False
+        #: When the monitor last looked, and how many had been handled then.
+        self._looked = time.monotonic(), 0
 
     # --- life
 
@@ -99,7 +106,7 @@ class SubscriberConsumer:
     def stop_pulling(self, timeout: float = STOP_TIMEOUT) -> None:
         """Ask for no more, and hand back what no handler has begun with."""
         self.halt()
-        if self._consumption is not None:
+        if self._consumption is not None and not self._ended:
             self._end(self._consumption, timeout)
         # Only now: while the pull was open, the server would have given it back to us at once.
         self._backlog.clear()
@@ -113,9 +120,11 @@ class SubscriberConsumer:
             consumption.stop(timeout)
         except NatsPubsubError as error:
             _log.warning("%s: stopped without the server: %s", self.subscription.name, error)
+        self._ended = True
 
-    def abandon(self) -> None:
-        """Give back all that is in hand, begun or not."""
+    def abandon(self, timeout: float = STOP_TIMEOUT) -> None:
+        """Give back all that is in hand, begun or not; nothing comes any more."""
+        self.stop_pulling(timeout)
         for job in list(self._jobs):
             job.delivery.nak()
 
@@ -153,7 +162,8 @@ class SubscriberConsumer:
         self._waiting.add(job)
         if not self._stopping:
             self._backlog.append(job)
-            self._hand_out()
+            if self._free:
+                self._hand_out()
 
     # --- any thread
 
@@ -190,7 +200,6 @@ class SubscriberConsumer:
         :returns: what became of it, None if the worker is stopping and it is handed back; and
             the job to go on with, if there is one.
         """
-        job.thread = threading.current_thread()
         if self._stopping or not _take(self._waiting, job):
             return None, None
         job.started = time.monotonic()
@@ -212,7 +221,8 @@ class SubscriberConsumer:
         seconds = time.monotonic() - started
         self._average += (seconds - self._average) * NEWEST if self._average else seconds
         following = self._next()
-        self._top_up()
+        if self._is_low():
+            self._top_up()
         return following
 
     def _top_up(self) -> None:
@@ -245,7 +255,7 @@ class SubscriberConsumer:
         if self.subscription.ordered or not self._average:
             return self.concurrency
         seconds = self.concurrency * min(HAND, self.subscription.ack_wait / 6)
-        wanted = min(int(seconds / max(self._average, 1e-6)), self._limit * 2, MOST_IN_HAND)
+        wanted = min(int(seconds / max(self._average, 1e-6)), self._limit * 2, self.most_in_hand)
         return max(self.concurrency, wanted)
 
     # --- the worker's monitor
@@ -256,6 +266,7 @@ class SubscriberConsumer:
         Those that are ``expired`` have lost their place: the worker starts a thread in place of
         each. The others have come to their end at this very moment.
         """
+        self._notice_a_standstill(now)
         late = [job for job in list(self._jobs) if self._is_late(job, now)]
         for job in late:
             self._expire(job)
@@ -264,6 +275,20 @@ class SubscriberConsumer:
                 job.renewed = now
                 job.delivery.in_progress()
         return late
+
+    def _notice_a_standstill(self, now: float) -> None:
+        """Warn if nothing was renewed for so long that the server delivers it again."""
+        (looked, handled), self._looked = self._looked, (now, self.handled)
+        if now - looked > self.subscription.ack_wait and (self._jobs or self.handled != handled):
+            _log.warning(
+                "%s: this process stood still for %.1f s, longer than ack_wait (%g s), so what it "
+                "had in hand is delivered again. A handler whose C code keeps the interpreter to "
+                "itself does this, and so does a machine that is paused. Raise ack_wait, or let "
+                "a process of its own do such work.",
+                self.subscription.name,
+                now - looked,
+                self.subscription.ack_wait,
+            )
 
     def _is_late(self, job: Job, now: float) -> bool:
         """Whether the time is up, and the handler has not just come to its end."""

@@ -152,6 +152,7 @@ class Pool:
             "pid": child.pid,
             "restarts": slot.restarts,
             "loops": vitals.loops,
+            **vitals.load,
         }
 
     # --- round and round

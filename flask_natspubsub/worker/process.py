@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,9 @@ _log = logging.getLogger("flask_natspubsub.worker")
 
 CLOSE_TIMEOUT = 5.0
 #: Longest a second signal waits for messages to be handed back.
-LAST_WORDS = 1.0
+LAST_WORDS = 2.0
+#: How often the main thread looks for signals that did not wake it; seconds.
+LOOK = 0.5
 #: What a parent process has said; a signal has a number above these.
 _STOP, _AT_ONCE = 0, -1
 
@@ -67,11 +69,21 @@ class Process:
             if self._lifeline is not None:
                 self._lifeline.listen(self._on_word, self._patience)
             threading.Thread(target=self._live, name="natspubsub-process", daemon=True).start()
-            while (number := self._news.get()) is not None:
+            while (number := self._next_news()) is not None:
                 self._on_signal(number)
         if self._error is not None:
             raise self._error
         return 0 if self._clean else 1
+
+    def _next_news(self) -> int | None:
+        """Wait for what comes next.
+
+        The system may give a second signal that comes at once to another thread. Python then
+        notes it and does not wake this one, which is to handle it: so it wakes by itself.
+        """
+        while True:
+            with suppress(queue.Empty):
+                return self._news.get(timeout=LOOK)
 
     def work(self) -> bool:
         """Work until the end, or until ``stop``; returns whether all ended in order."""

@@ -94,6 +94,7 @@ class Worker:
                 Processor(subscription, box, app_context, emit, self._async.run, transactions),
                 settings.stream,
                 self.concurrency,
+                settings.prefetch,
                 self._queue.put,
             )
             for subscription in subscriptions
@@ -209,6 +210,13 @@ class Worker:
             found[f"subscriber {consumer.subscription.name}"] = consumer.is_healthy
         return found
 
+    def load(self) -> dict[str, int]:
+        """Return how many messages are in hand, and the limit, for health."""
+        return {
+            "messages_in_hand": sum(consumer.in_hand for consumer in self._consumers),
+            "messages_in_hand_limit": sum(consumer.most_in_hand for consumer in self._consumers),
+        }
+
     @property
     def loops(self) -> list[str]:
         """The names that ``nudge`` gets to see if all is well."""
@@ -286,9 +294,10 @@ class Worker:
         thread.start()
 
     def _work(self) -> None:
+        thread = threading.current_thread()
         job, since = self._queue.get(), time.monotonic()
         while job is not None:
-            following = None
+            job.thread, following = thread, None
             try:
                 outcome, following = self._run(job)
                 if outcome is not None:

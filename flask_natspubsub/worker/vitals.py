@@ -28,11 +28,13 @@ class Vitals(msgspec.Struct, frozen=True):
     :param loops: seconds since each loop was last seen to go round.
     :param checks: what the worker needs to do its job, and whether it is well.
     :param overdue: for how many seconds a handler has been running beyond its time limit.
+    :param load: how much it has in hand, with the limit.
     """
 
     loops: dict[str, float]
     checks: dict[str, bool]
     overdue: float = 0.0
+    load: dict[str, int] = {}
 
     def stalled(self, limit: float) -> list[str]:
         """Return the loops not seen for more than ``limit`` seconds."""
@@ -78,7 +80,8 @@ class Heartbeat:
         """Say how the worker is now."""
         now = time.monotonic()
         ages = {name: round(now - seen, 1) for name, seen in self._seen.copy().items()}
-        return Vitals(ages, self._worker.checks(), round(self._worker.overdue, 1))
+        worker = self._worker
+        return Vitals(ages, worker.checks(), round(worker.overdue, 1), worker.load())
 
     def look(self) -> tuple[bool, dict[str, dict[str, Any]]]:
         """Say for the health endpoint whether the loops go round, and how each check is."""
@@ -90,6 +93,7 @@ class Heartbeat:
         rows["loops"] = {
             "status": "failed" if stalled else "ok", "failed": stalled, "seconds": vitals.loops
         }  # fmt: skip
+        rows["messages"] = {"status": "ok", **vitals.load}
         return not stalled, rows
 
     def _expect_all(self) -> None:

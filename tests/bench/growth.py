@@ -22,7 +22,7 @@ from flask_natspubsub import NatsPubsub
 from .curves import Curve, svg, tables
 from .growth_outbox import look_curves, milliseconds, relay_curves
 from .harness import Comparison
-from .peers import RawSocket, per_second
+from .peers import NatsPy, RawSocket, per_second
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 SUBSCRIBERS = (1, 10, 100)
@@ -36,6 +36,7 @@ PAGE = 50
 DOCS = Path(__file__).parents[2] / "docs"
 #: What the largest size has to keep of the smallest; noise and caches take their share.
 MUST = 0.25
+BARE = "bare sockets: the server alone"
 _PAGE = """.. This is written by ``make bench ARGS=growth``.
 
 .. image:: _static/growth.svg
@@ -60,8 +61,12 @@ def comparisons(url: str, rounds: int) -> list[Comparison]:
     print("\r\033[K", end="", file=sys.stderr)
     (DOCS / "_static" / "growth.svg").write_text(svg(curves), "utf-8")
     (DOCS / "performance-growth.rst").write_text(_PAGE + tables(curves), "utf-8")
-    # What idles costs a little for each subscriber, and next to nothing in all.
-    return [curve.comparison(None if "idle" in curve.panel else MUST) for curve in curves]
+    # What idles costs a little for each subscriber, and next to nothing in all; what the server
+    # does by itself is not ours to keep flat.
+    free = {"An idle worker", BARE}
+    return [
+        curve.comparison(None if free & {curve.panel, curve.name} else MUST) for curve in curves
+    ]
 
 
 @contextmanager
@@ -115,20 +120,48 @@ def dead_letter_curves(url: str) -> list[Curve]:
 
 
 def subscriber_curves(url: str) -> list[Curve]:
-    """Measure a worker with more and more subscribers, each with a topic of its own."""
-    rate = Curve(
-        "One worker: published and handled", "no-op handlers", "subscribers", "a second", False
+    """Measure a worker with more and more subscribers, each with a topic of its own.
+
+    The server looks at each message for every consumer of the stream, so what it can do by
+    itself is measured too.
+    """
+    panel = "One worker: published and handled"
+    rate, bare = (
+        Curve(panel, name, "subscribers", "a second", False) for name in ("no-op handlers", BARE)
     )
+    cost = Curve("One worker: its own part", "processor time", "subscribers", "us a message")
     start = Curve("Start of a worker", "for each subscriber", "subscribers", "ms")
     for count in SUBSCRIBERS:
-        seconds, handled = _work(url, count)
+        seconds, handled, processor = _work(url, count)
         start.add(count, seconds * 1000 / count)
         rate.add(count, handled)
-    return [rate, start]
+        cost.add(count, processor * 1_000_000)
+        bare.add(count, _bare(url, count))
+    return [rate, bare, cost, start]
 
 
-def _work(url: str, subscribers: int) -> tuple[float, float]:
-    """Return the seconds until all pull, and how many messages are handled a second."""
+def _bare(url: str, consumers: int) -> float:
+    """Return how many messages a second the server takes, delivers and has acknowledged."""
+    stream, names = f"bare{consumers}", [f"c{number}" for number in range(consumers)]
+    subjects = [f"{stream}.{name}" for name in names]
+    client, sender, receiver = NatsPy(url), RawSocket(url), RawSocket(url)
+    try:
+        client.call(client.js.add_stream(name=stream, subjects=[f"{stream}.>"]))
+        for subject, name in zip(subjects, names, strict=True):
+            client.make_consumer(subject, stream, name)
+        publish = threading.Thread(target=sender.publish_in_turn, args=(subjects, MESSAGES))
+        publish.start()
+        each = MESSAGES // consumers
+        rate = per_second(MESSAGES, lambda: receiver.pull_from_all(stream, names, each))
+        publish.join()
+        return rate
+    finally:
+        for one in (client, sender, receiver):
+            one.close()
+
+
+def _work(url: str, subscribers: int) -> tuple[float, float, float]:
+    """Return the seconds until all pull; messages handled a second; seconds of CPU for each."""
     done, numbers = threading.Event(), itertools.count(1)
 
     def handle(message: dict[str, object]) -> None:
@@ -144,10 +177,12 @@ def _work(url: str, subscribers: int) -> tuple[float, float]:
         try:
             worker.start()
             seconds, started = time.perf_counter() - started, time.perf_counter()
+            processor = time.process_time()
             pubsub.publish_many([(f"topic{n % subscribers}", {"n": n}) for n in range(MESSAGES)])
             if not done.wait(60):
                 raise TimeoutError("the worker did not finish")
-            return seconds, MESSAGES / (time.perf_counter() - started)
+            processor = time.process_time() - processor
+            return seconds, MESSAGES / (time.perf_counter() - started), processor / MESSAGES
         finally:
             worker.stop()
 

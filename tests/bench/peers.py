@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import itertools
 import json
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -117,8 +118,13 @@ class RawSocket:
             pass
 
     def publish(self, subject: str, count: int) -> None:
-        frame = b"PUB %b _INBOX.raw %d\r\n%b\r\n" % (subject.encode(), len(PAYLOAD), PAYLOAD)
-        frames = frame * count
+        self.publish_in_turn([subject], count)
+
+    def publish_in_turn(self, subjects: Sequence[str], count: int) -> None:
+        """Publish ``count`` messages, one to each subject and again."""
+        size = len(PAYLOAD)
+        each = [b"PUB %b _INBOX.raw %d\r\n%b\r\n" % (s.encode(), size, PAYLOAD) for s in subjects]
+        frames = b"".join(itertools.islice(itertools.cycle(each), count))
         reader = threading.Thread(target=self._count, args=(count,))
         reader.start()
         self._socket.sendall(frames)
@@ -140,6 +146,18 @@ class RawSocket:
                 acks.append(request)
                 asked += batch
             self._socket.sendall(b"".join(acks))
+
+    def pull_from_all(self, stream: str, durables: Sequence[str], each: int) -> None:
+        """Pull and acknowledge ``each`` messages of every consumer."""
+        ask = b'{"batch":%d,"expires":30000000000}' % each
+        for durable in durables:
+            subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}".encode()
+            self._socket.sendall(b"PUB %b _INBOX.raw %d\r\n%b\r\n" % (subject, len(ask), ask))
+        left, rest = each * len(durables), b""
+        while left:
+            replies, rest = _replies(rest + self._socket.recv(1 << 20))
+            self._socket.sendall(b"".join(b"PUB %b 4\r\n+ACK\r\n" % reply for reply in replies))
+            left -= len(replies)
 
     def _count(self, count: int) -> None:
         seen, tail = 0, b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,11 +11,21 @@ from typing import Any
 import pytest
 
 from ..conftest import MakePubsub
+from ..secrets import SECRET
 from ..servers import NatsServer
 from .project import Project
 from .shop import Shop
 
 MakeShop = Callable[..., Shop]
+
+
+@pytest.fixture
+def no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail the test if what it logs, at any level, has the secret."""
+    caplog.set_level(logging.DEBUG)
+    yield
+    formatter = logging.Formatter("%(message)s %(args)s")
+    assert SECRET not in "\n".join(formatter.format(record) for record in caplog.records)
 
 
 @pytest.fixture

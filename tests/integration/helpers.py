@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import nats
+import pytest
 from nats.aio.msg import Msg
 
-from flask_natspubsub import NatsPubsub, PublishError, PublishReceipt
+from flask_natspubsub import NatsPubsub, NotConnected, PublishError, PublishReceipt
 from flask_natspubsub.brokers.base import StoredMessage
 
 
@@ -108,3 +109,15 @@ class Outcome:
         except PublishError as error:
             self.error = error
         self.seconds = time.monotonic() - began
+
+
+def up(pubsub: NatsPubsub) -> bool:
+    """Whether there is a connection, without waiting for one as ``is_connected`` does."""
+    return pubsub.state().broker().is_connected
+
+
+def refusal(pubsub: NatsPubsub) -> str:
+    """The text of the error that a publish ends with, at once and not after its timeout."""
+    with at_most(4), pytest.raises(NotConnected) as caught:
+        pubsub.publish("a", {}, timeout=10)
+    return str(caught.value)

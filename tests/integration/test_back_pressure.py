@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
+import threading
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from flask_natspubsub import NatsPubsub, PublishError
 from flask_natspubsub.brokers import outbound
+from flask_natspubsub.worker.vitals import Heartbeat
 from tests.conftest import MakePubsub
 from tests.proxy import Proxy
 from tests.servers import NatsServer
@@ -83,6 +86,31 @@ def test_wave_after_wave_that_nobody_takes_leaves_nothing_behind(
             blocks.append(sys.getallocatedblocks())
         assert blocks[-1] - blocks[1] < 10 * QUEUED, blocks
         proxy.release()
+
+
+def test_worker_holds_no_more_than_its_limit_and_shows_it(
+    make_pubsub: MakePubsub, nats_server: NatsServer
+) -> None:
+    pubsub = make_pubsub(urls=nats_server.url, prefetch=20, concurrency=2)
+    release, handled, held = threading.Event(), itertools.count(1), []
+
+    @pubsub.subscriber("a", name="held")
+    def handle(message: dict[str, object]) -> None:
+        held.append(worker.load()["messages_in_hand"])
+        if next(handled) > 300:  # fast until then, so that it asks for as much as it may
+            release.wait(30)
+
+    with pubsub.run_worker() as worker:
+        heartbeat = Heartbeat(worker)
+        pubsub.publish_many([("a", {"n": n}) for n in range(400)])
+        eventually(lambda: len(held) == 302, 30)
+        shown = heartbeat.look()[1]["messages"]
+        release.set()
+        eventually(lambda: len(held) == 400, 30)
+
+    assert shown["messages_in_hand_limit"] == 20
+    assert 2 < max(held) <= 20
+    assert 2 <= shown["messages_in_hand"] <= 20
 
 
 def test_socket_that_takes_nothing_is_not_written_to_for_ever(

@@ -27,7 +27,6 @@ from flask_natspubsub import (
 )
 from flask_natspubsub.brokers import link, nats
 from flask_natspubsub.brokers.topology import wanted_streams
-from tests.certificates import Authority, KeyPair
 from tests.conftest import MakePubsub
 from tests.fake_server import FakeServer
 from tests.proxy import Proxy
@@ -35,7 +34,7 @@ from tests.secrets import SECRET
 from tests.servers import NatsServer
 from tests.waiting import eventually, for_seconds
 
-from .helpers import api, at_most, count, event_ids, stored
+from .helpers import api, at_most, count, event_ids, refusal, stored, up
 
 pytestmark = pytest.mark.real_server
 
@@ -44,26 +43,6 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
-
-
-def up(pubsub: NatsPubsub) -> bool:
-    """Whether there is a connection, without waiting for one as ``is_connected`` does."""
-    return pubsub.state().broker().is_connected
-
-
-def refusal(pubsub: NatsPubsub) -> str:
-    """The text of the error that a publish ends with, at once and not after its timeout."""
-    with at_most(4), pytest.raises(NotConnected) as caught:
-        pubsub.publish("a", {}, timeout=10)
-    return str(caught.value)
-
-
-@pytest.fixture
-def no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> Any:
-    caplog.set_level(logging.DEBUG)
-    yield
-    formatter = logging.Formatter("%(message)s %(args)s")
-    assert SECRET not in "\n".join(formatter.format(record) for record in caplog.records)
 
 
 # --- no server
@@ -484,132 +463,6 @@ def test_a_file_full_of_nonsense_is_an_error_without_its_content(
     assert SECRET not in text
 
 
-# --- TLS
-
-
-@pytest.fixture(scope="session")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="session")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("strangers"), "strangers")
-
-
-def tls(pair: KeyPair, more: str = "") -> str:
-    return f'tls {{ cert_file: "{pair.certificate}", key_file: "{pair.key}", {more} }}'
-
-
-@pytest.mark.parametrize("scheme", ["tls", "nats"])
-def test_with_the_right_certificate(
-    make_pubsub: MakePubsub, authority: Authority, scheme: str
-) -> None:
-    with NatsServer(tls(authority.sign())) as server, Proxy(server.port) as proxy:
-        pubsub = make_pubsub(
-            urls=f"{scheme}://127.0.0.1:{proxy.port}", tls_ca_file=str(authority.file)
-        )
-
-        assert pubsub.publish("a", {}).sequence == 1
-        assert b"CONNECT" not in proxy.from_clients
-
-
-def test_a_certificate_for_another_name_that_is_expected(
-    make_pubsub: MakePubsub, authority: Authority
-) -> None:
-    with NatsServer(tls(authority.sign("nats.example"))) as server:
-        pubsub = make_pubsub(
-            urls=f"tls://127.0.0.1:{server.port}",
-            tls_ca_file=str(authority.file),
-            tls_hostname="nats.example",
-        )
-
-        assert pubsub.publish("a", {}).sequence == 1
-
-
-def test_with_a_certificate_of_the_client(make_pubsub: MakePubsub, authority: Authority) -> None:
-    own = authority.sign("client")
-    verify = f'verify: true, ca_file: "{authority.file}"'
-    with NatsServer(tls(authority.sign(), verify)) as server:
-        settings = {"urls": server.url, "tls_ca_file": str(authority.file)}
-        pubsub = make_pubsub(
-            **settings, tls_cert_file=str(own.certificate), tls_key_file=str(own.key)
-        )
-        assert pubsub.publish("a", {}).sequence == 1
-
-        without = make_pubsub(**settings)
-        with at_most(3), pytest.raises(NotConnected):
-            without.publish("a", {}, timeout=2)
-
-
-@pytest.mark.parametrize("bad", ["wrong CA", "expired", "wrong host", "no CA"])
-def test_a_bad_certificate_is_refused_and_nothing_is_told(
-    make_pubsub: MakePubsub,
-    authority: Authority,
-    stranger: Authority,
-    bad: str,
-    no_secret_in_the_log: None,
-) -> None:
-    pair = authority.sign(
-        "nats.example" if bad == "wrong host" else "127.0.0.1", expired=bad == "expired"
-    )
-    trusted = {"wrong CA": str(stranger.file), "no CA": None}.get(bad, str(authority.file))
-    with NatsServer(tls(pair)) as server, Proxy(server.port) as proxy:
-        pubsub = make_pubsub(
-            urls=f"tls://127.0.0.1:{proxy.port}", token=SECRET, tls_ca_file=trusted
-        )
-
-        text = refusal(pubsub)
-
-        assert "refused the connection: TLS failed" in text
-        words = {"expired": "expired", "wrong host": "match"}.get(bad, "issuer")
-        assert words in text
-        assert SECRET.encode() not in proxy.from_clients
-        assert b"CONNECT" not in proxy.from_clients
-        assert not up(pubsub)
-
-
-@pytest.mark.parametrize("asked_by", ["scheme", "CA", "certificate", "hostname"])
-def test_a_server_without_tls_gets_no_credentials(
-    make_pubsub: MakePubsub, authority: Authority, asked_by: str
-) -> None:
-    own = authority.sign("client")
-    settings: dict[str, Any] = {
-        "scheme": {},
-        "CA": {"tls_ca_file": str(authority.file)},
-        "certificate": {"tls_cert_file": str(own.certificate), "tls_key_file": str(own.key)},
-        "hostname": {"tls_hostname": "nats.example"},
-    }[asked_by]
-    with FakeServer({"auth_required": True}) as plain:
-        scheme = "tls" if asked_by == "scheme" else "nats"
-        pubsub = make_pubsub(urls=f"{scheme}://127.0.0.1:{plain.port}", token=SECRET, **settings)
-
-        assert "it offers no TLS, and TLS is asked for" in refusal(pubsub)
-        assert plain.accepted == 1
-        assert bytes(plain.received) == b""
-
-
-def test_a_server_whose_certificate_nobody_vouches_for_gets_no_credentials(
-    make_pubsub: MakePubsub, authority: Authority
-) -> None:
-    """TLS because the server insists on it, not because it was asked for."""
-    with NatsServer(tls(authority.sign())) as server, Proxy(server.port) as proxy:
-        pubsub = make_pubsub(urls=proxy.url, token=SECRET)
-
-        assert "TLS failed" in refusal(pubsub)
-        assert b"CONNECT" not in proxy.from_clients
-
-
-def test_tls_survives_a_restart(make_pubsub: MakePubsub, authority: Authority) -> None:
-    with NatsServer(tls(authority.sign())) as server:
-        pubsub = make_pubsub(urls=server.url, tls_ca_file=str(authority.file))
-        pubsub.publish("a", {})
-        server.kill()
-        server.start()
-
-        assert pubsub.publish("a", {}).sequence == 2
-
-
 # --- streams
 
 
@@ -800,7 +653,7 @@ def test_a_closed_broker_says_so(pubsub: NatsPubsub) -> None:
 
 
 def test_each_app_has_one_connection_which_the_server_knows_by_name(
-    make_pubsub: MakePubsub, authority: Authority
+    make_pubsub: MakePubsub,
 ) -> None:
     with NatsServer() as server, Proxy(server.port) as proxy:
         pubsub = make_pubsub(urls=proxy.url)

@@ -6,16 +6,22 @@ Each bound is the count there is now and a little; lower it when the count gets 
 from __future__ import annotations
 
 import gc
+import itertools
+import statistics
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import flask_natspubsub
 from flask_natspubsub import NatsPubsub
+from flask_natspubsub.brokers.pull import Pull
 from tests.conftest import MakePubsub
 from tests.proxy import Proxy
 from tests.servers import NatsServer
@@ -25,12 +31,17 @@ from .conftest import MakeShop
 
 pytestmark = pytest.mark.real_server
 
+PACKAGE = str(Path(flask_natspubsub.__file__).parent)
 MESSAGE = {"order_id": 1, "note": "x" * 200}
 
 #: Bytes that a publish sends beyond the payload: verb, subjects, sizes, headers.
 FRAME_BYTES = 180
 #: Bytes of an acknowledgement of a handled message.
 ACK_BYTES = 110
+#: Calls of this package's functions for a handled message.
+CALLS_HANDLED = 40
+#: Requests to the server for 200 messages of one subscriber, with none asked for beforehand.
+PULLS_FOR_200 = 12
 #: Blocks of memory that a receipt and all that belongs to it keep, for each publish.
 BLOCKS_KEPT = 5
 
@@ -121,6 +132,57 @@ def test_bytes_sent_for_a_handled_message(make_shop: MakeShop, nats_server: Nats
         ]
     assert acks == 10
     assert max(sizes) <= ACK_BYTES
+
+
+def test_calls_for_a_handled_message(connected: NatsPubsub) -> None:
+    """From one message to the next, in the thread that handles them; Flask's are not counted."""
+    calls: list[int] = []
+    done = threading.Event()
+    handling: set[int] = set()
+
+    @connected.subscriber("order.created", name="counted")
+    def handle(message: dict[str, object]) -> None:
+        handling.add(threading.get_ident())
+        calls.append(0)
+        if len(calls) == 100:
+            done.set()
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        own = event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
+        if own and threading.get_ident() in handling:
+            calls[-1] += 1
+
+    connected.publish_many([("order.created", MESSAGE)] * 99)
+    threading.setprofile(count)
+    try:
+        with connected.run_worker(concurrency=1):
+            assert done.wait(30)
+    finally:
+        threading.setprofile(None)
+    assert 10 < statistics.median(calls[:-1]) <= CALLS_HANDLED
+
+
+def test_pulls_do_not_grow_with_the_subscribers(
+    connected: NatsPubsub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulls: Counter[str] = Counter()
+    request = Pull.request
+
+    def counting(pull: Pull, count: int) -> None:
+        pulls[pull.config.durable] += 1
+        request(pull, count)
+
+    monkeypatch.setattr(Pull, "request", counting)
+    done, numbers = threading.Event(), itertools.count(1)
+    for number in range(20):
+        connected.subscriber(f"topic{number}", name=f"s{number}")(
+            lambda message: done.set() if next(numbers) == 4_000 else None
+        )
+    with connected.run_worker():
+        connected.publish_many([(f"topic{n % 20}", MESSAGE) for n in range(4_000)])
+        assert done.wait(60)
+    assert len(pulls) == 20
+    assert max(pulls.values()) <= PULLS_FOR_200
 
 
 def test_a_publish_leaves_nothing_behind(connected: NatsPubsub) -> None:

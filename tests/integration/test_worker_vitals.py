@@ -156,6 +156,9 @@ def test_a_parent_that_is_gone_is_told_no_more():
         def checks(self):
             return {}
 
+        def load(self):
+            return {}
+
         def nudge(self, saw):
             saw("monitor")
 

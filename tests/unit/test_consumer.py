@@ -12,7 +12,7 @@ import pytest
 from flask_natspubsub.brokers.base import ConsumerInfo
 from flask_natspubsub.errors import BrokerError
 from flask_natspubsub.worker import consumer as module
-from flask_natspubsub.worker.consumer import MOST_IN_HAND, SubscriberConsumer
+from flask_natspubsub.worker.consumer import SubscriberConsumer
 from tests.waiting import eventually
 
 from .worker_helpers import FakeBroker, FakeDelivery, Rig
@@ -31,13 +31,18 @@ class Clock:
 class Bench:
     """A consumer whose worker is a list of jobs, on a clock that stands still."""
 
-    def __init__(self, clock, *, slots=10, **options):
+    def __init__(self, clock, *, slots=10, prefetch=1_000, **options):
         self.clock = clock
         self.rig = Rig(lambda message: None, **options)
         self.broker = FakeBroker()
         self.queue = deque()
         self.consumer = SubscriberConsumer(
-            self.broker, self.rig.processor, "test-events-stream", slots, self.queue.append
+            self.broker,
+            self.rig.processor,
+            "test-events-stream",
+            slots,
+            prefetch,
+            self.queue.append,
         )
         self.deliveries = []
         self._release = threading.Event()
@@ -142,15 +147,24 @@ def test_every_thread_of_a_slow_handler_is_given_work_as_soon_as_it_is_free(make
         bench.deliver_what_is_asked_for()
 
 
-def test_a_fast_handler_is_given_more_step_by_step(make):
-    bench = make(concurrency=4).start()
+@pytest.mark.parametrize("prefetch", [1_000, 50])
+def test_a_fast_handler_is_given_more_step_by_step_up_to_the_limit(make, prefetch):
+    bench = make(concurrency=4, prefetch=prefetch).start()
     most = 4
     for _ in range(3000):
         bench.deliver_what_is_asked_for()
         assert bench.consumer.in_hand <= most * 2
         most = max(most, bench.consumer.in_hand)
         bench.run(seconds=0.0001)
-    assert most == MOST_IN_HAND
+    assert most == prefetch == bench.consumer.most_in_hand
+
+
+def test_a_limit_below_the_number_of_handlers_keeps_none_of_them_idle(make):
+    bench = make(concurrency=8, prefetch=1).start()
+    for _ in range(50):
+        bench.deliver_what_is_asked_for()
+        assert bench.consumer.in_hand == 8
+        bench.run(seconds=0.0001)
 
 
 def test_a_fast_handler_asks_rarely(make):

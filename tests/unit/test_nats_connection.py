@@ -9,7 +9,7 @@ from typing import Any
 import nats.errors
 import pytest
 
-from flask_natspubsub.brokers.link import ConnectionRefused
+from flask_natspubsub.brokers.connection import ConnectionRefused
 from flask_natspubsub.brokers.nats import _Client, _Connection, _credentials, _dial_error
 from flask_natspubsub.brokers.wire import frame
 from flask_natspubsub.settings import Settings

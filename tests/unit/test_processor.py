@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import datetime as dt
+import pickle
 from dataclasses import dataclass
 
 import pytest
 
-from flask_natspubsub import DeadLetter, Discard, Retry, current_message
+from flask_natspubsub import DeadLetter, Discard, MessageContext, Retry, current_message
 from flask_natspubsub.errors import PublishError
 from flask_natspubsub.messages.lineage import Lineage, current_lineage
 from flask_natspubsub.subscribing.processor import HandlerTimeout
@@ -92,6 +95,23 @@ def test_the_context_tells_all_about_the_message():
     assert context.headers == {"x": "y"}
     assert context.raw == data
     assert context.envelope["unknown"] == "kept"
+
+
+def test_the_context_is_a_message_context_whole_or_changed():
+    seen = []
+    Rig(lambda message, context: seen.append(context)).processor.process(FakeDelivery())
+    (context,) = seen
+
+    changed = dataclasses.replace(context, topic="other")
+
+    assert isinstance(changed, MessageContext)
+    assert dataclasses.asdict(changed) == dataclasses.asdict(context) | {"topic": "other"}
+    assert dataclasses.replace(changed, topic=context.topic) == context
+    for copied in (copy.copy(context), pickle.loads(pickle.dumps(context))):
+        assert dataclasses.asdict(copied) == dataclasses.asdict(context)
+    assert context.envelope is context.envelope
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = context.no_such
 
 
 def test_a_message_without_a_time_occurred_when_it_was_stored():

@@ -45,6 +45,7 @@ TABLE: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any], str]] = {
     "tls_cert_file": (None, [], TEXT, "text"),
     "tls_key_file": (None, [], TEXT, "text"),
     "tls_hostname": (None, [("h", "h")], TEXT, "text"),
+    "reply_prefix": ("_INBOX", [("a.b-1_", "a.b-1_")], ["", "a.", "a.>", "*", "a b", 1], "tokens"),
     "connect_timeout": (2.0, [(1, 1.0), (0.5, 0.5)], POSITIVE_SECONDS, "seconds"),
     "publish_timeout": (5.0, [(1, 1.0)], POSITIVE_SECONDS, "seconds"),
     "publish_in_flight": (4_000, [(1, 1)], [0, -1, "4", True], "whole number, 1 or more"),
@@ -83,6 +84,7 @@ TABLE: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any], str]] = {
     ),
     "auto_setup": (True, [(False, False)], FLAG, "True or False"),
     "concurrency": (10, [(1, 1)], [0, -1, 1.5, "4", True], "whole number, 1 or more"),
+    "prefetch": (1_000, [(1, 1)], [0, -1, "4", True], "whole number, 1 or more"),
     "max_deliver": (5, [(1, 1)], [0, "5", 2.0], "whole number"),
     "ack_wait": (30.0, [(dt.timedelta(minutes=1), 60.0)], POSITIVE_SECONDS, "seconds"),
     "backoff": (

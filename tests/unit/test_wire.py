@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flask_natspubsub.brokers import wire
 from flask_natspubsub.brokers.wire import (
-    AckSubject,
+    FrameTap,
+    LazyHeaders,
     frame,
     header_block,
     parse_ack_subject,
@@ -84,8 +88,42 @@ def test_what_is_no_header_line_is_passed_over() -> None:
     }
 
 
+@given(st.dictionaries(NAMES, VALUES))
+def test_headers_read_late_are_the_same(headers: dict[str, str]) -> None:
+    block = header_block(headers) or b"NATS/1.0\r\n\r\n"
+
+    assert LazyHeaders(block) == headers
+    assert list(LazyHeaders(block)) == list(headers)
+    assert len(LazyHeaders(block)) == len(headers)
+    for name, value in headers.items():
+        assert LazyHeaders(block).get(name) == LazyHeaders(block)[name] == value
+    assert LazyHeaders(block).get("Not-There", "other") == "other"
+    assert repr(LazyHeaders(block)) == repr(headers)
+
+
+def test_headers_are_not_read_for_one_that_is_not_among_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wire, "parse_headers", lambda block: pytest.fail("they were read"))
+    headers = LazyHeaders(header_block({"topic": "order.created"}))
+
+    assert headers.get("traceparent") is None
+    with pytest.raises(pytest.fail.Exception):
+        headers.get("topic")
+
+
+def test_the_tap_tells_a_status_from_headers() -> None:
+    got: list[Mapping[str, str]] = []
+    tap = FrameTap({1: lambda subject, reply, headers, data: got.append(headers)}, print)
+
+    for block in (b"NATS/1.0 404 No Messages\r\n\r\n", b"NATS/1.0\r\ntopic: a\r\n\r\n"):
+        tap.feed(b"HMSG s 1 %d %d\r\n%b\r\n" % (len(block), len(block), block))
+
+    assert got == [{"Status": "404", "Description": "No Messages"}, {"topic": "a"}]
+
+
 def test_the_ack_subject_in_its_old_and_its_new_form() -> None:
-    told = AckSubject("events", 3, 12, 1_700_000_000.5)
+    told = ("events", 3, 12, 1_700_000_000.5)
 
     assert parse_ack_subject("$JS.ACK.events.mailer.3.12.9.1700000000500000000.4") == told
     assert parse_ack_subject("$JS.ACK._.acc.events.mailer.3.12.9.1700000000500000000.4.tok") == told
