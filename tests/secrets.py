@@ -1,6 +1,7 @@
 """The password and token of all tests that sign in: nothing may ever show it.
 
-``conftest.py`` fails a test whose captured log, stdout or stderr has it.
+``conftest.py`` fails a test whose captured log, stdout or stderr has it, and ``Project`` one whose
+commands and workers write it.
 """
 
 from __future__ import annotations

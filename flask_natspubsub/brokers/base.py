@@ -277,6 +277,11 @@ class Broker(ABC):
         """The version of the server, as ``2.12.1``; empty if there is none, or it is not known."""
         return ""
 
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the caller runs in the broker's own thread, which must not wait for it."""
+        return False
+
     def load(self) -> dict[str, int]:
         """Return how much is on its way, with the limits, for health; empty if nothing can be."""
         return {}

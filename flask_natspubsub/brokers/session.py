@@ -280,6 +280,10 @@ class JetStreamBroker(Broker):
 
     # --- publishing
 
+    @property
+    def is_own_thread(self) -> bool:  # noqa: D102
+        return self._session is not None and self._session.loop.is_current
+
     def submit(self, messages: Sequence[OutgoingMessage], timeout: float) -> Ticket:  # noqa: D102
         session = self._session
         if session is None or session.loop.has_ended or self._pid != os.getpid():

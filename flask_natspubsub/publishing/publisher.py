@@ -179,7 +179,14 @@ class Publisher:
         if self.breaker.failures:
             self.breaker.check()
         seconds = self._settings.publish_timeout if timeout is None else timeout
-        ticket = self._broker().submit([item.outgoing for item in prepared], seconds)
+        broker = self._broker()
+        if broker.is_own_thread:
+            raise PublishError(
+                "A receiver of message_published, or a callback of publish_nowait, cannot wait "
+                "for another publish: it runs in the thread that would have to send it.",
+                "Use publish_nowait there.",
+            )
+        ticket = broker.submit([item.outgoing for item in prepared], seconds)
         if not ticket.wait(seconds + STUCK):
             self.breaker.failure()
             raise PublishError(

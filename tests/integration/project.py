@@ -15,6 +15,7 @@ from pathlib import Path
 from flask_natspubsub.brokers import make_broker
 from flask_natspubsub.settings import Settings
 
+from ..secrets import SECRET
 from ..waiting import eventually
 
 #: Longer than any command takes, shorter than the ack_wait of 30 s after which a message that
@@ -70,13 +71,17 @@ def follow(message):
 
 
 class Project:
-    """A folder with an app, and an environment of its own on the server."""
+    """A folder with an app, and an environment of its own on the server.
+
+    It has a token, which a server without users does not ask for; nothing that a command of
+    it writes may show it.
+    """
 
     def __init__(self, folder: Path, url: str, **settings: object) -> None:
         self.folder = folder
         self.url = url
         self.env = f"t{uuid.uuid4().hex[:12]}"
-        self.settings = {"URLS": url, "ENV": self.env, **settings}
+        self.settings = {"URLS": url, "ENV": self.env, "TOKEN": SECRET, **settings}
         self.workers: list[WorkerRun] = []
         self.write("app.py", APP)
         self.write("handlers.py", HANDLERS)
@@ -99,7 +104,7 @@ class Project:
         self, *arguments: str, app: str = "app", stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
-        return subprocess.run(
+        done = subprocess.run(
             self.command(*arguments, app=app),
             cwd=self.folder,
             env=self.environment(),
@@ -109,6 +114,8 @@ class Project:
             timeout=TIMEOUT,
             check=False,
         )
+        assert SECRET not in done.stdout + done.stderr
+        return done
 
     def json(self, *arguments: str) -> object:
         """Run a command with --json; its stdout must be one JSON value."""
@@ -124,6 +131,7 @@ class Project:
     def close(self) -> None:
         for worker in self.workers:
             worker.kill()
+            assert SECRET not in worker.log
         if self._broker is not None:
             self._broker.close()
 

@@ -632,6 +632,26 @@ def test_a_receiver_in_the_brokers_thread_hears_of_messages_sent_without_waiting
     assert heard == [f"e{n}" for n in range(10)]
 
 
+def test_a_receiver_in_the_brokers_thread_that_would_wait_for_itself_is_told_so(
+    pubsub: NatsPubsub,
+) -> None:
+    told: list[str] = []
+
+    def receiver(sender: Any, receipt: PublishReceipt) -> None:
+        if receipt.event_id == "first":
+            try:
+                pubsub.publish("a", {})
+            except PublishError as error:
+                told.append(str(error))
+            pubsub.publish_nowait("a", {}, event_id="second")
+
+    with at_most(4), message_published.connected_to(receiver):
+        pubsub.publish_nowait("a", {}, event_id="first").result(10)
+        eventually(lambda: count(pubsub) == 2)
+        assert "publish_nowait" in told[0]
+        assert len(told) == 1
+
+
 def test_a_bad_topic_needs_no_server(make_pubsub: MakePubsub) -> None:
     pubsub = make_pubsub(urls="nats://192.0.2.1:4222")
 
