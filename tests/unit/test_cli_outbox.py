@@ -16,6 +16,7 @@ from flask_natspubsub.cli import natspubsub
 from flask_natspubsub.persistence import DIALECTS
 
 from ..databases import sqlite_url
+from ..secrets import SECRET
 
 DATABASE_COMMANDS = [
     ["outbox", "status"],
@@ -437,3 +438,28 @@ def test_relay_once_fails_while_the_server_is_away(site):
 
 def test_relay_json_goes_with_once(site):
     assert site.invoke("relay", "--json").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [*DATABASE_COMMANDS, ["doctor"], ["config"]], ids=lambda words: " ".join(words)
+)
+def test_no_command_shows_the_password_of_a_database_that_is_away(arguments):
+    site = Site(f"postgresql+psycopg://shop:{SECRET}@127.0.0.1:1/shop", tables=False)
+    try:
+        result = site.app.test_cli_runner().invoke(natspubsub, arguments)
+    finally:
+        site.close()
+    assert result.exit_code == (0 if arguments == ["config"] else 1), result.output
+    assert SECRET not in result.output
+    assert SECRET not in result.stderr
+
+
+def test_health_does_not_show_the_password_of_a_database_that_is_away():
+    url = f"postgresql+psycopg://shop:{SECRET}@127.0.0.1:1/shop"
+    site = Site(url, tables=False, HEALTH_URL_PREFIX="/health")
+    try:
+        answer = site.app.test_client().get("/health/detailed")
+    finally:
+        site.close()
+    assert answer.status_code == 503
+    assert SECRET not in answer.text
