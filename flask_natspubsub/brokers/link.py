@@ -123,16 +123,25 @@ class Link:
             self._connection.send(frames)
 
     async def route(self, subject: str, handler: Route) -> int:
-        """Have what arrives on ``subject`` passed to ``handler``, after reconnects too."""
+        """Have what arrives on ``subject`` passed to ``handler``, after reconnects too.
+
+        :raises BrokerError: the server did not take it; without a connection, the next is told.
+        """
         self._route_number += 1
         key = self._route_number
         self._routes[key] = interest = _Interest(subject, handler)
-        if self._connection is not None:
-            try:
-                await self._subscribe(self._connection, key, interest)
-            except BaseException:  # the caller has no key to give it up with
+        connection = self._connection
+        if connection is None:
+            return key
+        try:
+            await self._subscribe(connection, key, interest)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets one of ours
+            if not connection.closed.is_set():
                 await self.unroute(key)
-                raise
+                raise BrokerError(f"Could not listen to {subject}: {_one_line(error)}.") from None
+        except BaseException:  # cancelled: the caller has no key to give it up with
+            await self.unroute(key)
+            raise
         return key
 
     async def unroute(self, key: int, *, flush: bool = False) -> None:

@@ -65,11 +65,13 @@ def loses_what_is_sent(shop: OutboxShop, server: NatsServer) -> Iterator[None]:
     shutil.copytree(data, copy)
     server.start()
     shop.broker.connect(30)
-    yield
-    server.kill()
-    shutil.rmtree(data)
-    copy.rename(data)
-    server.start()
+    try:
+        yield
+    finally:  # the server is that of other tests, too
+        server.kill()
+        shutil.rmtree(data)
+        copy.rename(data)
+        server.start()
     shop.broker.connect(30)
 
 
