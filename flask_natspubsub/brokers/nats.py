@@ -26,6 +26,7 @@ from ..errors import BrokerError, ConfigurationError
 from ..settings import Settings
 from .connection import ConnectionRefused
 from .session import JetStreamBroker
+from .tls import tls_problem
 from .wire import NO_HEADERS, NOT_PASSED_ON, FrameTap, Route
 
 _log = logging.getLogger("flask_natspubsub.broker")
@@ -36,15 +37,6 @@ OLDEST_SERVER = (2, 10)
 PING_INTERVAL = 9.0
 UNANSWERED_PINGS = 2
 CLOSE_TIMEOUT = 1.0
-#: What OpenSSL says, in part, and what to do about it.
-_TLS_ADVICE = (
-    ("issuer", "Set NATSPUBSUB_TLS_CA_FILE to the authority that signed the server's certificate"),
-    ("self-signed", "Set NATSPUBSUB_TLS_CA_FILE to the authority that the server's belongs to"),
-    ("mismatch", "Use the host that the certificate names, or set NATSPUBSUB_TLS_HOSTNAME to it"),
-    ("expired", "It is the server's: renew it"),
-    ("not yet valid", "Look at the clocks of this machine and of the one that made it"),
-    ("alert", "Set NATSPUBSUB_TLS_CERT_FILE and _TLS_KEY_FILE to a certificate the server accepts"),
-)
 _DENIED = re.compile(
     r"permissions violation(?: for (?P<kind>publish|subscription) to [\"'](?P<subject>[^\"']+))?",
     re.I,
@@ -175,7 +167,11 @@ class _Connection:
     def send(self, frames: Sequence[bytes]) -> None:
         transport = self._client._transport
         if transport is not None and not self.closed.is_set():
-            transport.write(b"".join(frames))
+            try:
+                transport.write(b"".join(frames))
+            except RuntimeError:  # uvloop has closed the socket, and nats-py is about to hear of it
+                self._client.lose()
+                return
             if self._is_websocket:  # sends when it is drained, a socket by itself
                 task = asyncio.ensure_future(_drain(transport))
                 self._draining.add(task)
@@ -298,7 +294,7 @@ def _dial_error(error: Exception | None) -> Exception:
     if isinstance(error, ssl.SSLEOFError):
         return OSError("it hung up during the TLS handshake")
     if isinstance(error, ssl.SSLError):
-        return ConnectionRefused(_tls_problem(getattr(error, "verify_message", "") or text))
+        return ConnectionRefused(tls_problem(getattr(error, "verify_message", "") or text))
     if isinstance(error, nats.errors.SecureConnWantedError):
         return ConnectionRefused(
             "it offers no TLS, and TLS is asked for. Set up TLS there; without it nothing is sent"
@@ -309,14 +305,6 @@ def _dial_error(error: Exception | None) -> Exception:
         return OSError(text)
     # From reading the seed or the credentials file, most likely: its text might quote them.
     return ConnectionRefused(f"signing in failed with {type(error).__name__}, check the key files")
-
-
-def _tls_problem(problem: str) -> str:
-    """Say what OpenSSL says, and what to do about it."""
-    return next(
-        (f"TLS failed, {problem}. {advice}" for words, advice in _TLS_ADVICE if words in problem),
-        f"TLS failed, {problem}",
-    )
 
 
 def _text_of(error: Exception | None) -> str:

@@ -45,6 +45,24 @@ def test_over_a_websocket_messages_are_sent_at_once_too() -> None:
     assert transport.waiting == b""
 
 
+class ClosedSocket:
+    """A transport of uvloop whose socket has broken, before nats-py has heard of it."""
+
+    def write(self, data: bytes) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport>; the handler is closed")
+
+
+def test_writing_to_a_socket_that_has_just_broken_loses_the_connection_and_nothing_else() -> None:
+    async def main() -> bool:
+        client: Any = _Client(lambda subject, why: None)
+        client._transport = ClosedSocket()
+        connection = _Connection(client)
+        connection.send([frame("a", b"1", "r")])
+        return connection.closed.is_set()
+
+    assert asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("error", "refused", "text"),
     [
