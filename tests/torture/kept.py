@@ -62,8 +62,18 @@ class Entry:
 
 
 def commit() -> str:
-    """The commit of the checkout; empty where there is none."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """The commit of the checkout, with ``-dirty`` if more than the report was changed since.
+
+    Empty where there is no checkout.
+    """
+    head = _git("rev-parse", "--short", "HEAD")
+    report = f":(exclude){REPORT.relative_to(ROOT)}"
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", report)
+    return f"{head}-dirty" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
