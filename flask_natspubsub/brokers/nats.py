@@ -23,6 +23,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from ..errors import BrokerError, ConfigurationError
+from ..messages.plain import printable
 from ..settings import Settings
 from .connection import ConnectionRefused
 from .session import JetStreamBroker
@@ -309,7 +310,7 @@ def _dial_error(error: Exception | None) -> Exception:
 
 def _text_of(error: Exception | None) -> str:
     # A server may say anything, and this is logged.
-    text = "".join(c if c.isprintable() else " " for c in str(error or ""))
+    text = printable(str(error or ""))
     text = " ".join(text.removeprefix("nats: ").strip("'\"").split())
     return text or type(error).__name__
 

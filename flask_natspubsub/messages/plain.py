@@ -52,9 +52,14 @@ def step(key: object) -> str:
     return f".{text}" if _PLAIN_KEY.fullmatch(text) else f"[{text!r:.80}]"
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with spaces for line breaks, control characters and half surrogate pairs."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def one_line(text: object) -> str:
     """Return ``text`` as one line that is safe to log, of at most 200 characters."""
-    line = "".join(c if c.isprintable() else " " for c in str(text)[:201]).rstrip(". ")
+    line = printable(str(text)[:201]).rstrip(". ")
     return line if len(line) <= 200 else line[:197] + "..."
 
 

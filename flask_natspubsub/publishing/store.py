@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from ..brokers.base import OutgoingMessage, StoredAck
 from ..database import Database, Lease, Leases, database_now
+from ..messages.plain import printable
 from ..statements import Statement
 from .outbox import DELAYED_INDEX, PARKED, PENDING, SENT, OutboxTables
 from .sent import SentRows
@@ -295,7 +296,7 @@ def _failure(row_id: int, failure: Failure) -> dict[str, Any]:
     return {
         "row_id": row_id,
         # Neither a NUL nor half a surrogate pair is text for every database.
-        "error": "".join(c if c.isprintable() else " " for c in failure.error[:1024]),
+        "error": printable(failure.error[:1024]),
         "attempt": int(failure.refused),
         "wait": failure.wait,
         "new_status": PARKED if failure.park else PENDING,
