@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import textwrap
-from typing import Any
 
 import click
 
@@ -16,7 +15,7 @@ PRESETS = ("development", "testing", "production")
 
 def settings_text() -> str:
     """Describe every setting in reStructuredText, in the order of the table."""
-    return "\n".join(_setting(field) for field in settings.table())
+    return "\n".join(_setting(name) for name in settings.TABLE)
 
 
 def presets_text() -> str:
@@ -52,26 +51,26 @@ def _commands(group: click.Group, context: click.Context) -> list[str]:
     return texts
 
 
-def _setting(field: Any) -> str:
-    help_text = re.sub(r"`([^`]+)`", r"``\1``", field.metadata["help"])
+def _setting(name: str) -> str:
+    help_text = re.sub(r"`([^`]+)`", r"``\1``", settings.TABLE[name].help)
     return (
-        f".. confval:: {settings.PREFIX}{field.name.upper()}\n"
+        f".. confval:: {settings.PREFIX}{name.upper()}\n"
         f"\n   {help_text}\n\n"
-        f"   *Default:* {_default(field)}. *Allowed:* {_allowed(field)}.\n"
+        f"   *Default:* {_default(name)}. *Allowed:* {_allowed(name)}.\n"
     )
 
 
-def _default(field: Any) -> str:
-    value = getattr(settings.Settings(), field.name)
+def _default(name: str) -> str:
+    value = getattr(settings.Settings(), name)
     if value in (None, ""):
         return "none"
     return f"``{list(value) if isinstance(value, tuple) else value!r}``"
 
 
-def _allowed(field: Any) -> str:
+def _allowed(name: str) -> str:
     """What is allowed, in the words of the error that any other value gets."""
     try:
-        field.metadata["parse"](object())
+        settings.TABLE[name].parse(object())
     except ValueError as error:
         return str(error).replace("*", "\\*")
-    raise AssertionError(f"{field.name} allows anything")
+    raise AssertionError(f"{name} allows anything")

@@ -372,4 +372,4 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise TypeError(f"publish() got an unexpected keyword argument {name!r}")
 
 
-_DRAFT_OPTIONS = frozenset(Draft.__dataclass_fields__) - {"topic", "message"}
+_DRAFT_OPTIONS = frozenset(Draft.__struct_fields__) - {"topic", "message"}

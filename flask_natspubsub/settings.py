@@ -6,12 +6,12 @@ config are not seen. The documentation's configuration page is generated from th
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from . import values
 from .errors import ConfigurationError
@@ -21,12 +21,25 @@ PREFIX = "NATSPUBSUB_"
 MASK = "***"
 
 
+class Row(msgspec.Struct, frozen=True):
+    """What the table has of a setting beside its name, type and default.
+
+    :param parse: checks a value and gives it its final form.
+    :param secret: whether the value must not be shown.
+    """
+
+    parse: values.Parser
+    help: str
+    secret: bool
+
+
+_rows: list[Row] = []
+
+
 def setting(default: Any, parse: values.Parser, help_text: str, *, secret: bool = False) -> Any:
     """Declare one row of the table."""
-    metadata = {"parse": parse, "help": help_text, "secret": secret}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    _rows.append(Row(parse, help_text, secret))
+    return default
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -44,9 +57,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _DAY = 24 * 3600.0
 
 
-# What is left out here is not used, and would take its part of every import.
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False, match_args=False)
-class Settings:
+class Settings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """The settings of one application; durations are seconds."""
 
     urls: tuple[str, ...] = setting(
@@ -251,7 +262,7 @@ class Settings:
     )
 
     #: Where each value came from: ``"default"``, ``"preset NAME"`` or ``"config"``.
-    sources: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    sources: Mapping[str, str] = {}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], app_import_name: str) -> Settings:
@@ -267,16 +278,16 @@ class Settings:
         preset = _PRESETS.get(preset_name or "", {})
         found: dict[str, Any] = {}
         sources: dict[str, str] = {}
-        for field in table():
-            key = PREFIX + field.name.upper()
+        for name in TABLE:
+            key = PREFIX + name.upper()
             if config.get(key) is not None:
-                found[field.name] = _parse_one(field.name, config[key])
-                sources[field.name] = "config"
-            elif field.name in preset:
-                found[field.name] = preset[field.name]
-                sources[field.name] = f"preset {preset_name}"
+                found[name] = _parse_one(name, config[key])
+                sources[name] = "config"
+            elif name in preset:
+                found[name] = preset[name]
+                sources[name] = f"preset {preset_name}"
             else:
-                sources[field.name] = "default"
+                sources[name] = "default"
         if "app_name" not in found:
             found["app_name"] = _parse_one("app_name", slug(app_import_name))
         settings = cls(**found, sources=sources)
@@ -322,25 +333,24 @@ class Settings:
     def rows(self) -> list[tuple[str, str, str]]:
         """Key, value as text (secrets masked) and source of every setting."""
         return [
-            (PREFIX + f.name.upper(), masked(f, getattr(self, f.name)), self.sources[f.name])
-            for f in table()
+            (PREFIX + name.upper(), masked(name, getattr(self, name)), self.sources[name])
+            for name in TABLE
         ]
 
     def __repr__(self) -> str:
         return f"<Settings {self.env}.{self.app_name} at {self.safe_urls}>"
 
 
-def table() -> list[dataclasses.Field[Any]]:
-    """Return the rows of the table, in order; ``metadata`` has ``help`` and ``secret``."""
-    return [field for field in dataclasses.fields(Settings) if "parse" in field.metadata]
+#: The rows by the names of their settings, in order.
+TABLE: Mapping[str, Row] = dict(zip(Settings.__struct_fields__, _rows, strict=False))
 
 
-def masked(field: dataclasses.Field[Any], value: Any) -> str:
-    """Return ``value`` as text that may be shown: no password, no token."""
-    if field.name == "urls" and isinstance(value, (str, list, tuple)):
+def masked(name: str, value: Any) -> str:
+    """Return the value of a setting as text that may be shown: no password, no token."""
+    if name == "urls" and isinstance(value, (str, list, tuple)):
         urls = [value] if isinstance(value, str) else value
         return ", ".join(mask_url(str(url)) for url in urls)
-    if field.metadata["secret"] and value is not None:
+    if TABLE[name].secret and value is not None:
         return MASK
     return repr(value)
 
@@ -354,17 +364,16 @@ def mask_url(url: str) -> str:
 
 
 def _parse_one(name: str, value: Any) -> Any:
-    field = next(field for field in table() if field.name == name)
     try:
-        return field.metadata["parse"](value)
+        return TABLE[name].parse(value)
     except values.Invalid as error:
         raise ConfigurationError(
-            f"{PREFIX}{name.upper()} is {masked(field, value)}.", f"Allowed: {error}."
+            f"{PREFIX}{name.upper()} is {masked(name, value)}.", f"Allowed: {error}."
         ) from None
 
 
 def _warn_unknown_keys(config: Mapping[str, Any]) -> None:
-    known = [PREFIX + field.name.upper() for field in table()]
+    known = [PREFIX + name.upper() for name in TABLE]
     for key in config:
         if not key.startswith(PREFIX) or key in known:
             continue

@@ -16,7 +16,7 @@ import msgspec
 from ..brokers.base import CoreMessage
 from ..errors import DecodingError
 from ..messages.codec import decode_object, encode_value
-from ..messages.envelope import Received, read
+from ..messages.received import Received, read
 from ..messages.subjects import filter_for, topic_of
 from ..state import AppState
 from .group import natspubsub, onlooker

@@ -27,7 +27,7 @@ MAX_DEPTH = 100
 _DEEPEST_MESSAGE = MAX_DEPTH - 1
 _INTEGER_LIMIT = 10**1000
 _SMALL = 2**63
-_PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_PLAIN_KEY = r"[A-Za-z_][A-Za-z0-9_-]*"
 
 Converter = Callable[[Any, int], Any]
 
@@ -49,7 +49,7 @@ def step(key: object) -> str:
     if isinstance(key, int):
         return f"[{key}]"
     text = str(key)
-    return f".{text}" if _PLAIN_KEY.fullmatch(text) else f"[{text!r:.80}]"
+    return f".{text}" if re.fullmatch(_PLAIN_KEY, text) else f"[{text!r:.80}]"
 
 
 def printable(text: str) -> str:

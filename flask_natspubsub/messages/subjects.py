@@ -18,12 +18,13 @@ RESERVED_APP_NAMES = frozenset({"dlq", "events"})
 #: Longest subject that is used, in characters.
 MAX_SUBJECT_LENGTH = 255
 
-_TOKEN = re.compile(r"[A-Za-z0-9_-]+")
-_NOT_IN_TOKEN = re.compile(r"[^A-Za-z0-9_-]+")
-_NOT_IN_TOPIC = re.compile(r"[^a-z0-9_.-]")
-_NOT_IN_PATTERN = re.compile(r"[^a-z0-9_.*>-]")
-_NOT_IN_SUBJECT = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+# Not compiled here: that would take its part of every import, and few are used in any process.
+_PART = r"[A-Za-z0-9_-]+"
+_NOT_IN_NAME = r"[^A-Za-z0-9_-]+"
+_NOT_IN_TOPIC = r"[^a-z0-9_.-]"
+_NOT_IN_PATTERN = r"[^a-z0-9_.*>-]"
+_NOT_IN_SUBJECT = r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]"
+_SURROGATE = r"[\ud800-\udfff]"
 
 
 def slug(name: str) -> str:
@@ -31,7 +32,7 @@ def slug(name: str) -> str:
 
     Never empty: a name without a usable character becomes ``app``.
     """
-    return _NOT_IN_TOKEN.sub("_", name).strip("_") or "app"
+    return re.sub(_NOT_IN_NAME, "_", name).strip("_") or "app"
 
 
 def normalize_topic(topic: str, *, wildcards: bool = False) -> str:
@@ -43,12 +44,12 @@ def normalize_topic(topic: str, *, wildcards: bool = False) -> str:
     _check_text(topic)
     if not topic.strip():
         raise InvalidTopic("The topic is blank.", "Use a name such as 'order.created'.")
-    if _SURROGATE.search(topic):
+    if re.search(_SURROGATE, topic):
         raise _invalid("topic", topic, "is not valid Unicode text")
     if not wildcards and ("*" in topic or ">" in topic):
         raise _invalid("topic", topic, "has a wildcard; only subscriptions may have one")
     unwanted = _NOT_IN_PATTERN if wildcards else _NOT_IN_TOPIC
-    normal = unwanted.sub("_", topic.lower())
+    normal = re.sub(unwanted, "_", topic.lower())
     _check_tokens("topic", normal)
     return normal
 
@@ -97,7 +98,7 @@ def check_filter(subject: str) -> str:
     :raises InvalidTopic: blanks, control characters, empty tokens, wildcards out of place.
     """
     _check_text(subject, "subject")
-    if _NOT_IN_SUBJECT.search(subject):
+    if re.search(_NOT_IN_SUBJECT, subject):
         raise _invalid("subject", subject, "has a space or control character")
     _check_tokens("subject", subject)
     return _checked_length(subject)
@@ -155,7 +156,7 @@ def _check_text(name: object, what: str = "topic") -> None:
 
 
 def _check_one_token(what: str, name: object) -> None:
-    if not isinstance(name, str) or not _TOKEN.fullmatch(name):
+    if not isinstance(name, str) or not re.fullmatch(_PART, name):
         raise InvalidTopic(
             f"The {what} {name!r:.80} cannot be part of a subject.",
             "Use letters, digits, '_' and '-'.",

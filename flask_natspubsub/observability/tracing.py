@@ -23,10 +23,8 @@ from ..messages.lineage import (
     within,
 )
 
-_ALLOWED = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
-)
+_ALLOWED = r"[A-Za-z0-9._:/+=@-]{1,128}"
+_TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 # In the request's own environment: ``g`` is shared by a request made inside another one.
 _KEPT = "flask_natspubsub.lineage"
 
@@ -51,8 +49,8 @@ def lineage_of_request(trace_header: str | None, traceparent: str | None) -> Lin
     """
     if not trace_header and not traceparent:
         return Lineage(f"{random.getrandbits(128):032x}")
-    w3c = _TRACEPARENT.fullmatch(traceparent) if traceparent else None
-    if trace_header and _ALLOWED.fullmatch(trace_header):
+    w3c = re.fullmatch(_TRACEPARENT, traceparent) if traceparent else None
+    if trace_header and re.fullmatch(_ALLOWED, trace_header):
         trace_id = trace_header
     elif w3c:
         trace_id = w3c[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
@@ -43,8 +42,7 @@ class PublishReceipt(msgspec.Struct, frozen=True, gc=False):
     status: Literal["stored", "outbox"]
 
 
-@dataclass(slots=True)
-class Draft:
+class Draft(msgspec.Struct):
     """A message as its publisher gives it; publish middleware may change it.
 
     :param topic: as the caller wrote it.
@@ -64,7 +62,7 @@ class Draft:
     correlation_id: str | None = None
     causation_id: str | None = None
     message_type: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = {}
     event: tuple[str, str, str] | None = None
     outbox: bool | None = None
     ordering_key: str | None = None

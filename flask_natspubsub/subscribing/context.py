@@ -6,15 +6,17 @@ import datetime as dt
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from werkzeug.local import LocalProxy
 
-from ..brokers.base import Delivery
-from ..messages.envelope import Received
+if TYPE_CHECKING:
+    from ..brokers.base import Delivery
+    from ..messages.received import Received
 
 
-@dataclass(slots=True, kw_only=True)
+# A written repr is shorter, has no payload in it, and costs the import less than a made one.
+@dataclass(slots=True, kw_only=True, eq=False, repr=False, match_args=False)
 class MessageContext:
     """The second argument of a handler: one delivery of one message.
 
@@ -47,8 +49,11 @@ class MessageContext:
     envelope: Mapping[str, Any]
     subscriber: str
 
+    def __repr__(self) -> str:
+        return f"<MessageContext {self.topic} {self.event_id} attempt {self.attempt}>"
 
-_Source = Callable[[Delivery, Received, str], Any]
+
+_Source = Callable[["Delivery", "Received", str], Any]
 
 #: Where each field of a context comes from.
 _SOURCES: dict[str, _Source] = {

@@ -17,8 +17,8 @@ from typing import cast
 
 from ..brokers.base import Broker, Delivery, OutgoingMessage, StoredAck, StoredMessage
 from ..errors import BrokerError, DecodingError, PayloadTooLarge, PublishError
-from ..messages.envelope import Received, read
 from ..messages.ids import now_timestamp
+from ..messages.received import Received, read
 from ..messages.subjects import dead_letter_subject, matches, normalize_topic, topic_of
 from ..settings import Settings
 from .deadletter_shapes import number, values_of

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from ..brokers.base import DeliverPolicy
 from ..errors import RegistrationError
 from ..values import Parser, backoff, boolean, integer, positive_seconds
 from .middleware import Middleware
 
+_parsers: list[Parser] = []
+
 
 def _option(parse: Parser, default: Any = None) -> Any:
-    return dataclasses.field(default=default, metadata={"parse": parse})
+    _parsers.append(parse)
+    return default
 
 
 def _name(value: Any) -> str:
@@ -50,9 +53,7 @@ def _middleware(value: Any) -> tuple[Middleware, ...]:
     return functions
 
 
-# What is left out here is not used, and would take its part of every import.
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False, match_args=False)
-class SubscriberOptions:
+class SubscriberOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a subscriber may set for itself; ``None`` is the application's setting.
 
     :param name: names the subscriber, its durable consumer and its dead letters.
@@ -80,7 +81,7 @@ class SubscriberOptions:
     timeout: float | None = _option(positive_seconds)
     inbox: bool | None = _option(boolean)
     ordered: bool | None = _option(boolean)
-    deliver_policy: DeliverPolicy | None = _option(_deliver_policy)  # noqa: RUF009 - a field
+    deliver_policy: DeliverPolicy | None = _option(_deliver_policy)
     dead_letter: bool | None = _option(boolean)
     middleware: tuple[Middleware, ...] = _option(_middleware, ())
 
@@ -91,23 +92,23 @@ class SubscriberOptions:
         :param who: the subscriber, for errors.
         :raises RegistrationError: an unknown option or a bad value.
         """
-        parsers = {field.name: field.metadata["parse"] for field in dataclasses.fields(cls)}
         values = {}
         for option, value in given.items():
-            if option not in parsers:
+            if option not in _PARSERS:
                 raise _unknown_option(who, option)
             if value is not None:
-                values[option] = _parse(who, option, value, parsers[option])
+                values[option] = _parse(who, option, value)
         return cls(**values)
 
     def with_defaults(self, defaults: SubscriberOptions) -> SubscriberOptions:
         """Return these options with what is not set taken from ``defaults``."""
         missing = [name for name in OPTION_NAMES if getattr(self, name) is None]
-        return dataclasses.replace(self, **{name: getattr(defaults, name) for name in missing})
+        return msgspec.structs.replace(self, **{name: getattr(defaults, name) for name in missing})
 
 
 #: Every option, in the order of the table.
-OPTION_NAMES: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(SubscriberOptions))
+OPTION_NAMES: tuple[str, ...] = SubscriberOptions.__struct_fields__
+_PARSERS = dict(zip(OPTION_NAMES, _parsers, strict=True))
 
 
 def nearest_option(name: str, cutoff: float = 0.6) -> str | None:
@@ -122,8 +123,8 @@ def _unknown_option(who: str, option: str) -> RegistrationError:
     return RegistrationError(f"{who}: unknown option {option!r}.", fix)
 
 
-def _parse(who: str, option: str, value: Any, parse: Parser) -> Any:
+def _parse(who: str, option: str, value: Any) -> Any:
     try:
-        return parse(value)
+        return _PARSERS[option](value)
     except ValueError as error:
         raise RegistrationError(f"{who}: {option} is {value!r}.", f"Allowed: {error}.") from None

@@ -21,7 +21,7 @@ import msgspec
 from ..brokers.base import Delivery
 from ..errors import DecodingError, NatsPubsubError
 from ..messages import lineage
-from ..messages.envelope import Received, read
+from ..messages.received import Received, read
 from ..messages.subjects import topic_of
 from ..signals import (
     message_dead_lettered,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
+
+import msgspec
 
 from ..errors import ConfigurationError, RegistrationError
 from ..settings import Settings
@@ -119,7 +120,7 @@ class SubscriberGroup(_Declarations):
         )
         self.name = name
         self.prefix = prefix
-        self._defaults = dataclasses.replace(parsed, name=None, middleware=())
+        self._defaults = msgspec.structs.replace(parsed, name=None, middleware=())
         self._middleware.extend(parsed.middleware)
 
     def middleware(self, function: F) -> F:

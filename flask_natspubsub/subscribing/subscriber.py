@@ -9,8 +9,9 @@ import types
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
+
+import msgspec
 
 from ..brokers.base import DeliverPolicy
 from ..errors import InvalidTopic, RegistrationError
@@ -122,9 +123,7 @@ def _warn_near_misses(cls: type[Subscriber]) -> None:
             )
 
 
-# What is left out here is not used, and would take its part of every import.
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False, match_args=False)
-class Declaration:
+class Declaration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A subscriber as written, checked as far as it can be without an app's settings.
 
     :param source: the handler, or the Subscriber class.

@@ -6,12 +6,12 @@ decoded, retried and dead-lettered, by the same code, in the calling thread.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
+import msgspec
 from flask import Flask
 
 from ..brokers.base import OutgoingMessage, StoredMessage
@@ -19,7 +19,7 @@ from ..brokers.clock import VirtualClock
 from ..brokers.memory import MemoryBroker
 from ..brokers.topology import wanted_streams
 from ..errors import DecodingError, PublishError
-from ..messages.envelope import read
+from ..messages.received import read
 from ..messages.subjects import matches, normalize_topic, subject_for, topic_of
 from ..publishing.draft import Draft, prepare
 from ..state import EXTENSION, AppState
@@ -162,7 +162,7 @@ class TestBroker:
         :param envelope: ``event_id``, ``trace_id``, ``correlation_id``, ``occurred_at``, ...
         :returns: the number of deliveries made.
         """
-        settings = dataclasses.replace(
+        settings = msgspec.structs.replace(
             self._state.settings, app_name=producer or self._state.settings.app_name
         )
         if isinstance(message, bytes):

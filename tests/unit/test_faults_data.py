@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import flask_natspubsub
 from flask_natspubsub.errors import DecodingError, EncodingError
 from flask_natspubsub.messages import codec
-from flask_natspubsub.messages.envelope import read
+from flask_natspubsub.messages.received import read
 
 many_examples = settings(max_examples=10_000 if os.environ.get("TORTURE") == "1" else 200)
 

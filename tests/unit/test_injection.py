@@ -15,6 +15,7 @@ from flask_natspubsub.brokers.nats import _text_of
 from flask_natspubsub.brokers.wire import frame, header_block, parse_headers
 from flask_natspubsub.messages import envelope as envelopes
 from flask_natspubsub.messages import subjects
+from flask_natspubsub.messages.received import read
 from flask_natspubsub.observability.tracing import lineage_of_request
 from flask_natspubsub.publishing.draft import Draft, prepare
 from flask_natspubsub.settings import Settings
@@ -207,7 +208,7 @@ def test_what_others_send_is_fit_for_a_log_line(text: str, header: str) -> None:
         {"event_id": clean, "topic": clean, "trace_id": clean, "message": {}}
     )
 
-    received = envelopes.read(body, {"Nats-Msg-Id": header}, "test.shop.a", "s", 1)
+    received = read(body, {"Nats-Msg-Id": header}, "test.shop.a", "s", 1)
 
     for shown in (received.event_id, received.topic, received.trace_id or ""):
         assert len(shown) <= envelopes.MAX_IDENTIFIER_LENGTH

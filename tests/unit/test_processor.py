@@ -106,7 +106,7 @@ def test_the_context_is_a_message_context_whole_or_changed():
 
     assert isinstance(changed, MessageContext)
     assert dataclasses.asdict(changed) == dataclasses.asdict(context) | {"topic": "other"}
-    assert dataclasses.replace(changed, topic=context.topic) == context
+    assert repr(changed) == "<MessageContext other e1 attempt 1>"
     for copied in (copy.copy(context), pickle.loads(pickle.dumps(context))):
         assert dataclasses.asdict(copied) == dataclasses.asdict(context)
     assert context.envelope is context.envelope

@@ -403,7 +403,7 @@ def trail(pubsub: NatsPubsub) -> list[str]:
     @pubsub.publish_middleware
     def inner(draft: Draft, call_next: Any) -> Any:
         seen.append(f"inner {draft.headers['tenant']}")
-        return call_next(dataclasses.replace(draft, message={**draft.message, "seen": True}))
+        return call_next(msgspec.structs.replace(draft, message={**draft.message, "seen": True}))
 
     return seen
 
