@@ -1,14 +1,15 @@
 """Where a message comes from: the ids that what is published here inherits.
 
-Kept in a context variable: set by the request hooks for a request and by the processor for
-a handler, so that threads, greenlets and tasks each see their own.
+Those of a handler are kept in a context variable, those of a request with the request, so that
+threads, greenlets and tasks each see their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextvars
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 
 import msgspec
 
@@ -22,28 +23,58 @@ class Lineage(msgspec.Struct, frozen=True, gc=False):
     traceparent: str | None = None
 
 
+class _Entered(msgspec.Struct, frozen=True, gc=False):
+    """What ``enter`` was given, and the ids of the request that it was called in."""
+
+    lineage: Lineage
+    within: Lineage | None
+
+
+Token = contextvars.Token[_Entered | None]
+
 _NONE = Lineage()
-_current: ContextVar[Lineage] = ContextVar("flask_natspubsub.lineage", default=_NONE)
+_entered: ContextVar[_Entered | None] = ContextVar("flask_natspubsub.lineage", default=None)
+
+
+def _no_request() -> Lineage | None:
+    return None
+
+
+_of_request = _no_request
+
+
+def ask_requests(of_request: Callable[[], Lineage | None]) -> None:
+    """Have the request being handled asked for its ids; ``of_request`` gives None outside of one.
+
+    The web framework keeps its requests in a context variable already, so nothing has to be
+    set and restored for each of them.
+    """
+    global _of_request
+    _of_request = of_request
 
 
 def current_lineage() -> Lineage:
     """Return the ids in force here; all None where nothing has set them."""
-    return _current.get()
+    request, entered = _of_request(), _entered.get()
+    # A request made inside a handler has its own; a handler run inside a request too.
+    if entered is not None and (request is None or request is entered.within):
+        return entered.lineage
+    return request or _NONE
 
 
 def current_trace_id() -> str | None:
     """Return the trace id of the request or message being handled; None outside of both."""
-    return _current.get().trace_id
+    return current_lineage().trace_id
 
 
-def enter(lineage: Lineage) -> Token[Lineage]:
+def enter(lineage: Lineage) -> Token:
     """Set the ids; pass the token to ``leave``."""
-    return _current.set(lineage)
+    return _entered.set(_Entered(lineage, _of_request()))
 
 
-def leave(token: Token[Lineage]) -> None:
+def leave(token: Token) -> None:
     """Restore what was set before ``enter``."""
-    _current.reset(token)
+    _entered.reset(token)
 
 
 @contextmanager

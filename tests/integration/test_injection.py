@@ -15,7 +15,7 @@ import pytest
 
 from flask_natspubsub import EncodingError, InvalidTopic
 from flask_natspubsub.cli.output import _LineFormatter
-from flask_natspubsub.observability.tracing import lineage_of_request
+from flask_natspubsub.observability.tracing import choose_trace_id
 from tests.conftest import MakePubsub
 from tests.servers import NatsServer
 from tests.waiting import eventually
@@ -103,7 +103,7 @@ def test_trace_ids_of_requests_reach_the_receiver_checked_or_replaced(
     messages = stored(pubsub)
     assert [message.headers["trace_id"] for message in messages] == answers
     assert [json.loads(message.data)["trace_id"] for message in messages] == answers
-    assert all(lineage_of_request(answer, None).trace_id == answer for answer in answers)
+    assert all(choose_trace_id(answer, None) == answer for answer in answers)
     assert [m.headers["traceparent"] for m in messages if "traceparent" in m.headers] == [
         hostile[-2]
     ]

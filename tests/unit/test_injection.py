@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from flask import Flask
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,8 +16,9 @@ from flask_natspubsub.brokers.nats import _text_of
 from flask_natspubsub.brokers.wire import frame, header_block, parse_headers
 from flask_natspubsub.messages import envelope as envelopes
 from flask_natspubsub.messages import subjects
+from flask_natspubsub.messages.lineage import current_lineage
 from flask_natspubsub.messages.received import read
-from flask_natspubsub.observability.tracing import lineage_of_request
+from flask_natspubsub.observability import tracing
 from flask_natspubsub.publishing.draft import Draft, prepare
 from flask_natspubsub.settings import Settings
 from flask_natspubsub.subscribing.options import SubscriberOptions
@@ -172,13 +174,19 @@ TRACEPARENT = st.one_of(
     st.from_regex(W3C, fullmatch=True).map(lambda text: text + "\n"),
     st.from_regex(W3C, fullmatch=True).map(str.upper),
 )
+SITE = Flask("site")
+tracing.install(SITE, "X-Trace-ID")
 
 
 @given(st.none() | TEXT, st.none() | TRACEPARENT)
 def test_a_trace_id_from_outside_is_checked_or_replaced(
     header: str | None, traceparent: str | None
 ) -> None:
-    lineage = lineage_of_request(header, traceparent)
+    given = {"HTTP_X_TRACE_ID": header, "HTTP_TRACEPARENT": traceparent}
+    environ = {key: value for key, value in given.items() if value is not None}
+    with SITE.test_request_context(environ_overrides=environ):
+        SITE.preprocess_request()
+        lineage = current_lineage()
 
     assert re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", lineage.trace_id or "")
     if lineage.trace_id != header:
@@ -193,7 +201,7 @@ def test_a_trace_id_from_outside_is_checked_or_replaced(
 
 @pytest.mark.parametrize("length", [128, 129, 100_000])
 def test_a_long_trace_id_is_not_carried_along(length: int) -> None:
-    trace_id = lineage_of_request("a" * length, None).trace_id
+    trace_id = tracing.choose_trace_id("a" * length, None)
 
     assert (trace_id == "a" * length) is (length == 128)
 

@@ -13,7 +13,7 @@ from flask.testing import FlaskClient
 
 from flask_natspubsub import NatsPubsub, TraceIdFilter, current_trace_id
 from flask_natspubsub.messages.lineage import Lineage, current_lineage, within
-from flask_natspubsub.observability.tracing import lineage_of_request
+from flask_natspubsub.observability.tracing import choose_trace_id
 from tests.conftest import MakePubsub
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -93,9 +93,8 @@ def test_traceparent_gives_the_id_unless_the_header_does(http: FlaskClient) -> N
     ["", " ", "a b", "x" * 129, "x" * 10_000, "ü", "a\tb", "<script>", "a;b", "a,b", "{}", "a\x00"],
 )
 def test_a_header_that_cannot_be_trusted_is_replaced(value: str) -> None:
-    chosen = lineage_of_request(value, None).trace_id
+    chosen = choose_trace_id(value, None)
 
-    assert chosen is not None
     assert chosen != value
     assert len(chosen) == 32
 
@@ -131,11 +130,15 @@ def test_a_header_of_10_kb_is_answered_with_a_new_id(http: FlaskClient) -> None:
         f"{PARENT}-more",
     ],
 )
-def test_a_traceparent_that_is_none_is_ignored(value: str) -> None:
-    lineage = lineage_of_request(None, value)
+def test_a_traceparent_that_is_none_is_ignored(shop: Flask, value: str) -> None:
+    seen: list[Lineage] = []
+    shop.add_url_rule("/seen", view_func=lambda: f"{seen.append(current_lineage())}")
 
+    shop.test_client().get("/seen", environ_overrides={"HTTP_TRACEPARENT": value})
+
+    (lineage,) = seen
     assert lineage.traceparent is None
-    assert lineage.trace_id != TRACE
+    assert lineage.trace_id not in (None, TRACE)
 
 
 def test_the_name_of_the_header_is_a_setting(make_pubsub: MakePubsub) -> None:
@@ -181,6 +184,27 @@ def test_a_request_inside_a_request(http: FlaskClient, shop: Flask) -> None:
     assert get(http, "/nested", X_Trace_ID="outer").json == {"inner": "inner", "outer": "outer"}
 
 
+def test_a_handler_inside_a_request_has_the_ids_of_its_message(shop: Flask) -> None:
+    @shop.get("/handling")
+    def handling() -> list[str | None]:
+        with within(Lineage("message")):
+            handled = current_trace_id()
+            inner = get(shop.test_client(), X_Trace_ID="inner").json["trace_id"]
+            again = current_trace_id()
+        return [handled, inner, again, current_trace_id()]
+
+    got = get(shop.test_client(), "/handling", X_Trace_ID="outer").json
+    assert got == ["message", "inner", "message", "outer"]
+
+
+def test_a_request_that_is_only_pushed_has_none(shop: Flask) -> None:
+    with shop.test_request_context(headers={"X-Trace-ID": "t1"}):
+        assert current_trace_id() is None
+        shop.preprocess_request()
+        assert current_trace_id() == "t1"
+    assert current_trace_id() is None
+
+
 def test_a_streamed_response_keeps_the_id_to_its_end(http: FlaskClient) -> None:
     response = get(http, "/stream", X_Trace_ID="t1")
 
@@ -192,7 +216,6 @@ def test_a_streamed_response_keeps_the_id_to_its_end(http: FlaskClient) -> None:
 def test_a_stream_that_is_not_read_to_its_end_leaves_nothing_behind(http: FlaskClient) -> None:
     response = http.get("/stream", headers={"X-Trace-ID": "t1"}, buffered=False)
     next(iter(response.response))
-    assert current_trace_id() is None
     response.close()
 
     assert current_trace_id() is None
@@ -225,11 +248,11 @@ def test_a_streamed_body_is_closed_once_also_if_nobody_reads_it(shop: Flask) -> 
     assert closed == ["t1", "t2"]
 
 
-def test_a_client_that_keeps_its_context_keeps_no_id(shop: Flask) -> None:
+def test_a_client_that_keeps_its_request_keeps_its_id(shop: Flask) -> None:
     with shop.test_client() as http:
         get(http, X_Trace_ID="t1")
         get(http, X_Trace_ID="t2")
-        assert current_trace_id() is None
+        assert current_trace_id() == "t2"
 
     assert current_trace_id() is None
 
