@@ -32,8 +32,8 @@ class OutgoingMessage(msgspec.Struct, frozen=True, gc=False):
     headers: Mapping[str, str]
 
 
-class StoredAck(msgspec.Struct, frozen=True, gc=False):
-    """The broker's word that a message is in a stream (JetStream's PubAck)."""
+class StoredAck(msgspec.Struct, frozen=True, gc=False, rename={"sequence": "seq"}):
+    """The broker's word that a message is in a stream; in JSON, JetStream's PubAck."""
 
     stream: str
     sequence: int

@@ -10,7 +10,13 @@ import weakref
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
-from .threads import is_patched_by_gevent, new_loop_below_gevent, refuse_eventlet, start_thread
+from .threads import (
+    ident_of_system_thread,
+    is_patched_by_gevent,
+    new_loop_below_gevent,
+    refuse_eventlet,
+    start_thread,
+)
 
 T = TypeVar("T")
 
@@ -33,9 +39,12 @@ class BackgroundLoop:
         self._tasks: set[asyncio.Task[Any]] = set()
         #: Set when the thread ends; a forked child, which has no such thread, sees it unset.
         self.has_ended = False
+        self._get_ident = ident_of_system_thread()
+        self._ident = 0
         self._thread = start_thread(self._run, name)
 
     def _run(self) -> None:
+        self._ident = self._get_ident()
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_forever()
@@ -55,7 +64,7 @@ class BackgroundLoop:
     @property
     def is_current(self) -> bool:
         """Whether the caller is the loop's own thread, which must never wait for itself."""
-        return self._thread.is_current()
+        return self._get_ident() == self._ident
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task and keep it alive; to be called in the loop's thread."""

@@ -95,6 +95,7 @@ class PublishWindow:
         self._most_queued = settings.publish_queue
         self._most_queued_bytes = settings.publish_queue_bytes
         self._prefix = inbox + "."
+        self._token_at = len(self._prefix)
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._waiting = 0
@@ -224,12 +225,20 @@ class PublishWindow:
             item.sent = True
             message, reply = item.message, f"{self._prefix}{self._token}"
             frames.append(frame(message.subject, message.payload, reply, item.headers))
-            if len(frames) == WRITE:  # the server can begin while the others are encoded
-                self._link.send(frames)
-                frames = []
+            if len(frames) == WRITE:
+                # A loop may write at the end of its turn only: the server can begin while the
+                # others are encoded.
+                self._drain_again()
+                break
         if frames:
             self._link.send(frames)
         self._unqueue(count, size)
+
+    def _drain_again(self) -> None:
+        """Drain in the next turn of the loop."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._link.later(0, self._drain)
 
     def _unqueue(self, count: int, size: int) -> None:
         """Tell those who wait that so much has left the queue; negative: was put back."""
@@ -253,7 +262,7 @@ class PublishWindow:
 
     def on_reply(self, subject: str, reply: str, headers: Mapping[str, str], data: bytes) -> None:
         """Settle the message whose token is the last part of ``subject``."""
-        item = self._in_flight.pop(int(subject[len(self._prefix) :]), None)
+        item = self._in_flight.pop(int(subject[self._token_at :]), None)
         if item is None:
             return
         self._bytes -= item.size

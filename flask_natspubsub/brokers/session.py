@@ -282,7 +282,8 @@ class JetStreamBroker(Broker):
 
     @property
     def is_own_thread(self) -> bool:  # noqa: D102
-        return self._session is not None and self._session.loop.is_current
+        session = self._session
+        return session is not None and session.loop.is_current
 
     def submit(self, messages: Sequence[OutgoingMessage], timeout: float) -> Ticket:  # noqa: D102
         session = self._session

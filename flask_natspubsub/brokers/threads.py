@@ -30,30 +30,17 @@ class LoopThread(Protocol):
     def join(self, timeout: float | None = None) -> None:
         """Wait for its end."""
 
-    def is_current(self) -> bool:
-        """Whether the caller is this thread."""
-
-
-class _PythonThread(threading.Thread):
-    """A thread as Python makes it."""
-
-    def is_current(self) -> bool:
-        return threading.current_thread() is self
-
 
 class _ThreadBelowGevent:
     """A thread of the system, started past gevent's patches; it never keeps Python from ending."""
 
     def __init__(self, target: Callable[[], None]) -> None:
         self._target = target
-        self._get_ident: Callable[[], int] = _original("_thread", "get_ident")
         self._pid = os.getpid()
-        self._ident = 0
         self._has_ended = False
         _original("_thread", "start_new_thread")(self._run, ())
 
     def _run(self) -> None:
-        self._ident = self._get_ident()
         try:
             self._target()
         finally:
@@ -61,9 +48,6 @@ class _ThreadBelowGevent:
 
     def is_alive(self) -> bool:
         return not self._has_ended and self._pid == os.getpid()
-
-    def is_current(self) -> bool:
-        return self._get_ident() == self._ident
 
     def join(self, timeout: float | None = None) -> None:
         deadline = time.monotonic() + (timeout or 0.0)
@@ -79,9 +63,17 @@ def start_thread(target: Callable[[], None], name: str) -> LoopThread:
     refuse_eventlet()
     if is_patched_by_gevent():
         return _ThreadBelowGevent(target)
-    thread = _PythonThread(target=target, name=name, daemon=True)
+    thread = threading.Thread(target=target, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def ident_of_system_thread() -> Callable[[], int]:
+    """Return the function that tells which thread of the system its caller runs in."""
+    if is_patched_by_gevent():
+        get_ident: Callable[[], int] = _original("_thread", "get_ident")
+        return get_ident
+    return threading.get_ident
 
 
 def is_patched_by_gevent() -> bool:

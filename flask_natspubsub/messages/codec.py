@@ -21,8 +21,8 @@ from .plain import MAX_DEPTH, one_line, step, to_plain
 _ENCODER = msgspec.json.Encoder()
 
 
-def encode_object(message: object) -> bytes:
-    """Encode a message as a compact JSON object in UTF-8.
+def plain_object(message: object) -> dict[str, Any]:
+    """Return a message as what JSON can carry, a dict with text as its keys.
 
     :param message: a mapping, dataclass, msgspec Struct or pydantic model.
     :raises EncodingError: it, or a part of it, has no JSON form; ``path`` says which.
@@ -33,7 +33,7 @@ def encode_object(message: object) -> bytes:
             f"A message is a JSON object; this {type(message).__name__} is none.",
             "Publish a dict, dataclass, msgspec Struct or pydantic model.",
         )
-    return _ENCODER.encode(plain)
+    return plain
 
 
 def message_type_of(message: object) -> str | None:

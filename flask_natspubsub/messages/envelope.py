@@ -35,8 +35,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc
     :param topic: as the caller wrote it, not normalised.
     :param occurred_at: as ``ids.format_timestamp`` writes it.
     :param schema_version: ``SCHEMA_VERSION``.
-    :param message: the encoded JSON object.
-    :param resource_id: in plain form, see ``plain.to_plain``.
+    :param message: in plain form, see ``codec.plain_object``; ``resource_id`` too.
     """
 
     # The fields are in the order of the wire: the encoder keeps it, and leaves out what is None.
@@ -47,7 +46,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc
     producer: str
     occurred_at: str
     trace_id: str | None = None
-    message: msgspec.Raw
+    message: dict[str, Any]
     domain: str | None = None
     resource: str | None = None
     action: str | None = None

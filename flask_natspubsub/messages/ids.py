@@ -19,6 +19,8 @@ _DERIVED = uuid.UUID("5b0f6c0e-2c57-4d0b-9d6c-6a1f8d5f3c11")
 
 #: The counter of ids starts somewhere below, so that it never reaches its 48 bits.
 _SEED_BITS = 47
+_LOW_BITS = 24
+_LOW = (1 << _LOW_BITS) - 1
 _TAIL_BITS = 24
 _TIMESTAMP = (
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,9})?"
@@ -26,27 +28,28 @@ _TIMESTAMP = (
 )
 
 _counter = itertools.count(secrets.randbits(_SEED_BITS))
-#: The latest millisecond, and its digits in an id.
-_latest = 0, ""
+#: What many ids have in common: the millisecond, the upper half of the counter, the digits
+#: before the lower half and those behind it.
+_latest = 0, 0, "", ""
 
 
 def new_event_id() -> str:
     """Return a new UUID of version 7, greater than those made before it in this process.
 
-    Milliseconds, a counter of 48 bits that each process starts somewhere else, 24 random bits:
-    RFC 9562, section 6.2, method 1. Written out because ``uuid.uuid7`` needs Python 3.14.
-    No lock: publishing threads would wait for each other in it.
+    Milliseconds, a counter of 48 bits that each process starts somewhere else, 24 random bits
+    for each millisecond: RFC 9562, section 6.2, method 1. Written out because ``uuid.uuid7``
+    needs Python 3.14. No lock: publishing threads would wait for each other in it.
     """
     global _latest
-    now = time.time_ns() // 1_000_000
-    known, prefix = _latest
-    if now > known:  # a clock set back is not followed
-        high = f"{now:012x}"
-        prefix = f"{high[:8]}-{high[8:]}-7"
-        _latest = now, prefix
-    count = f"{next(_counter):012x}"
-    tail = random.getrandbits(_TAIL_BITS)
-    return f"{prefix}{count[:3]}-8{count[3:6]}-{count[6:]}{tail:06x}"
+    now, count = time.time_ns() // 1_000_000, next(_counter)
+    known, high, head, tail = _latest
+    if now > known or count >> _LOW_BITS != high:
+        now, high = max(now, known), count >> _LOW_BITS  # a clock set back is not followed
+        moment, upper = f"{now:012x}", f"{high:06x}"
+        head = f"{moment[:8]}-{moment[8:]}-7{upper[:3]}-8{upper[3:]}-"
+        tail = f"{random.getrandbits(_TAIL_BITS):06x}"
+        _latest = now, high, head, tail
+    return f"{head}{count & _LOW:06x}{tail}"
 
 
 def derived_event_id(event_id: str, topic: str) -> str:
@@ -62,8 +65,12 @@ def now_timestamp() -> str:
 
 @lru_cache(maxsize=4)
 def _utc(milliseconds: int) -> str:
-    second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000))
-    return f"{second}.{milliseconds % 1000:03d}Z"
+    return f"{_second(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
+
+
+@lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def format_timestamp(moment: dt.datetime) -> str:

@@ -19,8 +19,7 @@ from ..messages.envelope import (
     resource_id_of,
 )
 from ..messages.ids import derived_event_id, format_timestamp, new_event_id, now_timestamp
-from ..messages.lineage import Lineage, current_lineage
-from ..messages.plain import to_plain
+from ..messages.lineage import Lineage
 from ..messages.subjects import subject_for
 from ..settings import Settings
 from ..values import seconds
@@ -117,10 +116,12 @@ def drafts_for(topics: Any, message: Any, **options: Any) -> list[Draft]:
     return drafts
 
 
-def prepare(draft: Draft, settings: Settings) -> Prepared:
-    """Check and encode; every error here is the caller's to mend, and nothing was sent."""
+def prepare(draft: Draft, settings: Settings, lineage: Lineage) -> Prepared:
+    """Check and encode; every error here is the caller's to mend, and nothing was sent.
+
+    :param lineage: the ids that the message inherits.
+    """
     subject = subject_for(settings.env, settings.app_name, draft.topic)
-    lineage = current_lineage()
     envelope = _envelope(draft, settings.app_name, lineage)
     headers = headers_for(envelope, draft.headers, lineage.traceparent)
     outgoing = OutgoingMessage(subject, envelope.encode(), headers)
@@ -148,10 +149,11 @@ def _envelope(draft: Draft, producer: str, lineage: Lineage) -> Envelope:
         for value, name in zip(own, _ID_NAMES, strict=True):
             _identifier(value, name)
     event_id, trace_id, correlation_id, causation_id = own
+    message = codec.plain_object(draft.message)
     domain = resource = action = resource_id = None
     if draft.event is not None:
         domain, resource, action = draft.event
-        resource_id = resource_id_of(to_plain(draft.message))
+        resource_id = resource_id_of(message)
     occurred_at = draft.occurred_at
     return Envelope(
         event_id=event_id or new_event_id(),
@@ -159,7 +161,7 @@ def _envelope(draft: Draft, producer: str, lineage: Lineage) -> Envelope:
         producer=producer,
         occurred_at=now_timestamp() if occurred_at is None else format_timestamp(occurred_at),
         schema_version=SCHEMA_VERSION,
-        message=msgspec.Raw(codec.encode_object(draft.message)),
+        message=message,
         message_type=draft.message_type or codec.message_type_of(draft.message),
         trace_id=trace_id or lineage.trace_id,
         domain=domain,

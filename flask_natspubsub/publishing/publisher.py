@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from ..brokers.base import Broker, StoredAck, Ticket
 from ..brokers.wire import header_block
 from ..errors import PayloadTooLarge, PublishError
+from ..messages.lineage import current_lineage
 from ..settings import Settings
 from ..signals import message_published
 from .breaker import CircuitBreaker
@@ -97,8 +98,10 @@ class Publisher:
         return receipt
 
     def _publish(self, draft: Draft, timeout: float | None) -> PublishReceipt:
-        prepared = [prepare(draft, self._settings)]
-        return (self._write(prepared) if prepared[0].outbox else self._send(prepared, timeout))[0]
+        prepared = prepare(draft, self._settings, current_lineage())
+        if prepared.outbox:
+            return self._write([prepared])[0]
+        return self._send([prepared], timeout)[0]
 
     def publish_all(
         self, drafts: Iterable[Draft], timeout: float | None = None
@@ -133,8 +136,11 @@ class Publisher:
     def prepare_all(self, drafts: Iterable[Draft]) -> list[Prepared]:
         """Run drafts through the middleware and encode them."""
         if not self._middleware:
-            return [prepare(draft, self._settings) for draft in drafts]
-        wrapped = self._compose(self._middleware, lambda draft: prepare(draft, self._settings))
+            lineage = current_lineage()
+            return [prepare(draft, self._settings, lineage) for draft in drafts]
+        wrapped = self._compose(
+            self._middleware, lambda draft: prepare(draft, self._settings, current_lineage())
+        )
         prepared = [wrapped(draft) for draft in drafts]
         for item in prepared:
             if not isinstance(item, Prepared):

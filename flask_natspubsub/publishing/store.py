@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 
 from ..brokers.base import OutgoingMessage, StoredAck
@@ -21,8 +20,7 @@ LEASE_SECONDS = 10.0
 CLEAN_BATCH = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class DueRow:
+class DueRow(msgspec.Struct, frozen=True, gc=False):
     """A row that the relay may send."""
 
     id: int
@@ -32,8 +30,7 @@ class DueRow:
     attempts: int
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(msgspec.Struct, frozen=True):
     """A row that was not sent.
 
     :param wait: seconds until it is tried again.
@@ -70,10 +67,12 @@ class OutboxStore:
         if statement is None:
             statement = self._due[self._database.skew] = Statement(self._due_query())
         with self._database.begin() as connection:
-            rows = statement.execute(connection, partition=partition, most=limit).all()
+            rows: Sequence[Any] = statement.execute(
+                connection, partition=partition, most=limit
+            ).all()
         return [
-            DueRow(row.id, row.event_id, _message(row), row.ordering_key, row.attempts)
-            for row in rows
+            DueRow(row_id, event_id, _message(subject, payload, headers), ordering_key, attempts)
+            for row_id, event_id, subject, payload, headers, ordering_key, attempts in rows
         ]
 
     def _due_query(self) -> sa.Select[Any]:
@@ -167,7 +166,7 @@ class OutboxStore:
             .order_by(columns.id)
         )
         with self._database.begin() as connection:
-            return [_message(row) for row in connection.execute(query)]
+            return [_message(*row) for row in connection.execute(query)]
 
     def adopt(self, partitions: int) -> int:
         """Move pending rows out of partitions that there are no more; returns how many.
@@ -303,15 +302,15 @@ def _failure(row_id: int, failure: Failure) -> dict[str, Any]:
     }
 
 
-def _message(row: Any) -> OutgoingMessage:
-    return OutgoingMessage(row.subject, bytes(row.payload), json.loads(row.headers))
+def _message(subject: str, payload: bytes, headers: str) -> OutgoingMessage:
+    return OutgoingMessage(subject, bytes(payload), msgspec.json.decode(headers))
 
 
 def _by_stream(sent: Mapping[int, StoredAck]) -> dict[str, str]:
     rows: dict[str, list[list[int]]] = {}
     for row_id, ack in sent.items():
         rows.setdefault(ack.stream, []).append([row_id, ack.sequence])
-    return {stream: json.dumps(pairs) for stream, pairs in rows.items()}
+    return {stream: msgspec.json.encode(pairs).decode() for stream, pairs in rows.items()}
 
 
 # One statement for a whole batch, with one JSON parameter whatever its size: as many UPDATEs as

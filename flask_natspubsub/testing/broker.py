@@ -19,6 +19,7 @@ from ..brokers.clock import VirtualClock
 from ..brokers.memory import MemoryBroker
 from ..brokers.topology import wanted_streams
 from ..errors import DecodingError, PublishError
+from ..messages.lineage import current_lineage
 from ..messages.received import read
 from ..messages.subjects import matches, normalize_topic, subject_for, topic_of
 from ..publishing.draft import Draft, prepare
@@ -170,7 +171,7 @@ class TestBroker:
             outgoing = OutgoingMessage(subject, message, dict(headers or {}))
         else:
             draft = Draft(topic, message, headers=headers or {}, **envelope)
-            outgoing = prepare(draft, settings).outgoing
+            outgoing = prepare(draft, settings, current_lineage()).outgoing
         with self._connected():
             self._broker.want(wanted_streams(settings))
             (result,) = self._broker.submit([outgoing], 1.0).results

@@ -17,6 +17,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub
+from tests.databases import use_wal
 from tests.waiting import eventually
 
 from .harness import Comparison, Variant, measure
@@ -174,7 +175,7 @@ def _writing(url: str, folder: Path, *, inbox: bool) -> float:
         db.Column("subscriber", db.String(100), primary_key=True),
     )
     with app.app_context():
-        db.session.execute(db.text("PRAGMA journal_mode=WAL"))
+        use_wal(db.engine)
         db.create_all()
     watch = _Stopwatch(100, WRITTEN)
 

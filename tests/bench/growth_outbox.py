@@ -15,7 +15,7 @@ from flask_natspubsub import NatsPubsub
 from flask_natspubsub.brokers.base import StoredAck
 from flask_natspubsub.database import Lease
 from flask_natspubsub.publishing.store import OutboxStore
-from tests.databases import PostgresServer, sqlite_url
+from tests.databases import PostgresServer, sqlite_url, use_wal
 
 from .curves import Curve
 
@@ -49,10 +49,10 @@ class Table:
         self._rows = 0
         with self._app.app_context():
             self._engine = self._db.engine
+            if self._is_sqlite:
+                use_wal(self._engine)
             self._db.drop_all()
             self._db.create_all()
-        if self._is_sqlite:
-            self._execute("PRAGMA journal_mode = WAL")
         lease = self.store.leases.acquire("outbox/0", "bench")
         assert lease is not None
         self._lease: Lease = lease

@@ -13,7 +13,7 @@ from flask.testing import FlaskClient
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub
-from tests.databases import PostgresServer
+from tests.databases import PostgresServer, use_wal
 
 from .harness import Comparison, Variant, measure
 from .peers import per_second
@@ -82,7 +82,7 @@ class _Site:
         self.app.add_url_rule("/plain", "plain", lambda: self._request(publish=False))
         with self.app.app_context():
             if database.startswith("sqlite"):
-                self.db.session.execute(self.db.text("PRAGMA journal_mode=WAL"))
+                use_wal(self.db.engine)
             self.db.create_all()
 
     def _model(self) -> Any:

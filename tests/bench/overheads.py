@@ -23,6 +23,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub
+from tests.databases import use_wal
 from tests.waiting import eventually
 
 from .harness import Comparison, Variant, measure
@@ -94,7 +95,7 @@ class _Shop:
             self._arrived.set()
 
         with self.app.app_context():
-            self.db.session.execute(self.db.text("PRAGMA journal_mode=WAL"))
+            use_wal(self.db.engine)
             self.db.create_all()
             self.worker = self.pubsub.run_worker()
 

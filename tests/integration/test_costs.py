@@ -38,6 +38,8 @@ MESSAGE = {"order_id": 1, "note": "x" * 200}
 FRAME_BYTES = 180
 #: Bytes of an acknowledgement of a handled message.
 ACK_BYTES = 110
+#: Calls of this package's functions for a publish, in the thread of its caller.
+CALLS_PUBLISHED = 36
 #: Calls of this package's functions for a handled message.
 CALLS_HANDLED = 40
 #: Requests to the server for 200 messages of one subscriber, with none asked for beforehand.
@@ -132,6 +134,21 @@ def test_bytes_sent_for_a_handled_message(make_shop: MakeShop, nats_server: Nats
         ]
     assert acks == 10
     assert max(sizes) <= ACK_BYTES
+
+
+def test_calls_for_a_publish(connected: NatsPubsub) -> None:
+    calls: list[str] = []
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            calls.append(frame.f_code.co_qualname)
+
+    sys.setprofile(count)
+    try:
+        connected.publish("order.created", MESSAGE)
+    finally:
+        sys.setprofile(None)
+    assert 10 < len(calls) <= CALLS_PUBLISHED, calls
 
 
 def test_calls_for_a_handled_message(connected: NatsPubsub) -> None:

@@ -23,6 +23,8 @@ from flask_natspubsub.errors import DecodingError, EncodingError
 from flask_natspubsub.messages import codec
 from flask_natspubsub.messages.received import read
 
+from .test_codec import encode_object
+
 many_examples = settings(max_examples=10_000 if os.environ.get("TORTURE") == "1" else 200)
 
 
@@ -90,8 +92,8 @@ def test_what_a_handler_gets_is_what_was_published(order: Order) -> None:
     """Times are told in UTC: the same moment, by another clock."""
     # Of times that a clock shows twice, Python says that they equal no other zone's.
     order.at, at = order.at.astimezone(dt.UTC), order.at
-    assert codec.encode_object(dataclasses.replace(order, at=at)) == codec.encode_object(order)
-    received = codec.build_decoder(Order)(codec.decode_object(codec.encode_object(order)))
+    assert encode_object(dataclasses.replace(order, at=at)) == encode_object(order)
+    received = codec.build_decoder(Order)(codec.decode_object(encode_object(order)))
     assert received == order
     assert [str(one.price) for one in received.lines] == [str(one.price) for one in order.lines]
 
@@ -99,7 +101,7 @@ def test_what_a_handler_gets_is_what_was_published(order: Order) -> None:
 @many_examples
 @given(st.integers() | st.integers(2**53, 2**80) | st.integers(-(2**80), -(2**53)))
 def test_integers_of_any_size_are_exact(number: int) -> None:
-    assert codec.decode_object(codec.encode_object({"n": number})) == {"n": number}
+    assert codec.decode_object(encode_object({"n": number})) == {"n": number}
 
 
 bad_values = st.sampled_from(
@@ -128,7 +130,7 @@ def test_what_cannot_be_sent_is_an_error_with_its_path(value: Any, path: list[in
     for one in reversed(path):
         value = {one: value} if isinstance(one, str) else [*range(one), value]
     with pytest.raises(EncodingError) as caught:
-        codec.encode_object({"first": value})
+        encode_object({"first": value})
     told = "".join(f".{one}" if isinstance(one, str) else f"[{one}]" for one in path)
     assert caught.value.path == f"$.first{told}"
 
@@ -168,7 +170,7 @@ def test_a_message_of_100_000_levels_is_refused_quickly(make: Any) -> None:
 
     def refused() -> None:
         with pytest.raises(EncodingError, match="nested deeper"):
-            codec.encode_object(message)
+            encode_object(message)
 
     assert least_time(refused) < 0.05
 

@@ -16,7 +16,7 @@ from flask_natspubsub.brokers.nats import _text_of
 from flask_natspubsub.brokers.wire import frame, header_block, parse_headers
 from flask_natspubsub.messages import envelope as envelopes
 from flask_natspubsub.messages import subjects
-from flask_natspubsub.messages.lineage import current_lineage
+from flask_natspubsub.messages.lineage import Lineage, current_lineage
 from flask_natspubsub.messages.received import read
 from flask_natspubsub.observability import tracing
 from flask_natspubsub.publishing.draft import Draft, prepare
@@ -143,7 +143,7 @@ def _checked(headers: dict[str, str]) -> dict[str, str]:
 @given(value=TEXT)
 def test_an_id_is_one_printable_word(key: str, value: str) -> None:
     draft = Draft("a", {}, outbox=True, **{key: value})
-    prepared = or_refused(prepare, draft, SETTINGS)
+    prepared = or_refused(prepare, draft, SETTINGS, Lineage())
 
     assert prepared is None or re.fullmatch(r"[!-~]{1,255}", value)
 
@@ -151,7 +151,7 @@ def test_an_id_is_one_printable_word(key: str, value: str) -> None:
 @given(TEXT, TEXT)
 def test_whatever_is_published_is_one_frame(topic: str, text: str) -> None:
     draft = Draft(topic, {"text": text}, message_type=text or None)
-    prepared = or_refused(prepare, draft, SETTINGS)
+    prepared = or_refused(prepare, draft, SETTINGS, Lineage())
     if prepared is None:
         return
 

@@ -1,0 +1,59 @@
+"""The queue and the window of publishes, without a connection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from flask_natspubsub.brokers.base import OutgoingMessage
+from flask_natspubsub.brokers.outbound import WRITE, PublishWindow
+from flask_natspubsub.settings import Settings
+
+
+class Loop:
+    """What the window asks of its connection, kept until it is the turn of the loop."""
+
+    is_up = True
+    refused = ""
+    max_payload = 1024
+    unsent = 0
+
+    def __init__(self) -> None:
+        self.written: list[int] = []
+        self._turns: list[Callable[[], None]] = []
+
+    def send(self, frames: Sequence[bytes]) -> None:
+        self.written.append(len(frames))
+
+    def wake(self, callback: Callable[[], None]) -> None:
+        self._turns.append(callback)
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        if not seconds:
+            self._turns.append(callback)
+
+    def describe_down(self) -> str:
+        return ""
+
+    def mend_streams(self) -> None:
+        pass
+
+    def turn(self) -> bool:
+        """Run what was asked for before this turn."""
+        now, self._turns = self._turns, []
+        for callback in now:
+            callback()
+        return bool(now)
+
+
+def test_of_many_messages_the_first_are_written_before_the_last_are_encoded() -> None:
+    """A loop may write at the end of its turns only; the server need not wait for all."""
+    loop = Loop()
+    window = PublishWindow(loop, "_INBOX.x", Settings())
+
+    window.submit([OutgoingMessage("a.b.c", b"{}", {})] * (2 * WRITE + 10), 5.0)
+
+    assert loop.turn()
+    assert loop.written == [WRITE]
+    while loop.turn():
+        pass
+    assert loop.written == [WRITE, WRITE, 10]
