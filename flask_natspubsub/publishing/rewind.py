@@ -30,6 +30,9 @@ class _Seen(NamedTuple):
     event_id: str = ""
 
 
+_NOTHING = _Seen()
+
+
 class StreamWatch:
     """What one relay knows of the streams; for one thread."""
 
@@ -67,17 +70,18 @@ class StreamWatch:
 
         Only looks; ``settle`` says so where others hear it.
         """
-        for _, ack in stored:
-            seen = self._seen.get(ack.stream, _Seen())
-            if ack.sequence <= seen.sequence and not ack.duplicate:
-                self._suspected.setdefault(
-                    ack.stream,
-                    f"a new message is number {ack.sequence}, and {seen.sequence} had been given",
-                )
+        newest: dict[str, tuple[int, str]] = {}
         for event_id, ack in stored:
-            self.has_new = self.has_new or ack.stream not in self._rewinds
-            if ack.sequence > self._seen.get(ack.stream, _Seen()).sequence:
-                self._seen[ack.stream] = _Seen(ack.sequence, event_id)
+            stream, sequence = ack.stream, ack.sequence
+            newest[stream] = max(newest.get(stream, _NOTHING), (sequence, event_id))
+            seen = self._seen.get(stream, _NOTHING).sequence
+            if sequence <= seen and not ack.duplicate:
+                self._suspected.setdefault(
+                    stream, f"a new message is number {sequence}, and {seen} had been given"
+                )
+        self.has_new = self.has_new or not newest.keys() <= self._rewinds.keys()
+        for stream, found in newest.items():
+            self._seen[stream] = max(self._seen.get(stream, _NOTHING), _Seen(*found))
 
     def settle(self) -> None:
         """Report what ``note`` has found.

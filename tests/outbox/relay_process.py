@@ -1,7 +1,8 @@
 """A relay process that can be killed; run with ``python -m``.
 
 Usage: DATABASE_URL NATS_URL ENV [KEY=VALUE ...]. It writes ``looked`` when it has looked for a
-lease, ``leased`` when it has one, and at its end ``lost`` and how many it has lost.
+lease, ``leased`` when it has one, ``noticed`` when it knows that it has lost one, and at its end
+``lost`` and how many it has lost.
 ``die_before_mark=N`` ends it, as by kill -9, after the N-th batch was published and before it
 is marked; ``lease=SECONDS`` makes leases shorter.
 """
@@ -49,6 +50,7 @@ def run(relay: Relay) -> None:
     news: dict[str, Callable[[], object]] = {
         "looked": lambda: relay._next_try > 0,
         "leased": lambda: relay.partitions,
+        "noticed": lambda: relay.lease_lost,
     }
     while thread.is_alive():
         thread.join(0.02)

@@ -328,6 +328,7 @@ def test_relay_that_was_frozen_finds_its_lease_lost(
     shop.commit(10)
     shop.wait_for_sent(11)
     shop.wait_until_marked()
+    frozen.wait_for("noticed")  # it may be slow to come back
     frozen.signal(signal.SIGTERM)
     frozen.wait_for("lost 1")
     assert shop.rows[:10] == before
