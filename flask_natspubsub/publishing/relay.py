@@ -1,8 +1,9 @@
 """The loop that sends the outbox: lease, read, publish, mark, and again.
 
-What is read is published pipelined and marked in one transaction; no transaction is open
-while the network is used. Killed between publish and mark, it sends the same rows again with
-the same ids, which the stream, within its duplicate window, and the inbox beyond it, know.
+What is read is published pipelined and marked in one transaction; no transaction waits for the
+network. Where there is more than one batch to send, the one before is marked and the next one
+read while a batch is on its way. Killed between publish and mark, it sends the same rows again
+with the same ids, which the stream, within its duplicate window, and the inbox beyond it, know.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..brokers.base import Broker, CoreMessage, StoredAck
+from ..brokers.base import Broker, CoreMessage, Ticket
 from ..brokers.topology import wakeup_subject
 from ..errors import NatsPubsubError, PublishError
 from ..settings import Settings
 from .outbox import SENT
 from .publisher import STUCK
 from .rewind import StreamWatch
-from .store import CLEAN_BATCH, LEASE_SECONDS, DueRow, Failure, OutboxStore
+from .store import CLEAN_BATCH, LEASE_SECONDS, DueRow, Failure, OutboxStore, Published, runs
 
 if TYPE_CHECKING:
     from ..database import Lease
@@ -45,6 +46,8 @@ CLEAN_INTERVAL = 60.0
 #: How often it is looked whether the streams still have what they acknowledged.
 CHECK_INTERVAL = 10.0
 CLEAN_PAUSE = 0.1
+#: So many batches of a partition are sent before it is the turn of another, and of other duties.
+TURN = 8
 #: What a relay that gives its leases back says to the others.
 RELEASED = b"released"
 
@@ -85,6 +88,7 @@ class Relay:
         self._settings = settings
         self._relayed = relayed
         self._also_clean = clean
+        self._timeout = min(settings.publish_timeout, LEASE_SECONDS / 2)
         self._watch = StreamWatch(store, broker)
         self._next_check = 0.0
         host = socket.gethostname()[:32]
@@ -219,12 +223,12 @@ class Relay:
         """
         before = self.sent
         self._take_leases()
-        self._send_batches()
+        self._send_batches(1)
         return self.sent - before
 
-    def _send_batches(self) -> bool:
-        """Send one batch of each partition; returns whether there may be more to send."""
-        found = [self._send_batch(held) for held in list(self._held.values())]
+    def _send_batches(self, most: int = TURN) -> bool:
+        """Send up to so many batches of each partition; returns whether there may be more."""
+        found = [self._send_partition(held, most) for held in list(self._held.values())]
         return any(found)
 
     def _take_leases(self) -> None:
@@ -264,61 +268,74 @@ class Relay:
             self.lease_lost += 1
             _log.warning("the lease of partition %d was lost to another relay", held.partition)
 
-    def _send_batch(self, held: _Held) -> bool:
-        rows = self._store.due(held.partition, self._settings.outbox_batch_size)
-        if not rows:
-            return False
-        sent, errors = self._publish(rows, held)
-        if not sent and errors and all(error.temporary for error in errors.values()):
-            raise next(iter(errors.values()))  # nothing can be sent for now: leave the rows
-        failures = {row.id: self._failure(row, errors[row.id]) for row in rows if row.id in errors}
+    def _send_partition(self, held: _Held, most: int) -> bool:
+        size = self._settings.outbox_batch_size
+        rows = self._store.due(held.partition, size)
+        published: Published | None = None
+        found = bool(rows)
+        while rows:
+            most -= 1
+            parts = runs(rows)
+            first = self._launch(parts[0], held)
+            if published is not None:
+                self._mark(held, published)
+            ahead: list[DueRow] = []
+            if most and len(rows) == size and not self._stopping.is_set():
+                ahead = self._store.due(held.partition, size, rows[-1].id)
+            published = self._land(first, parts, held)
+            # What was read ahead of a failure may have to wait for it: it is read again.
+            rows = [] if published.errors or held.partition not in self._held else ahead
+        if published is not None:
+            self._mark(held, published)
+        return found  # also if all were refused: those behind them need not wait for the next poll
+
+    def _launch(self, rows: Sequence[DueRow], held: _Held) -> Ticket | None:
+        """Publish rows without waiting; None if they may be another relay's by now."""
+        if not self._is_ours(held, self._timeout):
+            return None
+        self.beat = time.monotonic()
+        return self._broker.submit([row.message for row in rows], self._timeout)
+
+    def _land(
+        self, first: Ticket | None, parts: Sequence[Sequence[DueRow]], held: _Held
+    ) -> Published:
+        """Wait for the answers, and publish the rest: of one key none before the one ahead of it.
+
+        :param first: the first of ``parts``, which is on its way.
+        :raises PublishError: none could be sent, for a reason that passes: leave the rows.
+        """
+        done, stuck, ticket = Published({}, {}), set[str | None](), first
+        for number, part in enumerate(parts):
+            rows = [row for row in part if row.ordering_key not in stuck]
+            if not rows:
+                continue
+            if number:
+                ticket = self._launch(rows, held)
+            if ticket is None:
+                break
+            ticket.wait(self._timeout + STUCK)
+            stuck |= done.add(rows, ticket.results)
+            sent = [(row.event_id, done.sent[row.id]) for row in rows if row.id in done.sent]
+            self._watch.note(sent)
+            if done.errors and time.monotonic() - self.beat > self._timeout / 2:
+                break  # no answer came, and to wait for the others would take as long again
+        errors = [error for _, error in done.errors.values()]
+        if errors and not done.sent and all(error.temporary for error in errors):
+            raise errors[0]
+        return done
+
+    def _mark(self, held: _Held, done: Published) -> None:
+        failures = {row.id: self._failure(row, error) for row, error in done.errors.values()}
         started = time.monotonic()
-        if not self._store.mark(held.lease, sent, failures):
+        if not self._store.mark(held.lease, done.sent, failures):
             self._lose(held)
-            return False
+            return
         held.until = started + LEASE_SECONDS
         with contextlib.suppress(NatsPubsubError):  # it is tried again with the next check
             self._watch.settle()
-        if sent:
-            self.sent += len(sent)
-            self._relayed(len(sent))
-        return True  # also if all were refused: those behind them need not wait for the next poll
-
-    def _publish(
-        self, rows: Sequence[DueRow], held: _Held
-    ) -> tuple[dict[int, StoredAck], dict[int, PublishError]]:
-        """Publish in order, of one key none before the one ahead of it is stored."""
-        sent: dict[int, StoredAck] = {}
-        errors: dict[int, PublishError] = {}
-        stuck: set[str | None] = set()
-        timeout = min(self._settings.publish_timeout, LEASE_SECONDS / 2)
-        for run in runs(rows):
-            batch = [row for row in run if row.ordering_key not in stuck]
-            if not batch:
-                continue
-            if not self._is_ours(held, timeout):
-                break
-            self.beat = started = time.monotonic()
-            results = self._submit(batch, timeout)
-            for row, result in zip(batch, results, strict=True):
-                if isinstance(result, StoredAck):
-                    sent[row.id] = result
-                else:
-                    errors[row.id] = result
-                    stuck.add(row.ordering_key)
-            self._watch.note([(row.event_id, sent[row.id]) for row in batch if row.id in sent])
-            stuck.discard(None)  # rows without a key wait for none
-            if errors and time.monotonic() - started > timeout / 2:
-                break  # no answer came, and to wait for the others would take as long again
-        return sent, errors
-
-    def _submit(self, rows: Sequence[DueRow], timeout: float) -> list[StoredAck | PublishError]:
-        ticket = self._broker.submit([row.message for row in rows], timeout)
-        ticket.wait(timeout + STUCK)
-        return [
-            result or PublishError("The broker's thread did not answer.", outcome="unknown")
-            for result in ticket.results
-        ]
+        if done.sent:
+            self.sent += len(done.sent)
+            self._relayed(len(done.sent))
 
     def _is_ours(self, held: _Held, seconds: float) -> bool:
         """Whether nobody else sends these rows for so many seconds; renews if need be."""
@@ -376,17 +393,3 @@ class Relay:
         if not self._logged or now - self._logged > LOG_INTERVAL:
             self._logged = now
             _log.warning("the relay cannot send: %s", what)
-
-
-def runs(rows: Sequence[DueRow]) -> list[list[DueRow]]:
-    """Cut rows, in order, so that no part has two of one ordering key."""
-    found: list[list[DueRow]] = []
-    keys: set[str] = set()
-    for row in rows:
-        if not found or row.ordering_key in keys:
-            found.append([])
-            keys = set()
-        found[-1].append(row)
-        if row.ordering_key is not None:
-            keys.add(row.ordering_key)
-    return found

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from ..brokers.base import OutgoingMessage, StoredAck
 from ..database import Database, Lease, Leases, database_now
+from ..errors import PublishError
 from ..messages.plain import printable
 from ..statements import Statement
 from .outbox import DELAYED_INDEX, PARKED, PENDING, SENT, OutboxTables
@@ -44,6 +45,27 @@ class Failure(msgspec.Struct, frozen=True):
     park: bool
 
 
+class Published(msgspec.Struct):
+    """What has become of rows, by their ids."""
+
+    sent: dict[int, StoredAck]
+    errors: dict[int, tuple[DueRow, PublishError]]
+
+    def add(
+        self, rows: Sequence[DueRow], results: Sequence[StoredAck | PublishError | None]
+    ) -> set[str | None]:
+        """Take in the results of rows; returns the keys of which none may follow."""
+        stuck: set[str | None] = set()
+        for row, result in zip(rows, results, strict=True):
+            if isinstance(result, StoredAck):
+                self.sent[row.id] = result
+                continue
+            error = result or PublishError("The broker's thread did not answer.", outcome="unknown")
+            self.errors[row.id] = row, error
+            stuck.add(row.ordering_key)
+        return stuck - {None}  # rows without a key wait for none
+
+
 class OutboxStore:
     """The relay's and the commands' side of the table."""
 
@@ -57,8 +79,8 @@ class OutboxStore:
         self._due: dict[float, Statement] = {}
         self._marks: dict[str, sa.TextClause] = {}
 
-    def due(self, partition: int, limit: int) -> list[DueRow]:
-        """Read what may be sent, oldest first.
+    def due(self, partition: int, limit: int, after: int = 0) -> list[DueRow]:
+        """Read what may be sent, oldest first, of the rows with an id above ``after``.
 
         A row whose key has an older row that is not due yet, or is still in another partition,
         waits for it; one that had to wait itself, until no older one of its key is left.
@@ -67,9 +89,8 @@ class OutboxStore:
         if statement is None:
             statement = self._due[self._database.skew] = Statement(self._due_query())
         with self._database.begin() as connection:
-            rows: Sequence[Any] = statement.execute(
-                connection, partition=partition, most=limit
-            ).all()
+            found = statement.execute(connection, partition=partition, most=limit, after=after)
+            rows: Sequence[Any] = found.all()
         return [
             DueRow(row_id, event_id, _message(subject, payload, headers), ordering_key, attempts)
             for row_id, event_id, subject, payload, headers, ordering_key, attempts in rows
@@ -107,7 +128,11 @@ class OutboxStore:
         query = sa.select(
             columns.id, columns.event_id, columns.subject, columns.payload,
             columns.headers, columns.ordering_key, columns.attempts,
-        ).where(_is_pending(table), columns.partition == partition)  # fmt: skip
+        ).where(
+            _is_pending(table),
+            columns.partition == partition,
+            columns.id > sa.bindparam("after", type_=sa.Integer),
+        )  # fmt: skip
         for dialect in ("mysql", "mariadb"):  # it would go through all rows sent, in order of ids
             query = query.with_hint(table, f"FORCE INDEX ({DELAYED_INDEX})", dialect)
         return query
@@ -272,6 +297,20 @@ class OutboxStore:
         columns = self.table.c
         age = columns.sent_at if status == SENT else columns.created_at
         return sa.and_(columns.status == _literal(status), age < database_now() - older_than)
+
+
+def runs(rows: Sequence[DueRow]) -> list[list[DueRow]]:
+    """Cut rows, in order, so that no part has two of one ordering key."""
+    found: list[list[DueRow]] = []
+    keys: set[str] = set()
+    for row in rows:
+        if not found or row.ordering_key in keys:
+            found.append([])
+            keys = set()
+        found[-1].append(row)
+        if row.ordering_key is not None:
+            keys.add(row.ordering_key)
+    return found
 
 
 def _literal(status: str) -> sa.ColumnElement[str]:

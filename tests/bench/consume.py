@@ -22,6 +22,7 @@ from tests.waiting import eventually
 
 from .harness import Comparison, Variant, measure
 from .peers import NatsPy, RawSocket, per_second
+from .peers_dramatiq import dramatiq_worker
 from .peers_faststream import faststream_pull
 
 COUNT = 30_000
@@ -77,6 +78,8 @@ def _pairs(url: str, naive: NatsPy, folder: Path) -> Iterator[Comparison]:
     threads8 = Variant("worker, 8 threads, no-op", lambda: _worker(url))
     yield Comparison(threads8, Variant("nats-py fetch(100) + ack", fetch), 2)
     yield Comparison(threads8, Variant("FastStream pull 100, sync handler", framework), 12)
+    tasks = Variant("dramatiq on redis, 8 threads", lambda: dramatiq_worker(FASTSTREAM))
+    yield Comparison(threads8, tasks, 15)
     yield Comparison(threads8, Variant("raw pull(500), acks in one write", raw), 0.18)
     yield Comparison(
         Variant("2 worker processes", lambda: _processes(url, 2)),

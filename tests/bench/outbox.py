@@ -5,22 +5,28 @@ from __future__ import annotations
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 from flask import Flask
 from flask.testing import FlaskClient
 from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.orm import Session
 
 from flask_natspubsub import NatsPubsub
 from tests.databases import PostgresServer, use_wal
 
 from .harness import Comparison, Variant, measure
-from .peers import per_second
+from .peers import NatsPy, per_second
+from .peers_outbox import faststream_outbox
 
 REQUESTS = 300
 ROWS = 5_000
 NAIVE_ROWS = 300
+PEER_ROWS = 1_500
+PEER_SUBJECT = "bench.postgresql.order.created"
 
 
 def comparisons(url: str, rounds: int) -> list[Comparison]:
@@ -37,18 +43,27 @@ def comparisons(url: str, rounds: int) -> list[Comparison]:
             _Site("down", f"sqlite:///{Path(folder) / 'down'}.db", down_url),
             _Site("postgresql", postgres.url(), url),
         )
+        naive = NatsPy(url)
         try:
-            return measure(list(_pairs(*sites)), rounds)
+            return measure(list(_pairs(url, naive, *sites)), rounds)
         finally:
+            naive.close()
             for site in sites:
                 site.close()
 
 
-def _pairs(sqlite: _Site, down: _Site, postgres: _Site) -> Iterator[Comparison]:
+def _pairs(
+    url: str, naive: NatsPy, sqlite: _Site, down: _Site, postgres: _Site
+) -> Iterator[Comparison]:
     yield Comparison(
         Variant("request with outbox, NATS down", down.requests("/order")),
         Variant("the same, NATS up", sqlite.requests("/order")),
         0.8,
+    )
+    stream = postgres.pubsub.state(postgres.app).settings.stream
+    peer = Variant(
+        "faststream-outbox, 10 workers",
+        lambda: faststream_outbox(postgres.database, url, PEER_SUBJECT, stream, PEER_ROWS),
     )
     for site in (sqlite, postgres):
         yield Comparison(
@@ -57,10 +72,13 @@ def _pairs(sqlite: _Site, down: _Site, postgres: _Site) -> Iterator[Comparison]:
         )
         relay = Variant(f"relay, {site.name}, batches of 500", site.relay)
         must = {"sqlite": 30, "postgresql": 40}[site.name]
-        yield Comparison(relay, Variant("row by row, a commit each", site.relay_row_by_row), must)
+        yield Comparison(
+            relay, Variant("row by row, a commit each", partial(site.relay_row_by_row, naive)), must
+        )
         if site is postgres:
             limit = Variant("claim and mark by 500, no publish", site.claim_and_mark)
             yield Comparison(relay, limit, 0.28)
+            yield Comparison(relay, peer, 18)
 
 
 class _Site:
@@ -68,6 +86,7 @@ class _Site:
 
     def __init__(self, name: str, database: str, url: str) -> None:
         self.name = name
+        self.database = database
         self.app = Flask(name)
         self.app.config.update(
             SQLALCHEMY_DATABASE_URI=database,
@@ -77,7 +96,7 @@ class _Site:
         )
         self.db = SQLAlchemy(self.app)
         self.pubsub = NatsPubsub(self.app, self.db)
-        self.order = self._model()
+        self.order, self.row = self._models()
         self.app.add_url_rule("/order", "order", lambda: self._request(publish=True))
         self.app.add_url_rule("/plain", "plain", lambda: self._request(publish=False))
         with self.app.app_context():
@@ -85,14 +104,17 @@ class _Site:
                 use_wal(self.db.engine)
             self.db.create_all()
 
-    def _model(self) -> Any:
+    def _models(self) -> tuple[Any, Any]:
         db = self.db
 
         class Order(db.Model):  # type: ignore[name-defined,misc]
             id = db.Column(db.Integer, primary_key=True)
             note = db.Column(db.String(200))
 
-        return Order
+        class Row(db.Model):  # type: ignore[name-defined,misc]
+            __table__ = db.metadata.tables["natspubsub_outbox"]
+
+        return Order, Row
 
     def _request(self, *, publish: bool) -> str:
         self.db.session.add(self.order(note="x" * 150))
@@ -143,23 +165,22 @@ class _Site:
         relay = self.pubsub.make_relay()
         return per_second(ROWS, relay.run_once)
 
-    def relay_row_by_row(self) -> float:
+    def relay_row_by_row(self, nats: NatsPy) -> float:
         """Do as one would by hand: read a row, publish it, mark it, commit."""
         self._fill(NAIVE_ROWS)
         with self.app.app_context():
-            return per_second(NAIVE_ROWS, self._row_by_row)
+            return per_second(NAIVE_ROWS, lambda: self._row_by_row(nats))
 
-    def _row_by_row(self) -> None:
-        session, text = self.db.session, self.db.text
-        for _ in range(NAIVE_ROWS):
-            row = session.execute(
-                text("SELECT id FROM natspubsub_outbox WHERE status='pending' ORDER BY id LIMIT 1")
-            ).one()
-            self.pubsub.publish("order.created", {"n": 1}, outbox=False)
-            session.execute(
-                text("UPDATE natspubsub_outbox SET status='sent' WHERE id=:id"), {"id": row.id}
-            )
-            session.commit()
+    def _row_by_row(self, nats: NatsPy) -> None:
+        oldest = (
+            sa.select(self.row).where(self.row.status == "pending").order_by(self.row.id).limit(1)
+        )
+        with Session(self.db.engine, expire_on_commit=False) as session:
+            for _ in range(NAIVE_ROWS):
+                row = session.scalars(oldest).one()
+                nats.publish_row(row.subject, row.payload, row.event_id)
+                row.status = "sent"
+                session.commit()
 
     def close(self) -> None:
         self.pubsub.shutdown()

@@ -63,6 +63,10 @@ class NatsPy:
         payload = json.dumps(envelope).encode()
         self.call(self.js.publish(subject, payload, headers=headers))
 
+    def publish_row(self, subject: str, payload: bytes, event_id: str) -> None:
+        """Publish a row of an outbox, as one would relay it by hand."""
+        self.call(self.js.publish(subject, payload, headers={"Nats-Msg-Id": event_id}))
+
     def publish_gather(self, subject: str, count: int) -> None:
         async def run() -> None:
             await asyncio.gather(*(self.js.publish(subject, PAYLOAD) for _ in range(count)))

@@ -109,8 +109,11 @@ def test_key_waits_for_its_row_that_failed_and_others_do_not(shop: OutboxShop, e
     assert shop.sent.index(2) < shop.sent.index(3)
 
 
-def test_order_by_key_holds_whatever_fails(sqlite_shop: OutboxShop) -> None:
-    shop = sqlite_shop
+@pytest.mark.parametrize("batch_size", [2, 3, 500])
+def test_order_by_key_holds_whatever_fails(
+    make_shop: MakeShop, sqlite: str, batch_size: int
+) -> None:
+    shop = make_shop(sqlite, outbox_batch_size=batch_size)
     flaky = shop.use_flaky_broker()
     dice = random.Random(5)
     number = 0
