@@ -1,7 +1,7 @@
 """Messages to JSON and back.
 
-Encoding is strict (see ``plain``): what JSON cannot carry without loss is refused rather than
-sent as something else. Decoding takes any JSON object, and fits it to a handler's type.
+Encoding begins with ``plain``: what JSON cannot carry without loss is refused rather than sent
+as something else. Decoding takes any JSON object, and fits it to a handler's type.
 """
 
 from __future__ import annotations
@@ -15,25 +15,10 @@ from typing import Any
 import msgspec
 import msgspec.inspect
 
-from ..errors import DecodingError, EncodingError, RegistrationError
-from .plain import MAX_DEPTH, one_line, step, to_plain
+from ..errors import DecodingError, RegistrationError
+from .plain import MAX_DEPTH, one_line, step
 
 _ENCODER = msgspec.json.Encoder()
-
-
-def plain_object(message: object) -> dict[str, Any]:
-    """Return a message as what JSON can carry, a dict with text as its keys.
-
-    :param message: a mapping, dataclass, msgspec Struct or pydantic model.
-    :raises EncodingError: it, or a part of it, has no JSON form; ``path`` says which.
-    """
-    plain = to_plain(message)
-    if type(plain) is not dict:
-        raise EncodingError(
-            f"A message is a JSON object; this {type(message).__name__} is none.",
-            "Publish a dict, dataclass, msgspec Struct or pydantic model.",
-        )
-    return plain
 
 
 def message_type_of(message: object) -> str | None:

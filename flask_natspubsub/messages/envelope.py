@@ -35,7 +35,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc
     :param topic: as the caller wrote it, not normalised.
     :param occurred_at: as ``ids.format_timestamp`` writes it.
     :param schema_version: ``SCHEMA_VERSION``.
-    :param message: in plain form, see ``codec.plain_object``; ``resource_id`` too.
+    :param message: in plain form, see ``plain.plain_object``; ``resource_id`` too.
     """
 
     # The fields are in the order of the wire: the encoder keeps it, and leaves out what is None.

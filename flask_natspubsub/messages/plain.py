@@ -32,16 +32,23 @@ _PLAIN_KEY = r"[A-Za-z_][A-Za-z0-9_-]*"
 Converter = Callable[[Any, int], Any]
 
 
-def to_plain(value: object) -> Any:
-    """Return ``value`` as dicts, lists, strings, numbers, booleans and None only.
+def plain_object(message: object) -> dict[str, Any]:
+    """Return a message as dicts, lists, strings, numbers, booleans and None only.
 
+    :param message: a mapping, dataclass, msgspec Struct or pydantic model.
     :raises EncodingError: it, or a part of it, has no JSON form; ``path`` says which.
     """
-    kind = type(value)
+    kind = type(message)
     try:
-        return (_CONVERTERS.get(kind) or _converter_of(kind))(value, 0)
+        plain = (_CONVERTERS.get(kind) or _converter_of(kind))(message, 0)
     except _NoJsonForm as error:
         raise error.as_encoding_error() from None
+    if type(plain) is not dict:
+        raise EncodingError(
+            f"A message is a JSON object; this {kind.__name__} is none.",
+            "Publish a dict, dataclass, msgspec Struct or pydantic model.",
+        )
+    return plain
 
 
 def step(key: object) -> str:

@@ -10,7 +10,7 @@ import msgspec
 
 from ..brokers.base import OutgoingMessage, StoredAck
 from ..errors import ConfigurationError, EncodingError, InvalidTopic
-from ..messages import codec
+from ..messages.codec import message_type_of
 from ..messages.envelope import (
     SCHEMA_VERSION,
     Envelope,
@@ -20,6 +20,7 @@ from ..messages.envelope import (
 )
 from ..messages.ids import derived_event_id, format_timestamp, new_event_id, now_timestamp
 from ..messages.lineage import Lineage
+from ..messages.plain import plain_object
 from ..messages.subjects import subject_for
 from ..settings import Settings
 from ..values import seconds
@@ -149,7 +150,7 @@ def _envelope(draft: Draft, producer: str, lineage: Lineage) -> Envelope:
         for value, name in zip(own, _ID_NAMES, strict=True):
             _identifier(value, name)
     event_id, trace_id, correlation_id, causation_id = own
-    message = codec.plain_object(draft.message)
+    message = plain_object(draft.message)
     domain = resource = action = resource_id = None
     if draft.event is not None:
         domain, resource, action = draft.event
@@ -162,7 +163,7 @@ def _envelope(draft: Draft, producer: str, lineage: Lineage) -> Envelope:
         occurred_at=now_timestamp() if occurred_at is None else format_timestamp(occurred_at),
         schema_version=SCHEMA_VERSION,
         message=message,
-        message_type=draft.message_type or codec.message_type_of(draft.message),
+        message_type=draft.message_type or message_type_of(draft.message),
         trace_id=trace_id or lineage.trace_id,
         domain=domain,
         resource=resource,

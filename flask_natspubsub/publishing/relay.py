@@ -269,6 +269,7 @@ class Relay:
             _log.warning("the lease of partition %d was lost to another relay", held.partition)
 
     def _send_partition(self, held: _Held, most: int) -> bool:
+        """Send up to ``most`` batches; while one is on its way, the one before it is marked."""
         size = self._settings.outbox_batch_size
         rows = self._store.due(held.partition, size)
         published: Published | None = None

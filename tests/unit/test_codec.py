@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from flask_natspubsub.errors import DecodingError, EncodingError, RegistrationError
 from flask_natspubsub.messages import codec
+from flask_natspubsub.messages.plain import plain_object
 
 MOMENT = dt.datetime(2025, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
 PLUS_TWO = dt.timezone(dt.timedelta(hours=2))
@@ -88,7 +89,7 @@ class Typed(TypedDict):
 
 
 def encode_object(message: object) -> bytes:
-    return codec.encode_value(codec.plain_object(message))
+    return codec.encode_value(plain_object(message))
 
 
 def encoded(message: object) -> Any:

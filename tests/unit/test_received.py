@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_natspubsub.errors import DecodingError
-from flask_natspubsub.messages import codec, envelope, received
+from flask_natspubsub.messages import envelope, received
 from flask_natspubsub.messages.envelope import Envelope
+from flask_natspubsub.messages.plain import plain_object
 
 from .test_envelope import EVENT_ID, an_envelope
 
@@ -176,7 +177,7 @@ def test_any_envelope_is_read_or_is_a_decoding_error(body: dict[str, Any]) -> No
 
 @given(st.text(min_size=1), st.dictionaries(st.text(), scalars))
 def test_any_message_survives_the_envelope(topic: str, message: dict[str, Any]) -> None:
-    sent = an_envelope(topic=topic, message=codec.plain_object(message))
+    sent = an_envelope(topic=topic, message=plain_object(message))
     got = read(sent.encode(), envelope.headers_for(sent))
     assert got.message == message
     assert got.envelope["topic"] == topic
