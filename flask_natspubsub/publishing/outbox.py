@@ -6,7 +6,6 @@ what publishing uses, inside the user's session; the relay's side is ``store``.
 
 from __future__ import annotations
 
-import json
 import logging
 import zlib
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from ..database import (
     flushed_classes,
     make_lease_table,
 )
+from ..messages.codec import encode_value
 from .draft import Prepared
 from .streams import stream_table
 
@@ -202,7 +202,7 @@ class OutboxWriter:
         return {
             "event_id": item.event_id,
             "subject": item.outgoing.subject,
-            "headers": json.dumps(dict(item.outgoing.headers), ensure_ascii=False),
+            "headers": encode_value(item.outgoing.headers).decode(),
             "payload": item.outgoing.payload,
             "ordering_key": item.ordering_key,
             "partition": zlib.crc32(spread_by.encode()) % self._partitions,

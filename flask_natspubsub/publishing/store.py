@@ -83,7 +83,9 @@ class OutboxStore:
         """Read what may be sent, oldest first, of the rows with an id above ``after``.
 
         A row whose key has an older row that is not due yet, or is still in another partition,
-        waits for it; one that had to wait itself, until no older one of its key is left.
+        waits for it; one that had to wait itself, until no older one of its key is left. Of the
+        rows up to ``after`` some are on their way, and others may have become due meanwhile: a
+        row whose key has one of these waits too, until it is read from the beginning.
         """
         statement = self._due.get(self._database.skew)
         if statement is None:
@@ -97,15 +99,20 @@ class OutboxStore:
         ]
 
     def _due_query(self) -> sa.Select[Any]:
-        partition = sa.bindparam("partition", type_=sa.Integer)
-        limit = sa.bindparam("most", type_=sa.Integer)
+        partition, limit, after = (
+            sa.bindparam(name, type_=sa.Integer) for name in ("partition", "most", "after")
+        )
         columns, older = self.table.c, self.table.alias("older")
         older_of_key = sa.and_(
             _is_pending(older),
             older.c.ordering_key == columns.ordering_key,
             older.c.id < columns.id,
         )
-        not_ours = sa.or_(older.c.available_at.is_not(None), older.c.partition != partition)
+        not_ours = sa.or_(
+            older.c.available_at.is_not(None),
+            older.c.partition != partition,
+            older.c.id <= after,
+        )
         at_once = self._pending_in(partition).where(
             columns.available_at.is_(None),
             sa.or_(columns.ordering_key.is_(None), ~sa.exists().where(older_of_key, not_ours)),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -70,6 +72,10 @@ def _pairs(
             Variant(f"request with outbox, {site.name}, ms", site.milliseconds("/order")),
             Variant("the same without a publish, ms", site.milliseconds("/plain")),
         )
+        if site is postgres:
+            allowed = Variant("allowed, ms", lambda: 0.6)
+            added = Variant("the outbox adds to a request, postgresql, ms", site.added_by_outbox)
+            yield Comparison(added, allowed, 1, at_most=True)
         relay = Variant(f"relay, {site.name}, batches of 500", site.relay)
         must = {"sqlite": 30, "postgresql": 40}[site.name]
         yield Comparison(
@@ -136,6 +142,17 @@ class _Site:
         """Return a measure of the time of one request."""
         rate = self.requests(path)
         return lambda: 1000 / rate()
+
+    def added_by_outbox(self) -> float:
+        """Return the milliseconds between requests with and without a publish, in turn."""
+        client, times = self.app.test_client(), dict[str, list[float]](plain=[], order=[])
+        for _ in range(REQUESTS):
+            for path, taken in times.items():
+                began = time.perf_counter()
+                assert client.get(f"/{path}").status_code == 200
+                taken.append(time.perf_counter() - began)
+        plain, order = (statistics.median(taken) for taken in times.values())
+        return (order - plain) * 1000
 
     def claim_and_mark(self) -> float:
         """Do what the database has to do for the relay, and nothing else."""

@@ -95,6 +95,20 @@ def test_a_row_read_ahead_of_a_failure_waits_for_it(
     assert pairs.sent == [0, 3, 1, 2, 4]
 
 
+def test_a_key_set_free_meanwhile_goes_on_with_its_oldest_row(pairs: OutboxShop) -> None:
+    """Once row 0 is marked, row 20 is no longer behind one that waits; but row 1 is due as well."""
+    flaky = pairs.use_flaky_broker()
+    flaky.failures = {0: [refused()]}
+    write(pairs, (0, "a"), (1, "a"))
+    pairs.relay().run_once()
+    write(pairs, *((number, None) for number in range(10, 14)), (20, "a"), (21, None))
+    pairs.advance(LATER)
+
+    assert pairs.relay().run_once() == 8
+
+    assert [number for number in pairs.sent if number in (0, 1, 20)] == [0, 1, 20]
+
+
 def test_stop_ends_it_after_the_batch_in_hand(pairs: OutboxShop) -> None:
     flaky = pairs.use_flaky_broker()
     pairs.commit(*range(6))

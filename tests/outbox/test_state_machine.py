@@ -330,7 +330,7 @@ def merge(level: Level, into: Level) -> None:
 
 @pytest.fixture(params=list(PROGRAMS))
 def world(request: pytest.FixtureRequest, use_url: MakeUrl, make_shop: MakeShop) -> World:
-    return World(make_shop(use_url(request.param)))
+    return World(make_shop(use_url(request.param), outbox_batch_size=3))
 
 
 def test_what_is_relayed_is_what_was_committed(
