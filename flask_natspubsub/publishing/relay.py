@@ -270,9 +270,8 @@ class Relay:
 
     def _send_partition(self, held: _Held, most: int) -> bool:
         """Send up to ``most`` batches; while one is on its way, the one before it is marked."""
-        size = self._settings.outbox_batch_size
+        size, published = self._settings.outbox_batch_size, None
         rows = self._store.due(held.partition, size)
-        published: Published | None = None
         found = bool(rows)
         while rows:
             most -= 1
@@ -282,9 +281,9 @@ class Relay:
                 self._mark(held, published)
             ahead: list[DueRow] = []
             if most and len(rows) == size and not self._stopping.is_set():
-                ahead = self._store.due(held.partition, size, rows[-1].id)
+                ahead = self._store.due_behind(held.partition, size, rows[-1].id)
             published = self._land(first, parts, held)
-            # What was read ahead of a failure may have to wait for it: it is read again.
+            # What was read ahead of a failure is read again, when those behind it are as well.
             rows = [] if published.errors or held.partition not in self._held else ahead
         if published is not None:
             self._mark(held, published)
@@ -316,8 +315,7 @@ class Relay:
                 break
             ticket.wait(self._timeout + STUCK)
             stuck |= done.add(rows, ticket.results)
-            sent = [(row.event_id, done.sent[row.id]) for row in rows if row.id in done.sent]
-            self._watch.note(sent)
+            self._watch.note([(r.event_id, done.sent[r.id]) for r in rows if r.id in done.sent])
             if done.errors and time.monotonic() - self.beat > self._timeout / 2:
                 break  # no answer came, and to wait for the others would take as long again
         errors = [error for _, error in done.errors.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,9 +84,7 @@ class OutboxStore:
         """Read what may be sent, oldest first, of the rows with an id above ``after``.
 
         A row whose key has an older row that is not due yet, or is still in another partition,
-        waits for it; one that had to wait itself, until no older one of its key is left. Of the
-        rows up to ``after`` some are on their way, and others may have become due meanwhile: a
-        row whose key has one of these waits too, until it is read from the beginning.
+        waits for it; one that had to wait itself, until no older one of its key is left.
         """
         statement = self._due.get(self._database.skew)
         if statement is None:
@@ -98,21 +97,24 @@ class OutboxStore:
             for row_id, event_id, subject, payload, headers, ordering_key, attempts in rows
         ]
 
+    def due_behind(self, partition: int, limit: int, after: int) -> list[DueRow]:
+        """Read what may be sent behind the row ``after``, up to the first with an ordering key.
+
+        Others of that key may have become due before ``after``; they have to be read first.
+        """
+        rows = self.due(partition, limit, after)
+        return list(itertools.takewhile(lambda row: row.ordering_key is None, rows))
+
     def _due_query(self) -> sa.Select[Any]:
-        partition, limit, after = (
-            sa.bindparam(name, type_=sa.Integer) for name in ("partition", "most", "after")
-        )
+        partition = sa.bindparam("partition", type_=sa.Integer)
+        limit = sa.bindparam("most", type_=sa.Integer)
         columns, older = self.table.c, self.table.alias("older")
         older_of_key = sa.and_(
             _is_pending(older),
             older.c.ordering_key == columns.ordering_key,
             older.c.id < columns.id,
         )
-        not_ours = sa.or_(
-            older.c.available_at.is_not(None),
-            older.c.partition != partition,
-            older.c.id <= after,
-        )
+        not_ours = sa.or_(older.c.available_at.is_not(None), older.c.partition != partition)
         at_once = self._pending_in(partition).where(
             columns.available_at.is_(None),
             sa.or_(columns.ordering_key.is_(None), ~sa.exists().where(older_of_key, not_ours)),
