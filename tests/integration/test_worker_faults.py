@@ -333,7 +333,9 @@ def test_malformed_messages_wait_for_room_among_the_dead_letters_too(make_shop):
         max_msgs=2,
         discard="new",
     )
-    shop.state.broker().setup([full])
+    other = NatsBroker(settings)  # sets nothing up by itself, so it cannot come second
+    other.setup([full])
+    other.close()
     seen = shop.record("order.created")
     shop.work(concurrency=2)
     bodies = [b"{", b"[", b"?", b"!"]
