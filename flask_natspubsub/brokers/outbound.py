@@ -66,10 +66,12 @@ class OutboundLink(Protocol):
 
 
 class _Item(msgspec.Struct, gc=False):
-    """One message and where its result belongs: entry ``index`` of ``ticket``."""
+    """One message and where its result belongs: entry ``index`` of ``ticket``.
+
+    :param size: of the payload, in bytes; of the headers too once it has been sent.
+    """
 
     message: OutgoingMessage
-    headers: bytes
     size: int
     ticket: Ticket
     index: int
@@ -121,10 +123,9 @@ class PublishWindow:
         deadline = time.monotonic() + timeout
         items, total = [], 0
         for index, message in enumerate(messages):
-            headers = header_block(message.headers)
-            size = len(headers) + len(message.payload)
+            size = len(message.payload)
             total += size
-            items.append(_Item(message, headers, size, ticket, index, deadline))
+            items.append(_Item(message, size, ticket, index, deadline))
         refusal, wake = None, False
         with self._lock:
             if self._is_full or self._is_closed:
@@ -216,15 +217,19 @@ class PublishWindow:
             item = self._queue.popleft()
             count += 1
             size += item.size
+            message = item.message
+            # Here and not by whoever submits it: meanwhile the server works on those before it.
+            headers = header_block(message.headers)
+            item.size = len(headers) + len(message.payload)
             if item.size > limit:
-                item.settle(too_large(item.message.subject, item.size, limit))
+                item.settle(too_large(message.subject, item.size, limit))
                 continue
             self._token += 1
             self._in_flight[self._token] = item
             self._bytes += item.size
             item.sent = True
-            message, reply = item.message, f"{self._prefix}{self._token}"
-            frames.append(frame(message.subject, message.payload, reply, item.headers))
+            reply = f"{self._prefix}{self._token}"
+            frames.append(frame(message.subject, message.payload, reply, headers))
             if len(frames) == WRITE:
                 # A loop may write at the end of its turn only: the server can begin while the
                 # others are encoded.

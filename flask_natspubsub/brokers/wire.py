@@ -37,11 +37,12 @@ def header_block(headers: Mapping[str, str]) -> bytes:
 
 def frame(subject: str, payload: bytes, reply: str = "", headers: bytes = b"") -> bytes:
     """Encode one message as the server reads it; ``headers`` as ``header_block`` makes them."""
-    if not headers:
-        return b"%b%b\r\n" % (f"PUB {subject} {reply} {len(payload)}\r\n".encode(), payload)
     size = len(headers)
-    line = f"HPUB {subject} {reply} {size} {size + len(payload)}\r\n"
-    return b"%b%b%b\r\n" % (line.encode(), headers, payload)
+    if size:
+        line = f"HPUB {subject} {reply} {size} {size + len(payload)}\r\n"
+    else:
+        line = f"PUB {subject} {reply} {len(payload)}\r\n"
+    return b"".join((line.encode(), headers, payload, b"\r\n"))
 
 
 def ack_frame(reply: str) -> bytes:

@@ -61,7 +61,7 @@ def subject_for(env: str, app_name: str, topic: str) -> str:
     """
     if type(topic) is not str:
         _check_text(topic)
-    return _subject(env, app_name, topic, wildcards=False)
+    return _subject(env, app_name, topic, False)
 
 
 def filter_for(env: str, producer: str, topic: str) -> str:
@@ -74,7 +74,7 @@ def filter_for(env: str, producer: str, topic: str) -> str:
     if producer != "*":
         _check_one_token("producer", producer)
     _check_text(topic)
-    return _subject(env, producer, topic, wildcards=True)
+    return _subject(env, producer, topic, True)
 
 
 def dead_letter_subject(env: str, app_name: str, subscriber: str) -> str:
@@ -135,7 +135,7 @@ def overlaps(a: str, b: str) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _subject(env: str, app_name: str, topic: str, *, wildcards: bool) -> str:
+def _subject(env: str, app_name: str, topic: str, wildcards: bool, /) -> str:
     return _checked_length(f"{env}.{app_name}.{normalize_topic(topic, wildcards=wildcards)}")
 
 

@@ -84,6 +84,8 @@ class Publisher:
         self._published = published
         self._outbox = outbox
         self._before_direct = before_direct
+        #: Whether the user's code may run in the broker's thread: ``publish_nowait`` was used.
+        self._calls_back = False
 
     # --- publishing
 
@@ -130,6 +132,7 @@ class Publisher:
         if self.breaker.failures:
             self.breaker.check()
         seconds = self._settings.publish_timeout if timeout is None else timeout
+        self._calls_back = True
         self._broker().submit([prepared[0].outgoing], seconds).on_done(done)
         return future
 
@@ -186,7 +189,7 @@ class Publisher:
             self.breaker.check()
         seconds = self._settings.publish_timeout if timeout is None else timeout
         broker = self._broker()
-        if broker.is_own_thread:
+        if self._calls_back and broker.is_own_thread:
             raise PublishError(
                 "A receiver of message_published, or a callback of publish_nowait, cannot wait "
                 "for another publish: it runs in the thread that would have to send it.",

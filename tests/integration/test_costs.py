@@ -40,7 +40,7 @@ FRAME_BYTES = 180
 #: Bytes of an acknowledgement of a handled message.
 ACK_BYTES = 110
 #: Calls of this package's functions for a publish, in the thread of its caller.
-CALLS_PUBLISHED = 34
+CALLS_PUBLISHED = 31
 #: Calls of this package's functions for a handled message.
 CALLS_HANDLED = 40
 #: Requests to the server for 200 messages of one subscriber, with none asked for beforehand.
