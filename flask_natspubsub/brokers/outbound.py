@@ -97,7 +97,6 @@ class PublishWindow:
         self._most_queued = settings.publish_queue
         self._most_queued_bytes = settings.publish_queue_bytes
         self._prefix = inbox + "."
-        self._token_at = len(self._prefix)
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._waiting = 0
@@ -108,7 +107,8 @@ class PublishWindow:
         self._is_closed = False
         self._queue: deque[_Item] = deque()
         self._delayed: list[_Item] = []
-        self._in_flight: dict[int, _Item] = {}
+        #: By reply subject.
+        self._in_flight: dict[str, _Item] = {}
         self._bytes = 0
         self._token = 0
         self._sweeping = False
@@ -225,10 +225,10 @@ class PublishWindow:
                 item.settle(too_large(message.subject, item.size, limit))
                 continue
             self._token += 1
-            self._in_flight[self._token] = item
+            reply = f"{self._prefix}{self._token}"
+            self._in_flight[reply] = item
             self._bytes += item.size
             item.sent = True
-            reply = f"{self._prefix}{self._token}"
             frames.append(frame(message.subject, message.payload, reply, headers))
             if len(frames) == WRITE:
                 # A loop may write at the end of its turn only: the server can begin while the
@@ -266,8 +266,8 @@ class PublishWindow:
         return items
 
     def on_reply(self, subject: str, reply: str, headers: Mapping[str, str], data: bytes) -> None:
-        """Settle the message whose token is the last part of ``subject``."""
-        item = self._in_flight.pop(int(subject[self._token_at :]), None)
+        """Settle the message that asked for its answer at ``subject``."""
+        item = self._in_flight.pop(subject, None)
         if item is None:
             return
         self._bytes -= item.size
@@ -312,9 +312,9 @@ class PublishWindow:
 
         nats-py turns the report into lower case.
         """
-        for token, item in list(self._in_flight.items()):
+        for reply, item in list(self._in_flight.items()):
             if item.message.subject.lower() == subject.lower():
-                self._forget(token)
+                self._forget(reply)
                 item.settle(
                     PublishDenied(
                         f"The server does not let this user publish to {item.message.subject!r}.",
@@ -340,15 +340,15 @@ class PublishWindow:
             self._room.notify_all()
         self.fail_all(_closed())
 
-    def _forget(self, token: int) -> None:
-        self._bytes -= self._in_flight.pop(token).size
+    def _forget(self, reply: str) -> None:
+        self._bytes -= self._in_flight.pop(reply).size
 
     def _sweep(self) -> None:
         self._sweeping = False
         now = time.monotonic()
-        for token, item in list(self._in_flight.items()):
+        for reply, item in list(self._in_flight.items()):
             if item.deadline <= now:
-                self._forget(token)
+                self._forget(reply)
                 item.settle(self._timed_out(item))
         self._release_delayed(now)
         overdue = [item for item in self._queue if item.deadline <= now]

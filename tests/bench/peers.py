@@ -49,18 +49,7 @@ class NatsPy:
 
     def publish_message(self, subject: str, message: dict[str, Any]) -> None:
         """Publish what this package publishes: an envelope, a header, an id."""
-        event_id = str(uuid.uuid4())
-        now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
-        envelope = {
-            "event_id": event_id,
-            "schema_version": 1,
-            "topic": "order.created",
-            "producer": "shop",
-            "occurred_at": now,
-            "message": message,
-        }
-        headers = {"topic": "order.created", "Nats-Msg-Id": event_id}
-        payload = json.dumps(envelope).encode()
+        payload, headers = _written_out(message)
         self.call(self.js.publish(subject, payload, headers=headers))
 
     def publish_row(self, subject: str, payload: bytes, event_id: str) -> None:
@@ -76,6 +65,18 @@ class NatsPy:
     def publish_async(self, subject: str, count: int) -> None:
         async def run() -> None:
             futures = [await self.js.publish_async(subject, PAYLOAD) for _ in range(count)]
+            await asyncio.gather(*futures)
+
+        self.call(run())
+
+    def publish_async_messages(self, subject: str, messages: Sequence[dict[str, Any]]) -> None:
+        """The same with what this package publishes, see ``publish_message``."""
+
+        async def run() -> None:
+            futures = []
+            for message in messages:
+                payload, headers = _written_out(message)
+                futures.append(await self.js.publish_async(subject, payload, headers=headers))
             await asyncio.gather(*futures)
 
         self.call(run())
@@ -106,6 +107,20 @@ class NatsPy:
 
         seconds: float = self.call(run())
         return seconds
+
+
+def _written_out(message: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
+    """Write envelope and headers of a message, as one would by hand."""
+    event_id = str(uuid.uuid4())
+    envelope = {
+        "event_id": event_id,
+        "schema_version": 1,
+        "topic": "order.created",
+        "producer": "shop",
+        "occurred_at": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
+        "message": message,
+    }
+    return json.dumps(envelope).encode(), {"topic": "order.created", "Nats-Msg-Id": event_id}
 
 
 class RawSocket:
