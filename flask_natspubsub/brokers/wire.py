@@ -26,13 +26,16 @@ Route = Callable[[str, str, Mapping[str, str], bytes], None]
 
 
 def header_block(headers: Mapping[str, str]) -> bytes:
-    """Encode headers; empty when there are none. Their text must have been checked before."""
+    """Encode headers; empty when there are none. Their text must have been checked before.
+
+    Never raises all the same: it runs between the messages of others, who would wait for ever.
+    """
     if not headers:
         return b""
     text = f"{HEADER_LINE}\r\n"
     for name, value in headers.items():
         text += f"{name}: {value}\r\n"
-    return f"{text}\r\n".encode()
+    return f"{text}\r\n".encode(errors="replace")
 
 
 def frame(subject: str, payload: bytes, reply: str = "", headers: bytes = b"") -> bytes:

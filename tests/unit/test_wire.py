@@ -47,6 +47,10 @@ def test_headers_keep_their_order_and_text() -> None:
     assert list(parse_headers(header_block(headers)).items()) == list(headers.items())
 
 
+def test_text_that_is_no_unicode_does_not_stop_the_messages_behind_it() -> None:
+    assert header_block({"a": "\ud800"}) == b"NATS/1.0\r\na: ?\r\n\r\n"
+
+
 NAMES = st.text(
     st.characters(min_codepoint=33, max_codepoint=126, exclude_characters=":"), min_size=1
 )
