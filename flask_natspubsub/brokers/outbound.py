@@ -68,7 +68,7 @@ class OutboundLink(Protocol):
 class _Item(msgspec.Struct, gc=False):
     """One message and where its result belongs: entry ``index`` of ``ticket``.
 
-    :param size: of the payload, in bytes; of the headers too once it has been sent.
+    :param size: in bytes, headers included: about as many while it is queued, exact in flight.
     """
 
     message: OutgoingMessage
@@ -123,7 +123,7 @@ class PublishWindow:
         deadline = time.monotonic() + timeout
         items, total = [], 0
         for index, message in enumerate(messages):
-            size = len(message.payload)
+            size = len(message.payload) + sum(map(len, message.headers.values()))
             total += size
             items.append(_Item(message, size, ticket, index, deadline))
         refusal, wake = None, False

@@ -57,3 +57,30 @@ def test_of_many_messages_the_first_are_written_before_the_last_are_encoded() ->
     while loop.turn():
         pass
     assert loop.written == [WRITE, WRITE, 10]
+
+
+def test_headers_count_in_what_is_queued_and_all_is_given_back() -> None:
+    """Their size is exact only once they are encoded; the limit has to hold before."""
+    loop = Loop()
+    loop.is_up = False
+    window = PublishWindow(loop, "_INBOX.x", Settings(publish_queue_bytes=700))
+    message = OutgoingMessage("a.b.c", b"{}", {"note": "x" * 600})
+
+    window.submit([message], 5.0)
+    assert 600 <= window.load()["publishes_queued_bytes"] < 700
+    window.submit([message], 5.0)
+    refused = window.submit([message], 0.0)
+
+    assert "waiting to be sent already" in str(refused.results[0])
+    loop.is_up = True
+    while loop.turn():
+        pass
+    assert loop.written == [2]
+    window.on_down()
+    assert window.load()["publishes_queued_bytes"] > 1200
+    window.on_up()
+    for token in (3, 4):
+        window.on_reply(f"_INBOX.x.{token}", "", {}, b'{"stream": "S", "seq": 1}')
+    assert window.unsettled == 0
+    assert window.load()["publishes_queued_bytes"] == 0
+    assert window._bytes == 0
