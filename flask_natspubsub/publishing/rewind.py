@@ -54,10 +54,8 @@ class StreamWatch:
 
     def load(self) -> None:
         """Read what other relays, or this one before a restart, have seen."""
-        self._seen.clear()
-        for row in self._store.sent.newest(NEWEST):
-            if row.sequence > self._seen.get(row.stream, _Seen()).sequence:
-                self._seen[row.stream] = _Seen(row.sequence, row.event_id)
+        highest = self._store.sent.highest(NEWEST)
+        self._seen = {row.stream: _Seen(row.sequence, row.event_id) for row in highest}
         self._records = records = self._store.streams.load()
         self._rewinds = {record.name: record.rewinds for record in records.values()}
         self.rewound = any(record.rewound_at is not None for record in records.values())

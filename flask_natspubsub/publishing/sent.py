@@ -36,9 +36,18 @@ class SentRows:
         self.table = table
         self._database = database
 
-    def newest(self, limit: int) -> list[SentRow]:
-        """Return the rows that were sent last."""
-        return self._read(self._query(None, None).limit(limit))
+    def highest(self, among: int) -> list[SentRow]:
+        """Return, for each stream, the row with the highest sequence.
+
+        :param among: so many rows, those that were sent last, are looked at.
+        """
+        last = self._query(None, None).limit(among).subquery()
+        place = sa.func.row_number().over(
+            partition_by=last.c.stream, order_by=last.c.stream_sequence.desc()
+        )
+        placed = sa.select(last, place.label("place")).subquery()
+        columns = [placed.c[column.name] for column in last.c]
+        return self._read(sa.select(*columns).where(placed.c.place == 1))
 
     def pages(
         self, *, since: float | None = None, stream: str | None = None, size: int = PAGE

@@ -25,7 +25,7 @@ from .peers import NatsPy, per_second
 from .peers_outbox import faststream_outbox
 
 REQUESTS = 300
-ROWS = 5_000
+ROWS = 10_000
 NAIVE_ROWS = 300
 PEER_ROWS = 1_500
 PEER_SUBJECT = "bench.postgresql.order.created"

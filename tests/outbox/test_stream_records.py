@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import sqlalchemy as sa
 
 from flask_natspubsub.brokers.base import StreamConfig, StreamInfo
 
@@ -47,6 +48,23 @@ def test_a_stream_that_was_never_looked_at(shop: OutboxShop) -> None:
     assert [record.sound_until for record in streams.rewound()] == [0.0]
 
 
+def test_the_highest_sequence_of_each_stream(shop: OutboxShop) -> None:
+    assert shop.store.sent.highest(3) == []
+    shop.commit(*range(6))
+    shop.relay().run_once()
+    table, ids = shop.store.table, [row["id"] for row in shop.rows]
+    places = [("Main", 10), ("Other", 5), ("Main", 12), ("Other", 4), ("Main", 11), ("Third", 1)]
+    for row_id, (stream, sequence) in zip(ids, places, strict=True):
+        values = {"stream": stream, "stream_sequence": sequence}
+        shop.execute(sa.update(table).where(table.c.id == row_id).values(values))
+
+    def highest(among: int) -> dict[str, int]:
+        return {row.stream: row.sequence for row in shop.store.sent.highest(among)}
+
+    assert highest(6) == {"Main": 12, "Other": 5, "Third": 1}
+    assert highest(3) == {"Main": 11, "Other": 4, "Third": 1}, "among those sent last"
+
+
 def test_sent_rows_newest_first_and_pending_again(shop: OutboxShop) -> None:
     for number in range(25):
         shop.commit(number)
@@ -55,7 +73,7 @@ def test_sent_rows_newest_first_and_pending_again(shop: OutboxShop) -> None:
     sent = shop.store.sent
     rows = [row for page in sent.pages(size=4) for row in page]
     assert [row.sequence for row in rows] == list(range(25, 0, -1))
-    assert sent.newest(3) == rows[:3]
+    assert sent.highest(3) == rows[:1]
     assert list(sent.pages(stream="another")) == []
     assert sent.count() == 25
     assert sent.count(rows[0].sent_at) == sum(row.sent_at >= rows[0].sent_at for row in rows)
