@@ -45,7 +45,9 @@ class SentRows:
         place = sa.func.row_number().over(
             partition_by=last.c.stream, order_by=last.c.stream_sequence.desc()
         )
-        placed = sa.select(last, place.label("place")).subquery()
+        # A row that somebody has marked by hand is in no stream.
+        known = sa.and_(last.c.stream.is_not(None), last.c.stream_sequence.is_not(None))
+        placed = sa.select(last, place.label("place")).where(known).subquery()
         columns = [placed.c[column.name] for column in last.c]
         return self._read(sa.select(*columns).where(placed.c.place == 1))
 

@@ -63,6 +63,8 @@ def test_the_highest_sequence_of_each_stream(shop: OutboxShop) -> None:
 
     assert highest(6) == {"Main": 12, "Other": 5, "Third": 1}
     assert highest(3) == {"Main": 11, "Other": 4, "Third": 1}, "among those sent last"
+    shop.execute(sa.update(table).values(stream=None, stream_sequence=None))
+    assert highest(6) == {}, "marked by hand"
 
 
 def test_sent_rows_newest_first_and_pending_again(shop: OutboxShop) -> None:
