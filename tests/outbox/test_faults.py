@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from flask_natspubsub import EncodingError, InvalidTopic, PublishDenied
+from flask_natspubsub.messages import ids
 
 from ..waiting import eventually
 from .conftest import MakeShop
@@ -24,6 +25,7 @@ def clock_off_by(seconds: float) -> Iterator[None]:
     right, right_ns = time.time, time.time_ns
     wrong.setattr(time, "time", lambda: right() + seconds)
     wrong.setattr(time, "time_ns", lambda: right_ns() + int(seconds * 1e9))
+    wrong.setattr(ids, "_latest", ids._latest)  # no later id is to be greater than these
     try:
         yield
     finally:
