@@ -11,6 +11,7 @@ from flask_natspubsub import NatsPubsub
 
 from .harness import Comparison, Variant, measure
 from .peers import NatsPy, RawSocket, in_threads, per_second
+from .peers_bare import Bare
 
 ONE_BY_ONE = 1_600
 MANY = 5_000
@@ -25,16 +26,17 @@ def comparisons(url: str, rounds: int) -> list[Comparison]:
     pubsub = NatsPubsub(app)
     with app.app_context():
         pubsub.publish("order.created", MESSAGE)  # connects
-    naive, raw = NatsPy(url), RawSocket(url)
+    naive, raw, bare = NatsPy(url), RawSocket(url), Bare(url, pubsub.state(app).settings)
     try:
-        return measure(_pairs(pubsub, naive, raw), rounds)
+        return measure(_pairs(pubsub, naive, raw, bare), rounds)
     finally:
         naive.close()
         raw.close()
+        bare.close()
         pubsub.shutdown()
 
 
-def _pairs(pubsub: NatsPubsub, naive: NatsPy, raw: RawSocket) -> list[Comparison]:
+def _pairs(pubsub: NatsPubsub, naive: NatsPy, raw: RawSocket, bare: Bare) -> list[Comparison]:
     def threaded(name: str, threads: int, one: Callable[[], object]) -> Variant:
         return Variant(
             f"{name}, {threads} thread{'s' * (threads > 1)}",
@@ -49,6 +51,9 @@ def _pairs(pubsub: NatsPubsub, naive: NatsPy, raw: RawSocket) -> list[Comparison
 
     def the_same_message() -> None:
         naive.publish_message(SUBJECT, MESSAGE)
+
+    def barely() -> None:
+        bare.publish("order.created", MESSAGE)
 
     batch = [("order.created", MESSAGE)] * 1000
 
@@ -65,6 +70,10 @@ def _pairs(pubsub: NatsPubsub, naive: NatsPy, raw: RawSocket) -> list[Comparison
     def many() -> None:
         for _ in range(MANY // 1000):
             pubsub.publish_many(batch)
+
+    def bare_many() -> None:
+        for _ in range(MANY // 1000):
+            bare.publish("order.created", MESSAGE, 1000)
 
     def gather() -> None:
         for _ in range(MANY // 1000):
@@ -83,13 +92,14 @@ def _pairs(pubsub: NatsPubsub, naive: NatsPy, raw: RawSocket) -> list[Comparison
 
     publish_many = Variant("publish_many(1000)", lambda: per_second(MANY, many))
     naive_gather = Variant("naive gather(1000)", lambda: per_second(MANY, gather))
-    one_by_one = []
+    one_by_one: list[Comparison] = []
     for threads, must in {1: 1.4, 8: 1.8, 32: 2.2}.items():
         publish = threaded("publish", threads, ours)
         one_by_one += [
             Comparison(publish, threaded("naive", threads, theirs), must),
             # For comparison: the budget is against the plain one.
             Comparison(publish, threaded("naive, same headers", threads, the_same_message)),
+            Comparison(publish, threaded("bare envelope", threads, barely)),
         ]
     return [
         *one_by_one,
@@ -117,5 +127,8 @@ def _pairs(pubsub: NatsPubsub, naive: NatsPy, raw: RawSocket) -> list[Comparison
                 "raw socket", lambda: per_second(MANY * 4, lambda: raw.publish(SUBJECT, MANY * 4))
             ),
             0.33,
+        ),
+        Comparison(
+            publish_many, Variant("bare envelope(1000)", lambda: per_second(MANY, bare_many))
         ),
     ]
