@@ -281,7 +281,7 @@ class Relay:
                 self._mark(held, published)
             ahead: list[DueRow] = []
             if most and len(rows) == size and not self._stopping.is_set():
-                ahead = self._store.due_behind(held.partition, size, rows[-1].id)
+                ahead = self._store.due_behind(held.partition, size, rows)
             published = self._land(first, parts, held)
             # What was read ahead of a failure is read again, when those behind it are as well.
             rows = [] if published.errors or held.partition not in self._held else ahead

@@ -20,6 +20,7 @@ from .streams import StreamRecords
 
 LEASE_SECONDS = 10.0
 CLEAN_BATCH = 1000
+_OF_ROW = "id", "event_id", "subject", "payload", "headers", "ordering_key", "attempts"
 
 
 class DueRow(msgspec.Struct, frozen=True, gc=False):
@@ -76,36 +77,46 @@ class OutboxStore:
         self.streams = StreamRecords(database, tables.stream)
         self.table = tables.outbox
         self._database = database
-        #: By the clock's skew, which only tests have.
-        self._due: dict[float, Statement] = {}
+        #: By the clock's skew, which only tests have, and the columns read.
+        self._due: dict[tuple[float, tuple[str, ...]], Statement] = {}
         self._marks: dict[str, sa.TextClause] = {}
 
-    def due(self, partition: int, limit: int, after: int = 0) -> list[DueRow]:
-        """Read what may be sent, oldest first, of the rows with an id above ``after``.
+    def due(self, partition: int, limit: int) -> list[DueRow]:
+        """Read what may be sent, oldest first.
 
         A row whose key has an older row that is not due yet, or is still in another partition,
         waits for it; one that had to wait itself, until no older one of its key is left.
         """
-        statement = self._due.get(self._database.skew)
-        if statement is None:
-            statement = self._due[self._database.skew] = Statement(self._due_query())
         with self._database.begin() as connection:
-            found = statement.execute(connection, partition=partition, most=limit, after=after)
-            rows: Sequence[Any] = found.all()
-        return [
-            DueRow(row_id, event_id, _message(subject, payload, headers), ordering_key, attempts)
-            for row_id, event_id, subject, payload, headers, ordering_key, attempts in rows
-        ]
+            found = self._find_due(connection, _OF_ROW, partition=partition, most=limit, after=0)
+        return list(map(_due_row, found))
 
-    def due_behind(self, partition: int, limit: int, after: int) -> list[DueRow]:
-        """Read what may be sent behind the row ``after``, up to the first with an ordering key.
+    def due_behind(self, partition: int, limit: int, ahead: Sequence[DueRow]) -> list[DueRow]:
+        """Read what may be sent behind rows on their way, up to the first with an ordering key.
 
-        Others of that key may have become due before ``after``; they have to be read first.
+        Nothing if others belong before those by now: a transaction that had taken its ids before
+        theirs was committed since, or one of a key is due. They have to be read first, and the
+        other rows of their transaction behind them.
         """
-        rows = self.due(partition, limit, after)
-        return list(itertools.takewhile(lambda row: row.ordering_key is None, rows))
+        last, count = ahead[-1].id, len(ahead)
+        with self._database.begin() as connection:
+            found = self._find_due(connection, _OF_ROW, partition=partition, most=limit, after=last)
+            # In this order: what could be seen then, can be seen now.
+            first = self._find_due(connection, ("id",), partition=partition, most=count, after=0)
+        if [row_id for (row_id,) in first] != [row.id for row in ahead]:
+            return []
+        return list(itertools.takewhile(lambda row: row.ordering_key is None, map(_due_row, found)))
 
-    def _due_query(self) -> sa.Select[Any]:
+    def _find_due(
+        self, connection: sa.Connection, names: tuple[str, ...], **values: int
+    ) -> Sequence[Any]:
+        key = self._database.skew, names
+        statement = self._due.get(key)
+        if statement is None:
+            statement = self._due[key] = Statement(self._due_query(names))
+        return statement.execute(connection, **values).all()
+
+    def _due_query(self, names: Sequence[str]) -> sa.Select[Any]:
         partition = sa.bindparam("partition", type_=sa.Integer)
         limit = sa.bindparam("most", type_=sa.Integer)
         columns, older = self.table.c, self.table.alias("older")
@@ -115,11 +126,11 @@ class OutboxStore:
             older.c.id < columns.id,
         )
         not_ours = sa.or_(older.c.available_at.is_not(None), older.c.partition != partition)
-        at_once = self._pending_in(partition).where(
+        at_once = self._pending_in(partition, names).where(
             columns.available_at.is_(None),
             sa.or_(columns.ordering_key.is_(None), ~sa.exists().where(older_of_key, not_ours)),
         )
-        delayed = self._pending_in(partition).where(
+        delayed = self._pending_in(partition, names).where(
             columns.available_at <= self._database.now(),
             sa.or_(columns.ordering_key.is_(None), ~sa.exists().where(older_of_key)),
         )
@@ -132,16 +143,13 @@ class OutboxStore:
         both = sa.union_all(*(sa.select(arm) for arm in arms)).subquery()
         return sa.select(both).order_by(both.c.id).limit(limit)
 
-    def _pending_in(self, partition: sa.BindParameter[int]) -> sa.Select[Any]:
+    def _pending_in(self, partition: sa.BindParameter[int], names: Sequence[str]) -> sa.Select[Any]:
         table, columns = self.table, self.table.c
-        query = sa.select(
-            columns.id, columns.event_id, columns.subject, columns.payload,
-            columns.headers, columns.ordering_key, columns.attempts,
-        ).where(
+        query = sa.select(*(columns[name] for name in names)).where(
             _is_pending(table),
             columns.partition == partition,
             columns.id > sa.bindparam("after", type_=sa.Integer),
-        )  # fmt: skip
+        )
         for dialect in ("mysql", "mariadb"):  # it would go through all rows sent, in order of ids
             query = query.with_hint(table, f"FORCE INDEX ({DELAYED_INDEX})", dialect)
         return query
@@ -348,6 +356,11 @@ def _failure(row_id: int, failure: Failure) -> dict[str, Any]:
         "wait": failure.wait,
         "new_status": PARKED if failure.park else PENDING,
     }
+
+
+def _due_row(found: Any) -> DueRow:
+    row_id, event_id, subject, payload, headers, key, attempts = found
+    return DueRow(row_id, event_id, _message(subject, payload, headers), key, attempts)
 
 
 def _message(subject: str, payload: bytes, headers: str) -> OutgoingMessage:

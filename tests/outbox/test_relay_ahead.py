@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from flask_natspubsub.publishing.relay import TURN, Relay
@@ -22,11 +24,11 @@ def pairs(make_shop: MakeShop, sqlite: str) -> OutboxShop:
 def log_of(flaky: FlakyBroker, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is done, in order; looks that find nothing are left out."""
     log: list[str] = []
-    due, mark = OutboxStore.due, OutboxStore.mark
+    find, mark = OutboxStore._find_due, OutboxStore.mark
 
-    def looking(store: OutboxStore, partition: int, limit: int, after: int = 0) -> object:
-        rows = due(store, partition, limit, after)
-        log.extend(["read"] * bool(rows))
+    def looking(store: OutboxStore, connection: Any, names: Any, **values: int) -> object:
+        rows = find(store, connection, names, **values)
+        log.extend(["read"] * bool(rows and "payload" in names))
         return rows
 
     def marking(store: OutboxStore, lease: object, sent: object, failed: object) -> bool:
@@ -34,7 +36,7 @@ def log_of(flaky: FlakyBroker, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return mark(store, lease, sent, failed)  # type: ignore[arg-type]
 
     flaky.before = lambda: log.append("publish")
-    monkeypatch.setattr(OutboxStore, "due", looking)
+    monkeypatch.setattr(OutboxStore, "_find_due", looking)
     monkeypatch.setattr(OutboxStore, "mark", marking)
     return log
 
@@ -107,6 +109,28 @@ def test_a_key_set_free_meanwhile_goes_on_with_its_oldest_row(pairs: OutboxShop)
     assert pairs.relay().run_once() == 8
 
     assert [number for number in pairs.sent if number in (0, 1, 20)] == [0, 1, 20]
+
+
+def test_a_transaction_that_commits_meanwhile_stays_in_order(
+    make_shop: MakeShop, postgresql: str
+) -> None:
+    """It has taken an id before those of the batch on its way, and another one behind them."""
+    shop = make_shop(postgresql, outbox_batch_size=2)
+    flaky = shop.use_flaky_broker()
+    with shop.app.app_context():
+        shop.publish(0)
+        shop.session.flush()
+        shop.commit(1, 2, 3, 4)
+
+        def commit() -> None:
+            flaky.before = lambda: None
+            shop.publish(5)
+            shop.session.commit()
+
+        flaky.before = commit
+        assert shop.relay().run_once() == 6
+
+    assert shop.sent == [1, 2, 0, 3, 4, 5]
 
 
 def test_stop_ends_it_after_the_batch_in_hand(pairs: OutboxShop) -> None:
