@@ -102,7 +102,9 @@ class OutboxStore:
         with self._database.begin() as connection:
             found = self._find_due(connection, _OF_ROW, partition=partition, most=limit, after=last)
             # In this order: what could be seen then, can be seen now.
-            first = self._find_due(connection, ("id",), partition=partition, most=count, after=0)
+            first = found and self._find_due(
+                connection, ("id",), partition=partition, most=count, after=0
+            )
         if [row_id for (row_id,) in first] != [row.id for row in ahead]:
             return []
         return list(itertools.takewhile(lambda row: row.ordering_key is None, map(_due_row, found)))

@@ -93,6 +93,8 @@ class Bare(asyncio.Protocol):
         for line in lines:
             if line.startswith(b"MSG "):
                 self._waiters.pop(line.split(b" ", 2)[1].decode()).acknowledge()
+            elif line.startswith(b'{"error"'):
+                raise AssertionError(line)  # the connection ends, and so does the wait
             elif line == b"PONG":
                 self._ready.acknowledge()
             elif line == b"PING":

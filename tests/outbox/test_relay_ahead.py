@@ -54,6 +54,19 @@ def test_while_a_batch_is_on_its_way_the_one_before_is_marked_and_the_next_read(
     assert pairs.sent == list(range(6))
 
 
+def test_a_batch_read_ahead_costs_four_statements(pairs: OutboxShop) -> None:
+    """It is read, what is on its way is compared, and it is marked, fenced by the lease."""
+    pairs.commit(*range(6))
+    relay = pairs.relay()
+    relay._take_leases()
+
+    with pairs.counting() as statements:
+        relay._send_batches()
+
+    assert (relay.sent, len(statements)) == (6, 3 * 4)
+    relay.release()
+
+
 def test_a_single_batch_is_marked_at_once(
     pairs: OutboxShop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
