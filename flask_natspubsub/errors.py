@@ -27,12 +27,16 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from .text import printable
+
 #: What is known of a failed publish: it never left, or nobody can say.
 Outcome = Literal["not_sent", "unknown"]
 
 
 class NatsPubsubError(Exception):
     """Base of all errors of this package.
+
+    Its text is printable, in one line: what others have sent may be quoted in it.
 
     :param message: what happened.
     :param fix: what the reader can do about it.
@@ -42,9 +46,9 @@ class NatsPubsubError(Exception):
     code: ClassVar[str] = "error"
 
     def __init__(self, message: str, fix: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.fix = fix
+        self.message = printable(message)
+        self.fix = printable(fix)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} {self.fix}".rstrip()

@@ -6,12 +6,13 @@ raises is logged and goes no further: a message is never lost or repeated for it
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from blinker import NamedSignal, Namespace
 
-_log = logging.getLogger("flask_natspubsub")
+from .text import get_logger
+
+_log = get_logger("flask_natspubsub")
 _signals = Namespace()
 
 #: A message was stored by the broker. ``receipt``

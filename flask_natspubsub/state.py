@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from .signals import message_published, outbox_relayed, send
 from .subscribing.middleware import compose
 from .subscribing.registry import Registry
 from .subscribing.subscription import Subscription
+from .text import get_logger
 
 if TYPE_CHECKING:
     from .persistence import Persistence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EXTENSION = "natspubsub"
 _BROKER = "broker"
 
-_log = logging.getLogger("flask_natspubsub")
+_log = get_logger("flask_natspubsub")
 
 
 class AppState:

@@ -17,6 +17,7 @@ PACKAGE = HOUSE.name
 # A module imports from its own group and those before it, never from those after it.
 # Settings stand after messages: they check names with messages.subjects.
 FLOORS = [
+    ["text"],
     ["errors", "signals"],
     ["messages"],
     ["values", "statements"],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import random
 import secrets
 import time
@@ -19,11 +18,12 @@ from typing import Any, TypeVar
 
 from ..errors import BrokerError, NatsPubsubError, NotConnected
 from ..settings import Settings
+from ..text import describe, get_logger
 from .connection import Connection, ConnectionRefused, Dial, Listener
 from .loop import BackgroundLoop
 from .wire import Route
 
-_log = logging.getLogger("flask_natspubsub.broker")
+_log = get_logger("flask_natspubsub.broker")
 
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 2.0
@@ -138,7 +138,7 @@ class Link:
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets one of ours
             if not connection.closed.is_set():
                 await self.unroute(key)
-                raise BrokerError(f"Could not listen to {subject}: {_one_line(error)}.") from None
+                raise BrokerError(f"Could not listen to {subject}: {describe(error)}.") from None
         except BaseException:  # cancelled: the caller has no key to give it up with
             await self.unroute(key)
             raise
@@ -232,7 +232,7 @@ class Link:
                 await self._sleep(jittered(REFUSED_PAUSE))
                 continue
             except (OSError, TimeoutError, NatsPubsubError) as error:
-                self._down(_one_line(error))
+                self._down(describe(error))
             except Exception as error:  # noqa: BLE001 - whatever it is, this task must live on
                 _log.exception("connecting to NATS failed in an unforeseen way")
                 self._down(type(error).__name__)
@@ -272,7 +272,7 @@ class Link:
             await connection.close()
             if isinstance(error, ConnectionRefused):
                 raise
-            raise OSError(_one_line(error)) from None
+            raise OSError(describe(error)) from None
         self._known = [*dict.fromkeys([*self._settings.urls, *connection.servers])]
         self.max_payload = connection.max_payload
         self.server_version = connection.version
@@ -352,7 +352,3 @@ def jittered(pause: float, *, was_up: bool = False) -> float:
 
 async def _nothing() -> None:
     """Stand in until there are streams to look after."""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{error}".split()) or type(error).__name__

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-logger = logging.getLogger("flask_natspubsub")
+from ..text import get_logger
+
+logger = get_logger("flask_natspubsub")
 
 Callback = Callable[[Any], None]
 

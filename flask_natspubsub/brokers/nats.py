@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-import logging
 import os
 import re
 import ssl
@@ -23,14 +22,14 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from ..errors import BrokerError, ConfigurationError
-from ..messages.plain import printable
 from ..settings import Settings
+from ..text import get_logger, printable
 from .connection import ConnectionRefused
 from .session import JetStreamBroker
 from .tls import tls_problem
 from .wire import NO_HEADERS, NOT_PASSED_ON, FrameTap, Route
 
-_log = logging.getLogger("flask_natspubsub.broker")
+_log = get_logger("flask_natspubsub.broker")
 
 _BAD_CREDENTIALS = re.compile(r"authoriz|authentication (?!timeout)", re.I)
 OLDEST_SERVER = (2, 10)

@@ -7,7 +7,6 @@ makes publishers wait instead of growing the process. Deadlines are kept by one 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -18,11 +17,12 @@ import msgspec
 
 from ..errors import NoStreamForSubject, NotConnected, PublishDenied, PublishError
 from ..settings import Settings
+from ..text import get_logger
 from .answers import result_of, too_large
 from .base import OutgoingMessage, StoredAck, Ticket
 from .wire import STATUS, frame, header_block
 
-_log = logging.getLogger("flask_natspubsub.broker")
+_log = get_logger("flask_natspubsub.broker")
 
 IN_FLIGHT_BYTES = 32 * 1024 * 1024
 #: So many messages are written at once.

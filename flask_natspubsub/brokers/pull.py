@@ -9,7 +9,6 @@ consumer is made anew, and a new connection starts over.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -17,11 +16,12 @@ from typing import Any, Protocol
 
 from ..errors import NatsPubsubError
 from ..messages.codec import encode_value
+from ..text import get_logger
 from .base import ConsumerConfig, Consumption, Delivery
 from .jetstream import Floor, JetStreamApi
 from .wire import DESCRIPTION, STATUS, Route, ack_frame, frame, parse_ack_subject
 
-_log = logging.getLogger("flask_natspubsub.broker")
+_log = get_logger("flask_natspubsub.broker")
 
 EXPIRES = 30.0
 # A pull can vanish without a word: the server drops one that it has not looked at yet when the

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 from ..errors import NatsPubsubError, NotConnected
 from ..settings import Settings
+from ..text import get_logger
 from .base import (
     Broker,
     Change,
@@ -40,7 +40,7 @@ from .outbound import PublishWindow
 from .pull import Pull, ReplyWriter
 from .wire import frame
 
-_log = logging.getLogger("flask_natspubsub.broker")
+_log = get_logger("flask_natspubsub.broker")
 
 T = TypeVar("T")
 

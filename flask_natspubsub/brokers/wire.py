@@ -6,11 +6,12 @@ described in ADR-15. Pure functions.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-_log = logging.getLogger("flask_natspubsub.broker")
+from ..text import get_logger
+
+_log = get_logger("flask_natspubsub.broker")
 
 NOT_PASSED_ON = "a message on %r could not be passed on"
 HEADER_LINE = "NATS/1.0"

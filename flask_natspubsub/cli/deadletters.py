@@ -16,12 +16,12 @@ from ..errors import DecodingError, NatsPubsubError, NotConnected
 from ..messages.codec import decode_value
 from ..state import AppState
 from ..subscribing.deadletters import DeadLetterRecord, DeadLetters, checked_id
+from ..text import printable
 from .group import Misused, end, natspubsub, onlooker
 from .output import (
     duration,
     is_terminal,
     json_option,
-    plain,
     print_fields,
     print_json,
     print_table,
@@ -150,7 +150,7 @@ def _get(letters: DeadLetters, ids: Iterable[str]) -> list[DeadLetterRecord]:
         record = letters.get(record_id)
         if record is None:
             raise click.ClickException(
-                f"There is no dead letter {plain(record_id)!r}. 'dlq list' has their ids."
+                f"There is no dead letter {printable(record_id)!r}. 'dlq list' has their ids."
             )
         records.append(record)
     return records
@@ -168,7 +168,7 @@ def _readable(body: bytes) -> str:
         text = json.dumps(decode_value(body), indent=2, ensure_ascii=False)
     except DecodingError:
         text = body.decode("utf-8", "backslashreplace")
-    return "\n".join(plain(line) for line in text.split("\n"))
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 _bulk_options = _all_of(
@@ -320,6 +320,6 @@ def _report(
         print_json({"action": verb, "dry_run": False, "ids": done, "failed": errors})
     else:
         for key, error in failed.items():
-            click.echo(f"{plain(key)}: {plain(error)}", err=True)
+            click.echo(f"{printable(key)}: {printable(error)}", err=True)
         click.echo(f"{past} {len(done)}, failed {len(failed)}")
     end(1 if failed else 0)

@@ -11,8 +11,9 @@ from ..observability.doctor import GRADES, Diagnosis, Finding, Grade, examine
 from ..observability.facts import Facts
 from ..observability.gathering import gather
 from ..state import AppState
+from ..text import printable
 from .group import end, natspubsub, onlooker
-from .output import json_option, plain, print_fields, print_json
+from .output import json_option, print_fields, print_json
 
 _COLOURS = {"error": "red", "warning": "yellow", "info": None}
 
@@ -87,6 +88,6 @@ def _sync(facts: Facts) -> str:
 
 
 def _print_finding(finding: Finding) -> None:
-    click.secho(f"{finding.severity}: {plain(finding.what)}", fg=_COLOURS[finding.severity])
+    click.secho(f"{finding.severity}: {printable(finding.what)}", fg=_COLOURS[finding.severity])
     if finding.fix:
-        click.echo(textwrap.indent(plain(finding.fix), "  "))
+        click.echo(textwrap.indent(printable(finding.fix), "  "))

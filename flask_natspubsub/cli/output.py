@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from ..text import printable
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -25,18 +27,6 @@ def duration(text: str) -> float:
     if found is None:
         raise click.BadParameter(f"{text!r} is no duration; use one such as 30s, 10m, 2h or 1d.")
     return float(found[1]) * _UNITS[found[2]]
-
-
-def plain(text: object) -> str:
-    """Return ``text`` in one line, with all that is not printable escaped.
-
-    What others have sent could otherwise move the cursor, or do worse.
-    """
-    return "".join(char if char.isprintable() else _escape(char) for char in str(text))
-
-
-def _escape(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
 
 
 def is_terminal(stream: Any) -> bool:
@@ -63,7 +53,7 @@ def print_json(value: Any, *, indent: int | None = 2) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; on a terminal its lines are cut to fit."""
-    lines = [list(columns), *([plain(cell) for cell in row] for row in rows)]
+    lines = [list(columns), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
     for number, line in enumerate(lines):
         padded = "  ".join(
@@ -77,7 +67,7 @@ def print_fields(fields: Iterable[tuple[str, object]], indent: str = "") -> None
     pairs = list(fields)
     longest = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
-        text = "-" if value is None else plain(value)
+        text = "-" if value is None else printable(value)
         click.echo(f"{indent}{name.ljust(longest)}  {text}".rstrip())
 
 

@@ -11,8 +11,9 @@ from ..brokers.base import Broker, Change
 from ..brokers.topology import refuse_volatile
 from ..state import AppState
 from ..subscribing.subscription import Subscription
+from ..text import printable
 from .group import natspubsub, onlooker
-from .output import json_option, plain, print_json, print_table
+from .output import json_option, print_json, print_table
 
 _COUNTS = ("pending", "ack_pending", "redelivered")
 _SIGNS = {
@@ -105,8 +106,8 @@ def setup_command(state: AppState, dry_run: bool, as_json: bool) -> None:
         return
     for change in changes:
         sign, colour = _SIGNS[change.action]
-        text = plain(f"{sign} {change.stream}  {_WORDS[change.action]} {change.detail}").rstrip()
-        click.secho(text, fg=colour)
+        line = f"{sign} {change.stream}  {_WORDS[change.action]} {change.detail}"
+        click.secho(printable(line).rstrip(), fg=colour)
     if dry_run:
         click.echo("Nothing was changed (--dry-run).")
 

@@ -19,8 +19,9 @@ from ..messages.codec import decode_object, encode_value
 from ..messages.received import Received, read
 from ..messages.subjects import filter_for, topic_of
 from ..state import AppState
+from ..text import printable
 from .group import natspubsub, onlooker
-from .output import cut, json_option, plain, print_fields, print_json, width
+from .output import cut, json_option, print_fields, print_json, width
 
 #: Messages that may wait to be printed; a reader who is slower than that misses some.
 TAIL_BUFFER = 10_000
@@ -161,11 +162,11 @@ def _print_line(message: CoreMessage) -> None:
     line = "  ".join(
         [
             f"{dt.datetime.now().astimezone():%H:%M:%S}",
-            plain(topic).ljust(24),
-            plain(known.event_id if known else "-")[-8:].ljust(8),
-            plain((known and known.producer) or "-").ljust(12),
+            printable(topic).ljust(24),
+            printable(known.event_id if known else "-")[-8:].ljust(8),
+            printable((known and known.producer) or "-").ljust(12),
             "" if known else "(not a message)",
-            plain(body.decode("utf-8", "backslashreplace")),
+            printable(body.decode("utf-8", "backslashreplace")),
         ]
     )
     click.echo(cut(line, width()))

@@ -8,9 +8,10 @@ import os
 import click
 
 from ..state import AppState
+from ..text import printable
 from ..worker.process import RelayProcess
 from .group import Misused, end, natspubsub
-from .output import log_to_stderr, plain, print_json
+from .output import log_to_stderr, print_json
 
 
 @natspubsub.command(
@@ -52,7 +53,7 @@ def _print_banner(state: AppState) -> None:
     settings = state.settings
     click.echo(
         f"Relay of {settings.app_name} in {settings.env}, process {os.getpid()}\n"
-        f"  servers      {plain(settings.safe_urls)}\n"
+        f"  servers      {printable(settings.safe_urls)}\n"
         f"  stream       {settings.stream}\n"
         f"  partitions   {settings.outbox_partitions}",
         err=True,

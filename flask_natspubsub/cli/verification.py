@@ -14,9 +14,10 @@ import msgspec
 
 from ..publishing.verification import SentEvents, Verification
 from ..state import AppState
+from ..text import printable
 from .group import Misused, end, onlooker
 from .outbox import outbox
-from .output import duration, is_terminal, json_option, plain, print_fields, print_json
+from .output import duration, is_terminal, json_option, print_fields, print_json
 from .purging import yes_option
 
 #: Missing events that are listed without --json.
@@ -86,14 +87,16 @@ def _print_found(found: Verification, full: bool) -> None:
     print_fields([*((name, getattr(found, name)) for name in counts)])
     print_fields([("missing", len(found.missing))])
     for event_id in found.missing[:SHOWN]:
-        click.echo(f"  {plain(event_id)}")
+        click.echo(f"  {printable(event_id)}")
     if len(found.missing) > SHOWN:
         click.echo(f"  and {len(found.missing) - SHOWN} more; --json lists all")
     if found.missing:
         click.echo("'outbox resend --missing-only' sends them again.", err=True)
     for name in found.rewound:
         more = "" if found.missing or full else "; look at all with --full"
-        click.echo(f"The stream {plain(name)!r} is known to have lost messages{more}.", err=True)
+        click.echo(
+            f"The stream {printable(name)!r} is known to have lost messages{more}.", err=True
+        )
 
 
 @outbox.command(
@@ -142,7 +145,7 @@ def resend_command(
         click.echo(f"to be sent again: {count}")
     left = [record.name for record in store.streams.rewound()]
     if left and not dry_run:
-        names = ", ".join(map(plain, left))
+        names = ", ".join(map(printable, left))
         click.echo(f"More is missing: {names}. Use --missing-only without --since.", err=True)
         end(1)
 

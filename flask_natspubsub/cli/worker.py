@@ -13,6 +13,7 @@ import click
 
 from ..state import AppState
 from ..subscribing.subscription import Subscription
+from ..text import printable
 from ..worker.health_server import HealthServer, Look
 from ..worker.lifeline import AVAILABLE, Lifeline, adopted, own_command
 from ..worker.pool import Pool
@@ -20,7 +21,7 @@ from ..worker.process import WorkerProcess
 from ..worker.supervisor import Reloader
 from ..worker.vitals import Heartbeat
 from .group import Misused, end, natspubsub
-from .output import log_to_stderr, plain
+from .output import log_to_stderr
 
 
 def address(text: str) -> tuple[str, int]:
@@ -195,7 +196,7 @@ def _print_banner(state: AppState, wanted: Wanted) -> None:
     processes = "" if wanted.processes is None else f"  processes    {wanted.processes}\n"
     click.echo(
         f"Worker of {settings.app_name} in {settings.env}, process {os.getpid()}\n"
-        f"  servers      {plain(settings.safe_urls)}\n"
+        f"  servers      {printable(settings.safe_urls)}\n"
         f"  stream       {settings.stream}\n"
         f"{processes}"
         f"  concurrency  {concurrency}\n"

@@ -16,7 +16,8 @@ import msgspec
 import msgspec.inspect
 
 from ..errors import DecodingError, RegistrationError
-from .plain import MAX_DEPTH, one_line, step
+from ..text import one_line
+from .plain import MAX_DEPTH, step
 
 _ENCODER = msgspec.json.Encoder()
 

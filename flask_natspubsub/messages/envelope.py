@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from ..errors import EncodingError
-from .plain import one_line
+from ..text import one_line
 
 #: Longest event id, trace id or other identifier, in characters.
 MAX_IDENTIFIER_LENGTH = 255

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from ..errors import EncodingError
+from ..text import one_line
 
 #: Deepest nesting of objects and arrays in an envelope; a message has one level less.
 MAX_DEPTH = 100
@@ -57,17 +58,6 @@ def step(key: object) -> str:
         return f"[{key}]"
     text = str(key)
     return f".{text}" if re.fullmatch(_PLAIN_KEY, text) else f"[{text!r:.80}]"
-
-
-def printable(text: str) -> str:
-    """Return ``text`` with spaces for line breaks, control characters and half surrogate pairs."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def one_line(text: object) -> str:
-    """Return ``text`` as one line that is safe to log, of at most 200 characters."""
-    line = printable(str(text)[:201]).rstrip(". ")
-    return line if len(line) <= 200 else line[:197] + "..."
 
 
 class _NoJsonForm(Exception):

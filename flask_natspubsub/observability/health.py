@@ -7,7 +7,6 @@ credentials and no error text from outside.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +14,9 @@ from typing import Any
 import msgspec
 from flask import Blueprint, Response, jsonify
 
-_log = logging.getLogger("flask_natspubsub.health")
+from ..text import get_logger
+
+_log = get_logger("flask_natspubsub.health")
 
 
 class Health(msgspec.Struct, frozen=True):

@@ -6,7 +6,6 @@ what publishing uses, inside the user's session; the relay's side is ``store``.
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,10 +26,11 @@ from ..database import (
     make_lease_table,
 )
 from ..messages.codec import encode_value
+from ..text import get_logger
 from .draft import Prepared
 from .streams import stream_table
 
-_log = logging.getLogger("flask_natspubsub")
+_log = get_logger("flask_natspubsub")
 
 PENDING, SENT, PARKED = "pending", "sent", "parked"
 TABLE = "natspubsub_outbox"

@@ -9,7 +9,6 @@ with the same ids, which the stream, within its duplicate window, and the inbox 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import random
@@ -25,6 +24,7 @@ from ..brokers.base import Broker, CoreMessage, Ticket
 from ..brokers.topology import wakeup_subject
 from ..errors import NatsPubsubError, PublishError
 from ..settings import Settings
+from ..text import get_logger
 from .outbox import SENT
 from .publisher import STUCK
 from .rewind import StreamWatch
@@ -33,7 +33,7 @@ from .store import CLEAN_BATCH, LEASE_SECONDS, DueRow, Failure, OutboxStore, Pub
 if TYPE_CHECKING:
     from ..database import Lease
 
-_log = logging.getLogger("flask_natspubsub.relay")
+_log = get_logger("flask_natspubsub.relay")
 
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 300.0

@@ -7,17 +7,17 @@ that is not the one which was acknowledged there: others may have filled the gap
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..brokers.base import Broker, StoredAck, StreamInfo
+from ..text import get_logger
 from .store import OutboxStore
 from .streams import StreamRecord
 from .verification import lost_rows
 
-_log = logging.getLogger("flask_natspubsub.relay")
+_log = get_logger("flask_natspubsub.relay")
 
 #: So many of the rows sent last tell the highest sequence, after a restart.
 NEWEST = 2000

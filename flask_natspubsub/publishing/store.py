@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from ..brokers.base import OutgoingMessage, StoredAck
 from ..database import Database, Lease, Leases, database_now
 from ..errors import PublishError
-from ..messages.plain import printable
 from ..statements import Statement
+from ..text import printable
 from .outbox import DELAYED_INDEX, PARKED, PENDING, SENT, OutboxTables
 from .sent import SentRows
 from .streams import StreamRecords

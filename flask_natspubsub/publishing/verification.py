@@ -6,20 +6,20 @@ event id; unless it has grown too old for the stream, which is no loss.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ..brokers.base import Broker, StreamInfo
 from ..messages.ids import parse_timestamp
+from ..text import get_logger
 
 if TYPE_CHECKING:
     from .sent import SentRow
     from .store import OutboxStore
     from .streams import StreamRecord
 
-_log = logging.getLogger("flask_natspubsub.relay")
+_log = get_logger("flask_natspubsub.relay")
 
 State = Literal["present", "missing", "expired"]
 

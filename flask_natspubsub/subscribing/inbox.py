@@ -7,7 +7,6 @@ same time the unique key lets one wait for the other and then skip.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +17,9 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..database import Database, Identifier, Seconds, database_now, insert_new
 from ..errors import DatabaseError, NatsPubsubError
+from ..text import get_logger
 
-_log = logging.getLogger("flask_natspubsub.worker")
+_log = get_logger("flask_natspubsub.worker")
 
 _INFO = "natspubsub_inbox"
 _WORK = "natspubsub_work"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import random
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from ..signals import (
     message_received,
     message_retried,
 )
+from ..text import get_logger
 from . import context as message_context
 from .context import DeliveryContext, MessageContext
 from .deadletters import REPLAY_FOR, REPLAY_FORCE, DeadLetterBox
@@ -36,7 +36,7 @@ from .middleware import compose
 from .retry import Drop, GiveUp, GiveUpReason, RetryLater, backoff_delay, classify, error_text
 from .subscription import Subscription
 
-_log = logging.getLogger("flask_natspubsub.worker")
+_log = get_logger("flask_natspubsub.worker")
 
 Result = Literal["handled", "retried", "discarded", "dead_lettered", "skipped", "timed_out"]
 #: Sends a signal of this package for the application.

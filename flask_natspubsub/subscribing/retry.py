@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import DatabaseError, DeadLetter, DecodingError, Discard, Retry
+from ..text import printable
 from ..values import seconds
 
 #: Why a message was given up on; ``x-dlq-reason`` of its dead letter.
@@ -93,16 +94,6 @@ def _asked_delay(error: BaseException) -> float | None:
 
 def error_text(error: BaseException) -> str:
     """Return class and message of ``error`` in one line of printable characters, 1 KiB at most."""
-    try:
-        message = str(error)
-    except Exception:  # noqa: BLE001 - a broken __str__ must not hide the error itself
-        message = "(its message cannot be shown)"
+    message = printable(error)
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    line = "".join(_printable(character) for character in text[:ERROR_TEXT_LIMIT])
-    return line.encode()[:ERROR_TEXT_LIMIT].decode(errors="ignore")
-
-
-def _printable(character: str) -> str:
-    if character.isprintable():
-        return character
-    return character.encode("unicode_escape").decode("ascii")
+    return text.encode()[:ERROR_TEXT_LIMIT].decode(errors="ignore")

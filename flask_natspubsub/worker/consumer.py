@@ -6,7 +6,6 @@ the handler decides. A slow handler gets one message per free slot, a fast one h
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -17,8 +16,9 @@ import msgspec
 from ..brokers.base import Broker, Consumption, Delivery
 from ..errors import NatsPubsubError
 from ..subscribing.processor import Outcome, Processor
+from ..text import get_logger
 
-_log = logging.getLogger("flask_natspubsub.worker")
+_log = get_logger("flask_natspubsub.worker")
 
 #: Messages in hand should be worked off in this many seconds.
 HAND = 0.5

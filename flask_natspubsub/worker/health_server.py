@@ -6,14 +6,15 @@ What it tells are names, process ids and ages; nothing that comes from a message
 from __future__ import annotations
 
 import json
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
 
-_log = logging.getLogger("flask_natspubsub.health")
+from ..text import get_logger
+
+_log = get_logger("flask_natspubsub.health")
 
 #: How long a client may take to say what it wants; seconds.
 CLIENT_TIMEOUT = 5.0

@@ -8,7 +8,6 @@ own SIGTERM to each process of a group, so that a child would get two and take t
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import socket
@@ -20,9 +19,10 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from ..text import get_logger
 from .vitals import Vitals
 
-_log = logging.getLogger("flask_natspubsub.worker")
+_log = get_logger("flask_natspubsub.worker")
 
 _MARKER = "_NATSPUBSUB_WORKER_CHILD"
 _STOP, _AT_ONCE = b"s", b"!"

@@ -8,7 +8,6 @@ price is memory, which forked processes would share in part.
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import signal
@@ -17,10 +16,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from ..text import get_logger
 from .lifeline import GRACE, Child, exit_text
 from .process import caught_signals
 
-_log = logging.getLogger("flask_natspubsub.worker")
+_log = get_logger("flask_natspubsub.worker")
 
 TICK = 0.1
 #: A process that dies this often ...

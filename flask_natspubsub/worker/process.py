@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import signal
@@ -13,6 +12,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from ..text import get_logger
 from .lifeline import GRACE, Lifeline
 
 if TYPE_CHECKING:  # they bring asyncio and SQLAlchemy, which most commands do without
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # they bring asyncio and SQLAlchemy, which most commands do w
     from .runner import Worker
     from .vitals import Heartbeat
 
-_log = logging.getLogger("flask_natspubsub.worker")
+_log = get_logger("flask_natspubsub.worker")
 
 CLOSE_TIMEOUT = 5.0
 #: Longest a second signal waits for messages to be handed back.

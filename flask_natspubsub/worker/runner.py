@@ -18,11 +18,12 @@ from ..signals import worker_started, worker_stopped
 from ..subscribing.deadletters import DeadLetterBox
 from ..subscribing.processor import Emit, Outcome, Processor, Transactions
 from ..subscribing.subscription import Subscription
+from ..text import get_logger
 from .asynchronous import AsyncHandlers
 from .consumer import STOP_TIMEOUT, Job, SubscriberConsumer
 from .gate import Gate
 
-_log = logging.getLogger("flask_natspubsub.worker")
+_log = get_logger("flask_natspubsub.worker")
 
 TICK = 0.25
 IDLE_TICK = 0.2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import sys
@@ -10,10 +9,11 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..text import get_logger
 from .lifeline import GRACE, Child, exit_text
 from .process import caught_signals
 
-_log = logging.getLogger("flask_natspubsub.worker")
+_log = get_logger("flask_natspubsub.worker")
 
 INTERVAL = 0.5
 _SKIPPED = {"__pycache__", "node_modules", "site-packages"}

@@ -27,21 +27,6 @@ def test_what_is_no_duration(text):
         output.duration(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("Müller 日本", "Müller 日本"),
-        ("a\nb\tc", "a\\nb\\tc"),
-        ("\x1b[31mred\x07", "\\x1b[31mred\\x07"),
-        ("\x9b2J", "\\x9b2J"),
-        ("abc\u202ecba", "abc\\u202ecba"),
-        ("\ud800", "\\ud800"),
-    ],
-)
-def test_plain_text_is_one_line_without_control_characters(text, shown):
-    assert output.plain(text) == shown
-
-
 def test_text_is_cut_to_the_terminal():
     assert output.cut("abcdef", 4) == "abc…"
     assert output.cut("abcd", 4) == "abcd"

@@ -133,4 +133,4 @@ def test_error_text_of_an_error_that_cannot_be_shown() -> None:
         def __str__(self) -> str:
             raise RuntimeError("broken")
 
-    assert error_text(Broken()) == "Broken: (its message cannot be shown)"
+    assert error_text(Broken()) == "Broken: (cannot be shown)"
