@@ -179,11 +179,25 @@ class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConsumerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A durable consumer as the broker reports it."""
+    """A durable consumer as the broker reports it.
+
+    :param delivered: the stream's sequence of the last message it was given; 0 is none.
+    :param ack_floor: the stream's sequence up to which it has settled everything.
+    :param created: when it was made, as the broker writes it (RFC 3339).
+    :param last_active: when it last delivered something, as the broker writes it; empty if never.
+    :param metadata: what was written on it when it was made or changed, without the server's own.
+    :param is_pull: False where the server pushes to a subject: no worker of ours made that.
+    """
 
     stream: str
     durable: str
     filter_subjects: tuple[str, ...]
+    delivered: int = 0
+    ack_floor: int = 0
+    created: str = ""
+    last_active: str = ""
+    metadata: Mapping[str, str] = {}
+    is_pull: bool = True
     pending: int = 0
     ack_pending: int = 0
     redelivered: int = 0
@@ -348,6 +362,10 @@ class Broker(ABC):
     @abstractmethod
     def consumer_info(self, stream: str, durable: str) -> ConsumerInfo | None:
         """Report on a consumer; None if there is none."""
+
+    @abstractmethod
+    def consumers(self, stream: str) -> list[ConsumerInfo]:
+        """Report on all durable consumers of a stream, by name; none if there is no stream."""
 
     @abstractmethod
     def delete_consumer(self, stream: str, durable: str) -> bool:

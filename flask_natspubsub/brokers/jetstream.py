@@ -33,6 +33,8 @@ STREAM_NAME_IN_USE = 10058
 CONSUMER_NOT_FOUND = 10014
 MESSAGE_NOT_FOUND = 10037
 SETUP_LOCK_SECONDS = 10.0
+#: What the server itself writes into the metadata of a consumer begins so.
+SERVER_METADATA = "_nats."
 NANO = 1_000_000_000
 
 Request = Callable[[str, bytes], Awaitable[bytes]]
@@ -153,6 +155,18 @@ class JetStreamApi:
         """Return the raw report on a consumer."""
         missing = [CONSUMER_NOT_FOUND, STREAM_NOT_FOUND]
         return await self.find(f"CONSUMER.INFO.{stream}.{durable}", None, missing)
+
+    async def consumers(self, stream: str) -> list[Json]:
+        """Return the raw reports on all durable consumers of a stream, by name."""
+        found: list[Json] = []
+        while True:
+            query = {"offset": len(found)}
+            page = await self.find(f"CONSUMER.LIST.{stream}", query, [STREAM_NOT_FOUND]) or {}
+            found += page.get("consumers") or []
+            if len(found) >= page.get("total", 0) or not page.get("consumers"):
+                break
+        durable = [report for report in found if report["config"].get("durable_name")]
+        return sorted(durable, key=lambda report: str(report["name"]))
 
     async def ensure_consumer(self, config: ConsumerConfig, *, after: Floor) -> Json:
         """Create the consumer, or update it in place where it differs.
@@ -298,12 +312,19 @@ def consumer_body(config: ConsumerConfig, after: int) -> Json:
 
 def consumer_info(report: Json) -> ConsumerInfo:
     """Turn the server's report on a consumer into ours."""
-    config = report["config"]
+    config, delivered = report["config"], report.get("delivered") or {}
     single = config.get("filter_subject")
+    metadata = config.get("metadata") or {}
     return ConsumerInfo(
         stream=report["stream_name"],
         durable=report["name"],
         filter_subjects=(single,) if single else tuple(config.get("filter_subjects") or ()),
+        delivered=delivered.get("stream_seq", 0),
+        ack_floor=(report.get("ack_floor") or {}).get("stream_seq", 0),
+        created=report.get("created", ""),
+        last_active=delivered.get("last_active") or "",
+        metadata={k: v for k, v in metadata.items() if not k.startswith(SERVER_METADATA)},
+        is_pull=not config.get("deliver_subject"),
         pending=report.get("num_pending", 0),
         ack_pending=report.get("num_ack_pending", 0),
         redelivered=report.get("num_redelivered", 0),

@@ -221,6 +221,13 @@ class MemoryBroker(Broker):
             consumer = found.consumers.get(durable) if found else None
             return consumer.info(self._exchange.waiting(stream, durable)) if consumer else None
 
+    def consumers(self, stream: str) -> list[ConsumerInfo]:
+        """Report on all durable consumers of a stream, by name; none if there is no stream."""
+        with self._lock:
+            found = self._stream(stream)
+            known = sorted(found.consumers.items()) if found else []
+            return [consumer.info(self._exchange.waiting(stream, name)) for name, consumer in known]
+
     def delete_consumer(self, stream: str, durable: str) -> bool:
         """Delete a consumer; False if there was none. A pull on it has it made anew."""
         with self._lock:

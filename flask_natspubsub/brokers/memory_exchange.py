@@ -244,7 +244,7 @@ class Exchange:
                 f"There is no stream {config.stream} for the consumer {config.durable}.",
                 "Run 'flask natspubsub setup', or set NATSPUBSUB_AUTO_SETUP to True.",
             )
-        return stream.add_consumer(config)
+        return stream.add_consumer(config, self.clock.now())
 
     def remove_consumer(self, stream: str, durable: str) -> bool:
         """Delete a consumer (lock held), or start it anew where it was if it has pulls."""

@@ -160,12 +160,12 @@ class MemoryStream:
             bytes=self._bytes,
             first_sequence=self.first_sequence,
             last_sequence=self.last_sequence,
-            created=dt.datetime.fromtimestamp(self._created, dt.UTC).isoformat(),
+            created=_timestamp(self._created),
         )
 
     # --- consumers
 
-    def add_consumer(self, config: ConsumerConfig) -> MemoryConsumer:
+    def add_consumer(self, config: ConsumerConfig, now: float) -> MemoryConsumer:
         """Create the durable, or update it in place: what it has delivered stays delivered.
 
         :raises TopologyError: the stream does not store one of the filter subjects.
@@ -180,12 +180,16 @@ class MemoryStream:
         _refuse_overlapping_filters(config)
         consumer = self.consumers.get(config.durable)
         if consumer is None:
-            consumer = self.consumers[config.durable] = MemoryConsumer(self, config)
+            consumer = self.consumers[config.durable] = MemoryConsumer(self, config, now)
         else:
             consumer.config = msgspec.structs.replace(
                 config, deliver_policy=consumer.config.deliver_policy
             )
         return consumer
+
+
+def _timestamp(at: float) -> str:
+    return dt.datetime.fromtimestamp(at, dt.UTC).isoformat(timespec="microseconds")
 
 
 def _matches_any(subjects: tuple[str, ...], subject: str) -> bool:
@@ -219,10 +223,13 @@ class MemoryConsumer:
     a later delivery too.
     """
 
-    def __init__(self, stream: MemoryStream, config: ConsumerConfig) -> None:
+    def __init__(self, stream: MemoryStream, config: ConsumerConfig, now: float) -> None:
         self.config = config
         self._stream = stream
         self._cursor = self._first_cursor()
+        self._created = now
+        self._delivered = 0
+        self._active: float | None = None
         self._pending: dict[int, _Pending] = {}
         #: Due for redelivery, in order; a dict since a message can be in it once only.
         self._redeliver: dict[int, None] = {}
@@ -258,6 +265,7 @@ class MemoryConsumer:
             return None
         pending = self._pending.setdefault(message.sequence, _Pending(now, 0))
         pending.attempts += 1
+        self._delivered, self._active = max(self._delivered, message.sequence), now
         self._restart(message.sequence, now)
         return message, pending.attempts
 
@@ -341,6 +349,10 @@ class MemoryConsumer:
             stream=self.config.stream,
             durable=self.config.durable,
             filter_subjects=self.config.filter_subjects,
+            delivered=self._delivered,
+            ack_floor=self.floor,
+            created=_timestamp(self._created),
+            last_active=_timestamp(self._active) if self._active is not None else "",
             pending=sum(1 for _ in new),
             ack_pending=len(self._pending),
             redelivered=sum(1 for pending in self._pending.values() if pending.attempts > 1),

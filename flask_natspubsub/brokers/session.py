@@ -351,6 +351,10 @@ class JetStreamBroker(Broker):
         report = self._ask(lambda api: api.consumer(stream, durable), API_TIMEOUT + 1)
         return consumer_info(report) if report else None
 
+    def consumers(self, stream: str) -> list[ConsumerInfo]:  # noqa: D102
+        reports = self._ask(lambda api: api.consumers(stream), API_TIMEOUT * 6)
+        return [consumer_info(report) for report in reports]
+
     def delete_consumer(self, stream: str, durable: str) -> bool:  # noqa: D102
         return self._ask(lambda api: api.delete_consumer(stream, durable), API_TIMEOUT + 1)
 

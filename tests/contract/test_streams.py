@@ -118,6 +118,29 @@ def test_a_report_on_a_consumer_counts_what_it_has_to_do(place: Place) -> None:
     assert (info.pending, info.ack_pending, info.redelivered) == (0, 3, 1)
 
 
+def test_the_consumers_of_a_stream_are_listed_by_name(place: Place) -> None:
+    place.publish(b"1", b"2")
+    inbox, _ = place.consume("mailer", then=ack, credits=1)
+    place.consume("audit", filters=(place.subject("user.*"), place.subject("order.paid")))
+    inbox.wait(1)
+    eventually(lambda: place.consumer_info().ack_pending == 0)
+
+    audit, mailer = place.broker.consumers(place.stream)
+
+    assert (audit.durable, mailer.durable) == ("audit", "mailer")
+    assert mailer == place.consumer_info("mailer")
+    assert set(audit.filter_subjects) == {place.subject("user.*"), place.subject("order.paid")}
+    assert (mailer.delivered, mailer.ack_floor, mailer.pending) == (1, 1, 1)
+    assert (audit.delivered, audit.last_active) == (0, "")
+    assert mailer.last_active >= mailer.created > ""
+    assert (audit.is_pull, audit.metadata) == (True, {})
+
+
+def test_a_stream_that_is_not_there_has_no_consumers(place: Place) -> None:
+    assert place.broker.consumers(f"{place.env}-none") == []
+    assert place.broker.consumers(place.stream) == []
+
+
 def test_there_is_no_report_on_what_does_not_exist(place: Place) -> None:
     assert place.broker.stream_info(f"{place.env}-none") is None
     assert place.broker.consumer_info(place.stream, "none") is None
