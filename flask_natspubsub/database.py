@@ -365,7 +365,8 @@ class Leases:
         table = self.table
         left = (table.c.expires_at - database_now()).label("seconds_left")
         with self._database.begin() as connection:
-            rows = connection.execute(sa.select(table.c.name, table.c.owner, left))
+            query = sa.select(table.c.name, table.c.owner, left)
+            rows = connection.execute(query.where(table.c.owner != ""))
             return [dict(row) for row in rows.mappings()]
 
     def _is(self, lease: Lease) -> sa.ColumnElement[bool]:

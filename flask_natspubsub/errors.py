@@ -7,6 +7,7 @@
     ├── RegistrationError         a subscriber that cannot work as declared
     ├── InvalidTopic              a topic or subject that NATS cannot address
     ├── TopologyError             streams on the server that stand in the way
+    ├── ReplayRefused             a dead letter that may not go where it asks to
     ├── DecodingError             bytes that are not one of our messages
     ├── BrokerError               a call to the broker that failed
     ├── DatabaseError             a transaction of the extension's own that failed
@@ -14,6 +15,7 @@
     └── PublishError              a message that was not (provably) stored
         ├── EncodingError         the message has no JSON form
         ├── PayloadTooLarge       more bytes than the server takes
+        ├── NotASubject           no message can be sent to this
         ├── NoStreamForSubject    no stream stores this subject
         ├── PublishDenied         the server refuses this user or this message
         ├── NotConnected          no server within the time allowed
@@ -70,6 +72,12 @@ class InvalidTopic(NatsPubsubError, ValueError):
     """A topic is empty, has an empty token, or a wildcard where none is allowed."""
 
     code = "invalid-topic"
+
+
+class ReplayRefused(NatsPubsubError):
+    """A dead letter asks to be sent where nobody may send it; it stays."""
+
+    code = "replay-refused"
 
 
 class TopologyError(NatsPubsubError):
@@ -171,6 +179,13 @@ class PublishDenied(PublishError):
     """The server refused the message: permissions, or a limit of the stream."""
 
     code = "publish-denied"
+    temporary = False
+
+
+class NotASubject(PublishError, ValueError):
+    """A message was to be sent to what is no subject; nothing was sent."""
+
+    code = "not-a-subject"
     temporary = False
 
 

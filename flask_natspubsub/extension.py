@@ -325,11 +325,11 @@ class NatsPubsub:
 
     @property
     def dead_letters(self) -> DeadLetters:
-        """The dead letters of the app's environment: iterate, ``get``, ``replay``, ``discard``."""
+        """The app's dead letters: iterate, ``list``, ``get``, ``replay``, ``discard``."""
         from .subscribing.deadletters import DeadLetters
 
         state = self.state()
-        return DeadLetters(state.broker(), state.settings)
+        return DeadLetters(state.broker(), state.settings, state.subscriptions)
 
     @property
     def sent_events(self) -> SentEvents:

@@ -38,7 +38,7 @@ class Persistence:
     ) -> None:
         self.database = Database(app, db, metadata, settings.bind_key)
         self.tables = define_tables(self.database.metadata)
-        self.inbox = Inbox(self.database, define_table(self.database.metadata))
+        self.inbox = Inbox(self.database, define_table(self.database.metadata), self.tables.lease)
         self.store = OutboxStore(self.database, self.tables)
         self.writer = OutboxWriter(
             self.database, self.tables, settings.outbox_partitions, committed

@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "persistence.py",  # puts the three together
         "publishing/changes.py",  # model events are SQLAlchemy's own
         "subscribing/inbox.py",
+        "subscribing/inbox_takeover.py",
     },
     "pytest": {"testing/plugin.py"},
 }
@@ -56,6 +57,7 @@ IMPORTS_IN_FUNCTIONS = {
     ("brokers/nats.py", "nkeys"): "optional dependency",
     ("brokers/loop.py", "uvloop"): "optional",
     ("publishing/publisher.py", "concurrent.futures"): "for publish_nowait only",
+    ("publishing/publisher.py", "brokers.threads"): "brings asyncio; for publish_nowait only",
     ("extension.py", "asyncio"): "costs as much as Flask; whoever awaits has it already",
     ("extension.py", "worker.runner"): "brings asyncio",
     ("extension.py", "subscribing.deadletters"): "rarely used",
@@ -64,7 +66,7 @@ IMPORTS_IN_FUNCTIONS = {
     ("state.py", "persistence"): "SQLAlchemy is optional",
 }
 
-MAX_FILE_LINES = 400
+MAX_FILE_LINES = 500
 MAX_MEDIAN_FUNCTION_LINES = 10
 MAX_LONG_FUNCTION_LINES = 45
 

@@ -140,11 +140,19 @@ class Delivery(ABC):
 
 
 class ConsumerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What a durable pull consumer should be; see the wire format, section Consumers."""
+    """What a durable pull consumer should be; see the wire format, section Consumers.
+
+    :param app: the app of its subscriber; with ``subscriber`` it says whose the consumer is, since
+        two pairs may make one durable name: ``shop-eu`` and ``new``, ``shop`` and ``eu-new``.
+    :param start_after: the sequence of the stream behind which a new consumer begins.
+    """
 
     stream: str
     durable: str
     filter_subjects: tuple[str, ...]
+    app: str = ""
+    subscriber: str = ""
+    start_after: int = 0
     ack_wait: float = 30.0
     deliver_policy: DeliverPolicy = "all"
     max_ack_pending: int = 1000
@@ -276,6 +284,9 @@ class Broker(ABC):
     time and ``BrokerError`` when the server does not answer or refuses.
     """
 
+    #: Whether the server has refused to let this user read stored messages.
+    reads_denied = False
+
     @property
     @abstractmethod
     def is_connected(self) -> bool:
@@ -374,6 +385,12 @@ class Broker(ABC):
     @abstractmethod
     def get_message(self, stream: str, sequence: int) -> StoredMessage | None:
         """Read one message; None if it is gone."""
+
+    def get_messages(
+        self, places: Sequence[tuple[str, int]], timeout: float
+    ) -> list[StoredMessage | None]:
+        """Read several messages, each by stream and sequence; None for each that is gone."""
+        return [self.get_message(stream, sequence) for stream, sequence in places]
 
     @abstractmethod
     def messages(

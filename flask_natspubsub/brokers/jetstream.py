@@ -26,13 +26,15 @@ from .base import (
     StreamConfig,
     StreamInfo,
 )
-from .wire import parse_headers
+from .wire import check_subject, parse_headers
 
 STREAM_NOT_FOUND = 10059
 STREAM_NAME_IN_USE = 10058
 CONSUMER_NOT_FOUND = 10014
 MESSAGE_NOT_FOUND = 10037
 SETUP_LOCK_SECONDS = 10.0
+#: So many messages, of a megabyte each perhaps, are read at once.
+READ_AT_ONCE = 16
 #: What the server itself writes into the metadata of a consumer begins so.
 SERVER_METADATA = "_nats."
 NANO = 1_000_000_000
@@ -65,7 +67,8 @@ class JetStreamApi:
     async def call(self, verb: str, body: Json | None = None) -> Json:
         """Call ``$JS.API.<verb>``; ApiError if the server says no."""
         payload = encode_value(body) if body is not None else b""
-        reply = cast(Json, decode_value(await self._request(f"$JS.API.{verb}", payload)))
+        subject = check_subject(f"$JS.API.{verb}")
+        reply = cast(Json, decode_value(await self._request(subject, payload)))
         if "error" in reply:
             raise ApiError(verb, reply["error"])
         return reply
@@ -182,13 +185,16 @@ class JetStreamApi:
         # A stream that has lost its end gives the same numbers again: none may be left out.
         last = ((stream or {}).get("state") or {}).get("last_seq", after.sequence)
         known = after.stream_created == created and after.sequence <= last
-        start = after.sequence if known else 0
+        start = after.sequence if known else config.start_after
         wanted = consumer_body(config, start)
         current = await self.consumer(config.stream, config.durable)
         if current is not None:
+            metadata = current["config"].get("metadata") or {}
+            topology.refuse_other_owner(config, metadata)
+            wanted["metadata"] = metadata | wanted["metadata"]
             kept = {"deliver_policy", "opt_start_seq", "replay_policy"}
             changed = {k: v for k, v in wanted.items() if k not in kept}
-            have = dict(current["config"])
+            have = {"metadata": {}, **current["config"]}
             if "filter_subject" in have:
                 have["filter_subjects"] = [have.pop("filter_subject")]
             if all(have.get(key) == value for key, value in changed.items()):
@@ -212,6 +218,15 @@ class JetStreamApi:
         missing = [MESSAGE_NOT_FOUND, STREAM_NOT_FOUND]
         reply = await self.find(f"STREAM.MSG.GET.{stream}", query, missing)
         return None if reply is None else _stored_message(stream, reply["message"])
+
+    async def messages(self, places: Sequence[tuple[str, int]]) -> list[StoredMessage | None]:
+        """Read several messages, each by stream and sequence, some at a time."""
+        found: list[StoredMessage | None] = []
+        for start in range(0, len(places), READ_AT_ONCE):
+            some = places[start : start + READ_AT_ONCE]
+            asked = (self.message(stream, {"seq": sequence}) for stream, sequence in some)
+            found += await asyncio.gather(*asked)
+        return found
 
     async def delete_message(self, stream: str, sequence: int) -> bool:
         """Delete one message; False if it was gone."""
@@ -304,6 +319,7 @@ def consumer_body(config: ConsumerConfig, after: int) -> Json:
         "max_deliver": -1,
         "max_ack_pending": config.max_ack_pending,
         "filter_subjects": list(config.filter_subjects),
+        "metadata": topology.owner_metadata(config),
     }
     if after:
         body |= {"deliver_policy": "by_start_sequence", "opt_start_seq": after + 1}

@@ -25,9 +25,10 @@ from .base import (
     StreamConfig,
     StreamInfo,
 )
+from .storing import MESSAGE_ID
+from .topology import owner_metadata, refuse_other_owner
 from .wire import header_block
 
-MESSAGE_ID = "Nats-Msg-Id"
 #: Seconds by which something may come early: sums of floats near 2e9 are not exact.
 _ROUNDING = 1e-5
 #: What the server's file store adds to each message: record header and checksum.
@@ -179,6 +180,8 @@ class MemoryStream:
                 )
         _refuse_overlapping_filters(config)
         consumer = self.consumers.get(config.durable)
+        if consumer is not None:
+            refuse_other_owner(config, owner_metadata(consumer.config))
         if consumer is None:
             consumer = self.consumers[config.durable] = MemoryConsumer(self, config, now)
         else:
@@ -239,7 +242,7 @@ class MemoryConsumer:
 
     def _first_cursor(self) -> int:
         if self.config.deliver_policy == "all":
-            return 0
+            return self.config.start_after
         newest = self._stream.newest(self.config.filter_subjects)
         if self.config.deliver_policy == "last" and newest is not None:
             return newest.sequence - 1
@@ -353,6 +356,7 @@ class MemoryConsumer:
             ack_floor=self.floor,
             created=_timestamp(self._created),
             last_active=_timestamp(self._active) if self._active is not None else "",
+            metadata=owner_metadata(self.config),
             pending=sum(1 for _ in new),
             ack_pending=len(self._pending),
             redelivered=sum(1 for pending in self._pending.values() if pending.attempts > 1),

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import msgspec
 
-from ..errors import NoStreamForSubject, NotConnected, PublishDenied, PublishError
+from ..errors import NoStreamForSubject, NotASubject, NotConnected, PublishDenied, PublishError
 from ..settings import Settings
 from ..text import get_logger
 from .answers import result_of, too_large
@@ -226,10 +226,15 @@ class PublishWindow:
                 continue
             self._token += 1
             reply = f"{self._prefix}{self._token}"
+            try:
+                encoded = frame(message.subject, message.payload, reply, headers)
+            except NotASubject as error:
+                item.settle(error)
+                continue
+            frames.append(encoded)
             self._in_flight[reply] = item
             self._bytes += item.size
             item.sent = True
-            frames.append(frame(message.subject, message.payload, reply, headers))
             if len(frames) == WRITE:
                 # A loop may write at the end of its turn only: the server can begin while the
                 # others are encoded.

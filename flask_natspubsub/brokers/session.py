@@ -361,6 +361,11 @@ class JetStreamBroker(Broker):
     def get_message(self, stream: str, sequence: int) -> StoredMessage | None:  # noqa: D102
         return self._ask(lambda api: api.message(stream, {"seq": sequence}), API_TIMEOUT + 1)
 
+    def get_messages(  # noqa: D102
+        self, places: Sequence[tuple[str, int]], timeout: float
+    ) -> list[StoredMessage | None]:
+        return self._ask(lambda api: api.messages(places), timeout)
+
     def messages(  # noqa: D102
         self, stream: str, subject: str = ">", *, after: int = 0
     ) -> Iterator[StoredMessage]:

@@ -7,14 +7,14 @@ else is changed; another stream on the same subjects is an error that names both
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from ..errors import TopologyError
 from ..messages.subjects import covers, overlaps
 from ..settings import Settings
-from .base import Change, StreamConfig, StreamInfo
+from .base import Change, ConsumerConfig, StreamConfig, StreamInfo
 
 _DAY = 24 * 3600.0
 
@@ -68,6 +68,35 @@ def refuse_volatile(info: StreamInfo | None, settings: Settings) -> None:
         "Make it anew with file storage and persist_mode default, or set "
         "NATSPUBSUB_ALLOW_VOLATILE_STREAMS.",
     )
+
+
+#: Whose a consumer is, in its metadata (ADR-33).
+OWNER_APP, OWNER_SUBSCRIBER = "natspubsub.app", "natspubsub.subscriber"
+
+
+def owner_metadata(config: ConsumerConfig) -> dict[str, str]:
+    """Return what is written on a consumer to say whose it is."""
+    if not config.subscriber:
+        return {}
+    return {OWNER_APP: config.app, OWNER_SUBSCRIBER: config.subscriber}
+
+
+def refuse_other_owner(config: ConsumerConfig, metadata: Mapping[str, str]) -> None:
+    """Refuse a consumer that is another subscriber's: each would get a part of the messages.
+
+    :param metadata: of the consumer that is there; one made before there was any is nobody's.
+    :raises TopologyError: naming both.
+    """
+    app, subscriber = metadata.get(OWNER_APP), metadata.get(OWNER_SUBSCRIBER)
+    if not config.subscriber or subscriber is None:
+        return
+    if (app, subscriber) != (config.app, config.subscriber):
+        raise TopologyError(
+            f"The consumer {config.durable!r} on the stream {config.stream!r} is that of the "
+            f"subscriber {subscriber!r} of the app {app!r}, and the subscriber "
+            f"{config.subscriber!r} of the app {config.app!r} would have the same one.",
+            "Give one of them another name=...",
+        )
 
 
 def wakeup_subject(settings: Settings) -> str:

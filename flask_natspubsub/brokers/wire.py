@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ..errors import NotASubject
+from ..messages.subjects import is_subject
 from ..text import get_logger
 
 _log = get_logger("flask_natspubsub.broker")
@@ -39,8 +41,28 @@ def header_block(headers: Mapping[str, str]) -> bytes:
     return f"{text}\r\n".encode(errors="replace")
 
 
+def check_subject(subject: str) -> str:
+    """Return ``subject`` if a message can be sent to it, whoever asks for that.
+
+    :raises NotASubject: it is empty, has a blank, something unprintable, an empty token or a
+        wildcard: on the wire it would be another subject, or another line.
+    """
+    if not is_subject(subject):
+        raise NotASubject(
+            f"{subject!r:.200} is not a subject that a message can be sent to.",
+            "A subject is printable tokens joined by dots, without blanks and wildcards.",
+        )
+    return subject
+
+
 def frame(subject: str, payload: bytes, reply: str = "", headers: bytes = b"") -> bytes:
-    """Encode one message as the server reads it; ``headers`` as ``header_block`` makes them."""
+    """Encode one message as the server reads it; ``headers`` as ``header_block`` makes them.
+
+    :raises NotASubject: ``subject`` or ``reply`` is none.
+    """
+    if not is_subject(subject) or not (reply.isprintable() and " " not in reply):
+        check_subject(subject)
+        check_subject(reply)
     size = len(headers)
     if size:
         line = f"HPUB {subject} {reply} {size} {size + len(payload)}\r\n"

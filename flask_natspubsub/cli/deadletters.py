@@ -15,7 +15,7 @@ import click
 from ..errors import DecodingError, NatsPubsubError, NotConnected
 from ..messages.codec import decode_value
 from ..state import AppState
-from ..subscribing.deadletters import DeadLetterRecord, DeadLetters, checked_id
+from ..subscribing.deadletters import ANY_APP, DeadLetterRecord, DeadLetters, checked_id
 from ..text import printable
 from .group import Misused, end, natspubsub, onlooker
 from .output import (
@@ -31,6 +31,7 @@ Command = Callable[..., Any]
 
 _FIELDS = (
     "id",
+    "app",
     "subscriber",
     "topic",
     "reason",
@@ -61,7 +62,18 @@ def _all_of(*options: Command) -> Command:
     return decorate
 
 
+_whose = _all_of(
+    click.option("--app", metavar="NAME", help="Those of another app.  [default: this app]"),
+    click.option("--all-apps", is_flag=True, help="Those of all apps of the environment."),
+)
 _filters = _all_of(
+    _whose,
+    click.option(
+        "--peers",
+        is_flag=True,
+        help="Also those that the JavaScript and Ruby packages keep among the events, where "
+        "whoever publishes can write as well.",
+    ),
     click.option("--subscriber", metavar="NAME", help="Only those of this subscriber."),
     click.option("--topic", help="Only those of this topic; may have wildcards."),
     click.option("--older-than", type=duration, help="Only older ones, such as 10m."),
@@ -81,16 +93,24 @@ _filters = _all_of(
     "--after", type=checked_id, metavar="ID", help="Only those after this one: the next page."
 )
 @json_option
-def list_command(state: AppState, as_json: bool, **filters: Any) -> None:
-    """List dead letters, oldest first."""
+def list_command(
+    state: AppState, as_json: bool, app: str | None, all_apps: bool, **filters: Any
+) -> None:
+    """List the app's dead letters, oldest first."""
     with onlooker(state):
-        records = list(state.extension.dead_letters.list(**filters))
+        records = list(state.extension.dead_letters.list(app=_app(app, all_apps), **filters))
     if as_json:
         print_json([_summary(record) for record in records])
     elif not records:
         click.echo("No dead letters.")
     else:
         _print_records(records)
+
+
+def _app(app: str | None, all_apps: bool) -> str | None:
+    if app and all_apps:
+        raise Misused("--app and --all-apps exclude each other.")
+    return ANY_APP if all_apps else app
 
 
 def _summary(record: DeadLetterRecord) -> dict[str, Any]:
@@ -100,11 +120,12 @@ def _summary(record: DeadLetterRecord) -> dict[str, Any]:
 
 def _print_records(records: Iterable[DeadLetterRecord]) -> None:
     print_table(
-        ("ID", "SINCE (UTC)", "SUBSCRIBER", "TOPIC", "EVENT", "TRIES", "REASON", "ERROR"),
+        ("ID", "SINCE (UTC)", "APP", "SUBSCRIBER", "TOPIC", "EVENT", "TRIES", "REASON", "ERROR"),
         [
             (
                 record.id,
                 f"{record.stored_at:%Y-%m-%d %H:%M:%S}",
+                record.app,
                 record.subscriber,
                 record.topic,
                 record.event_id[-8:],  # as in the worker's log
@@ -122,15 +143,17 @@ def _print_records(records: Iterable[DeadLetterRecord]) -> None:
     examples=["flask natspubsub dlq show 12", "flask natspubsub dlq show 12 --raw > body.json"],
 )
 @click.argument("record_id", metavar="ID")
-@click.option("--raw", is_flag=True, help="Write the body only, byte for byte.")
+@click.option("--raw", is_flag=True, help="Write the body only, byte for byte, to a file.")
 @json_option
 def show_command(state: AppState, record_id: str, raw: bool, as_json: bool) -> None:
-    """Show one dead letter: why it is here, its headers and its body."""
+    """Show one dead letter, of any app: why it is here, its headers and its body."""
     if raw and as_json:
         raise Misused("--raw and --json exclude each other.")
+    if raw and is_terminal(sys.stdout):
+        raise Misused("--raw may write what harms a terminal; add: > body")
     with onlooker(state):
         letters = state.extension.dead_letters
-        (record,) = _get(letters, [record_id])
+        (record,) = _get(letters, [record_id], ANY_APP)
         body = letters.body(record)
     if raw:
         sys.stdout.buffer.write(body)
@@ -144,16 +167,21 @@ def show_command(state: AppState, record_id: str, raw: bool, as_json: bool) -> N
         click.echo(f"\nbody\n{_readable(body)}")
 
 
-def _get(letters: DeadLetters, ids: Iterable[str]) -> list[DeadLetterRecord]:
+def _get(letters: DeadLetters, ids: Iterable[str], app: str | None) -> list[DeadLetterRecord]:
     records = []
     for record_id in dict.fromkeys(ids):
-        record = letters.get(record_id)
+        record = letters.get(record_id, app=app)
         if record is None:
-            raise click.ClickException(
-                f"There is no dead letter {printable(record_id)!r}. 'dlq list' has their ids."
-            )
+            raise click.ClickException(_no_such_letter(letters, record_id))
         records.append(record)
     return records
+
+
+def _no_such_letter(letters: DeadLetters, record_id: str) -> str:
+    other = letters.get(record_id, app=ANY_APP)
+    if other is not None:
+        return f"The dead letter {record_id} is of the app {other.app!r}: add --app {other.app}."
+    return f"There is no dead letter {printable(record_id)!r}. 'dlq list' has their ids."
 
 
 def _json_body(body: bytes) -> dict[str, Any]:
@@ -199,14 +227,18 @@ _bulk_options = _all_of(
 @click.option(
     "--force", is_flag=True, help="Handle them even if the inbox says that they were handled."
 )
-def replay_command(state: AppState, force: bool, **options: Any) -> None:
+@click.option("--to", metavar="NAME", help="To this subscriber, such as one that was renamed.")
+def replay_command(state: AppState, force: bool, to: str | None, **options: Any) -> None:
     """Send dead letters again, each to the subscriber that gave it up, and remove them.
 
-    Which ones: their ids, or filters, or --all. What fails once more becomes a dead letter
-    again and is not replayed a second time by the same command.
+    Which ones: their ids, or filters, or --all of this app's. What fails once more becomes a
+    dead letter again and is not replayed a second time by the same command.
     """
     _in_bulk(
-        state, "replay", lambda letters, record: letters.replay(record, force=force), **options
+        state,
+        "replay",
+        lambda letters, record: letters.replay(record, force=force, to=to),
+        **options,
     )
 
 
@@ -221,7 +253,7 @@ def replay_command(state: AppState, force: bool, **options: Any) -> None:
 def discard_command(state: AppState, **options: Any) -> None:
     """Delete dead letters for good.
 
-    Which ones: their ids, or filters, or --all.
+    Which ones: their ids, or filters, or --all of this app's.
     """
     _in_bulk(state, "discard", lambda letters, record: letters.discard(record), **options)
 
@@ -235,12 +267,14 @@ def _in_bulk(
     yes: bool,
     rate: float | None,
     as_json: bool,
+    app: str | None,
+    all_apps: bool,
     **which: Any,
 ) -> None:
     _check_choice(verb, **which)
     with onlooker(state):
         letters = state.extension.dead_letters
-        records = _chosen(letters, **which)
+        records = _chosen(letters, app=_app(app, all_apps), **which)
         if dry_run:
             _report_dry_run(verb, records, as_json)
             return
@@ -249,7 +283,9 @@ def _in_bulk(
     _report(verb, records, failed, as_json)
 
 
-def _check_choice(verb: str, *, ids: tuple[str, ...], everything: bool, **filters: Any) -> None:
+def _check_choice(
+    verb: str, *, ids: tuple[str, ...], everything: bool, peers: bool, **filters: Any
+) -> None:
     filtered = any(value is not None for value in filters.values())
     if ids and (filtered or everything):
         raise Misused("Give either ids or filters, not both.")
@@ -258,10 +294,10 @@ def _check_choice(verb: str, *, ids: tuple[str, ...], everything: bool, **filter
 
 
 def _chosen(
-    letters: DeadLetters, *, ids: tuple[str, ...], everything: bool, **filters: Any
+    letters: DeadLetters, *, ids: tuple[str, ...], everything: bool, app: str | None, **filters: Any
 ) -> list[DeadLetterRecord]:
     """Return all of them at once: one that fails again meanwhile comes back as another."""
-    return _get(letters, ids) if ids else list(letters.list(**filters))
+    return _get(letters, ids, app) if ids else list(letters.list(app=app, **filters))
 
 
 def _confirm(verb: str, count: int, yes: bool) -> None:

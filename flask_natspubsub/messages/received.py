@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import msgspec
 
 from ..errors import DecodingError
+from ..text import printable
 from .codec import decode_object, is_surely_shallow
 from .envelope import CONTROL, MAX_IDENTIFIER_LENGTH
 from .ids import parse_timestamp
@@ -22,6 +23,7 @@ from .subjects import topic_of
 class Received(msgspec.Struct, frozen=True, gc=False):
     """One message as it was received.
 
+    :param event_id: of a message without one, its place in the stream: ``is_named`` is False.
     :param message: its body.
     :param data: what ``message`` was decoded from, with everything around it.
     """
@@ -36,6 +38,7 @@ class Received(msgspec.Struct, frozen=True, gc=False):
     causation_id: str | None
     occurred: str | None
     data: bytes
+    is_named: bool = True
 
     # Few handlers ask for these, and to make them takes as long as all else here.
 
@@ -61,9 +64,10 @@ def read(
     :raises DecodingError: no JSON object, or none with a message in it.
     """
     fields = _usual_fields(data) or _lenient_fields(decode_object(data))
+    event_id = fields.event_id or _header_id(headers)
     return Received(
-        fields.event_id or _header_id(headers) or f"{stream}:{sequence}",
-        fields.topic or topic_of(subject),
+        event_id or f"{stream}:{sequence}",
+        fields.topic or printable(topic_of(subject)),
         fields.message,
         fields.message_type,
         fields.producer,
@@ -72,6 +76,7 @@ def read(
         fields.causation_id,
         fields.occurred_at,
         data,
+        event_id is not None,
     )
 
 

@@ -14,6 +14,8 @@ from ..errors import InvalidTopic
 
 #: App names that would collide with subjects the streams use themselves.
 RESERVED_APP_NAMES = frozenset({"dlq", "events"})
+#: The first token of topics that are for dead letters: the peers' packages keep theirs there.
+RESERVED_TOPIC = "dlq"
 
 #: Longest subject that is used, in characters.
 MAX_SUBJECT_LENGTH = 255
@@ -23,8 +25,6 @@ _PART = r"[A-Za-z0-9_-]+"
 _NOT_IN_NAME = r"[^A-Za-z0-9_-]+"
 _NOT_IN_TOPIC = r"[^a-z0-9_.-]"
 _NOT_IN_PATTERN = r"[^a-z0-9_.*>-]"
-_NOT_IN_SUBJECT = r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]"
-_SURROGATE = r"[\ud800-\udfff]"
 
 
 def slug(name: str) -> str:
@@ -38,19 +38,27 @@ def slug(name: str) -> str:
 def normalize_topic(topic: str, *, wildcards: bool = False) -> str:
     """Return ``topic`` as it stands in a subject: lower case, other characters as ``_``.
 
+    Only ASCII: of other scripts nothing but ``_`` would be left, the same for every word of one
+    length.
+
     :param wildcards: allow ``*`` and a last ``>`` as whole tokens, as subscriptions do.
-    :raises InvalidTopic: not text, blank, an empty token, or a wildcard out of place.
+    :raises InvalidTopic: not text, not ASCII, blank, an empty token, a wildcard out of place, or,
+        without ``wildcards``, a topic that is for dead letters.
     """
     _check_text(topic)
     if not topic.strip():
         raise InvalidTopic("The topic is blank.", "Use a name such as 'order.created'.")
-    if re.search(_SURROGATE, topic):
-        raise _invalid("topic", topic, "is not valid Unicode text")
+    if not topic.isascii():
+        raise _not_ascii("topic", topic)
     if not wildcards and ("*" in topic or ">" in topic):
         raise _invalid("topic", topic, "has a wildcard; only subscriptions may have one")
     unwanted = _NOT_IN_PATTERN if wildcards else _NOT_IN_TOPIC
     normal = re.sub(unwanted, "_", topic.lower())
     _check_tokens("topic", normal)
+    if not wildcards and normal.split(".", 1)[0] == RESERVED_TOPIC:
+        raise InvalidTopic(
+            f"The topic {_short(topic)} is for dead letters.", "Begin it with another word."
+        )
     return normal
 
 
@@ -98,10 +106,21 @@ def check_filter(subject: str) -> str:
     :raises InvalidTopic: blanks, control characters, empty tokens, wildcards out of place.
     """
     _check_text(subject, "subject")
-    if re.search(_NOT_IN_SUBJECT, subject):
+    if not subject.isprintable() or " " in subject:
         raise _invalid("subject", subject, "has a space or control character")
     _check_tokens("subject", subject)
     return _checked_length(subject)
+
+
+@lru_cache(maxsize=4096)
+def is_subject(subject: str) -> bool:
+    """Tell whether a message can be sent to ``subject``: printable tokens without wildcards.
+
+    Stricter than the server, which would take control characters and wildcards as they are.
+    """
+    if not subject.isprintable() or " " in subject:
+        return False
+    return all(token and token not in ("*", ">") for token in subject.split("."))
 
 
 def matches(pattern: str, subject: str) -> bool:
@@ -179,6 +198,15 @@ def _invalid(what: str, name: str, problem: str) -> InvalidTopic:
     return InvalidTopic(
         f"The {what} {_short(name)} {problem}.",
         "Use tokens of letters, digits, '_' and '-' joined by dots, such as 'order.created'.",
+    )
+
+
+def _not_ascii(what: str, name: str) -> InvalidTopic:
+    odd = next(char for char in name if not char.isascii())
+    return InvalidTopic(
+        f"The {what} {_short(name)} has {odd!r}: in a subject it would be '_', as any other such "
+        f"letter, so different {what}s would be one.",
+        "Use ASCII letters, digits, '_' and '-' joined by dots, such as 'order.created'.",
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..brokers.base import Broker, StoredAck, Ticket
+from ..brokers.storing import Result, checked
 from ..brokers.wire import header_block
 from ..errors import PayloadTooLarge, PublishError
 from ..messages.lineage import current_lineage
@@ -115,6 +116,8 @@ class Publisher:
         """Publish and return a future of the receipt."""
         from concurrent.futures import Future  # not for everybody: it takes a hundredth of Flask
 
+        from ..brokers.threads import start_thread  # brings asyncio
+
         prepared = self.prepare_all([draft])
         future: Future[PublishReceipt] = Future()
         future.set_running_or_notify_cancel()
@@ -122,18 +125,31 @@ class Publisher:
             future.set_result(self._write(prepared)[0])
             return future
 
-        def done(ticket: Ticket) -> None:
+        def settle(results: Sequence[Result]) -> None:
             try:
-                future.set_result(self._receipts(prepared, ticket)[0])
+                future.set_result(self._receipts(prepared, results)[0])
             except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
                 # Without the frames of the loop's thread: through them it would keep itself alive.
                 future.set_exception(error.with_traceback(None))
+
+        def look() -> None:
+            settle(checked([prepared[0].outgoing], ticket.results, broker, seconds))
+
+        def done(ticket: Ticket) -> None:
+            result = ticket.results[0]
+            if isinstance(result, StoredAck) and result.duplicate and not broker.reads_denied:
+                # The broker's thread must not wait for what it is asked itself.
+                start_thread(look, "natspubsub-duplicate")
+            else:
+                settle(ticket.results)
 
         if self.breaker.failures:
             self.breaker.check()
         seconds = self._settings.publish_timeout if timeout is None else timeout
         self._calls_back = True
-        self._broker().submit([prepared[0].outgoing], seconds).on_done(done)
+        broker = self._broker()
+        ticket = broker.submit([prepared[0].outgoing], seconds)
+        ticket.on_done(done)
         return future
 
     def prepare_all(self, drafts: Iterable[Draft]) -> list[Prepared]:
@@ -203,11 +219,14 @@ class Publisher:
                 "A thread that keeps the interpreter busy may starve it.",
                 outcome="unknown",
             )
-        return self._receipts(prepared, ticket)
+        results = checked([item.outgoing for item in prepared], ticket.results, broker, seconds)
+        return self._receipts(prepared, results)
 
-    def _receipts(self, prepared: Sequence[Prepared], ticket: Ticket) -> list[PublishReceipt]:
+    def _receipts(
+        self, prepared: Sequence[Prepared], results: Sequence[Result]
+    ) -> list[PublishReceipt]:
         receipts = []
-        for item, result in zip(prepared, ticket.results, strict=True):
+        for item, result in zip(prepared, results, strict=True):
             if type(result) is StoredAck:
                 receipts.append(item.receipt(result))
         if message_published.receivers:
@@ -217,13 +236,13 @@ class Publisher:
             if self.breaker.failures:
                 self.breaker.success()
             return receipts
-        raise self._failure(prepared, ticket)
+        raise self._failure(prepared, results)
 
-    def _failure(self, prepared: Sequence[Prepared], ticket: Ticket) -> PublishError:
+    def _failure(self, prepared: Sequence[Prepared], answers: Sequence[Result]) -> PublishError:
         """Count the failure, and return the error for all: theirs, or ``PartlyPublished``."""
         results = [
-            item.receipt(result) if isinstance(result, StoredAck) else cast(PublishError, result)
-            for item, result in zip(prepared, ticket.results, strict=True)
+            item.receipt(answer) if isinstance(answer, StoredAck) else cast(PublishError, answer)
+            for item, answer in zip(prepared, answers, strict=True)
         ]
         errors = [result for result in results if isinstance(result, PublishError)]
         if any(error.temporary for error in errors):

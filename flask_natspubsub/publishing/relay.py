@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..brokers.base import Broker, CoreMessage, Ticket
+from ..brokers.base import Broker, CoreMessage, StoredAck, Ticket
+from ..brokers.storing import LOOK_TIMEOUT, Result, checked
 from ..brokers.topology import wakeup_subject
 from ..errors import NatsPubsubError, PublishError
 from ..settings import Settings
@@ -314,7 +315,7 @@ class Relay:
             if ticket is None:
                 break
             ticket.wait(self._timeout + STUCK)
-            stuck |= done.add(rows, ticket.results)
+            stuck |= done.add(rows, self._checked(rows, ticket.results, held))
             self._watch.note([(r.event_id, done.sent[r.id]) for r in rows if r.id in done.sent])
             if done.errors and time.monotonic() - self.beat > self._timeout / 2:
                 break  # no answer came, and to wait for the others would take as long again
@@ -322,6 +323,15 @@ class Relay:
         if errors and not done.sent and all(error.temporary for error in errors):
             raise errors[0]
         return done
+
+    def _checked(
+        self, rows: Sequence[DueRow], results: Sequence[Result], held: _Held
+    ) -> Sequence[Result]:
+        """Look whether what the stream calls duplicates are ours; see ``brokers.storing``."""
+        duplicates = [r for r in results if isinstance(r, StoredAck) and r.duplicate]
+        if not duplicates or not self._is_ours(held, self._timeout + LOOK_TIMEOUT):
+            return results
+        return checked([row.message for row in rows], results, self._broker, self._timeout)
 
     def _mark(self, held: _Held, done: Published) -> None:
         failures = {row.id: self._failure(row, error) for row, error in done.errors.values()}

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..brokers.base import Broker, StoredAck, StreamInfo
+from ..brokers.storing import is_known_as
 from ..text import get_logger
 from .store import OutboxStore
 from .streams import StreamRecord
@@ -142,7 +143,7 @@ class StreamWatch:
         if not seen.event_id or seen.sequence < info.first_sequence:
             return ""
         message = self._broker.get_message(name, seen.sequence)
-        if message is None or message.headers.get("Nats-Msg-Id") == seen.event_id:
+        if message is None or is_known_as(message.headers, seen.event_id):
             return ""
         return f"its message number {seen.sequence} is not the one that was acknowledged"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ..brokers.base import Broker, StreamInfo
+from ..brokers.storing import is_known_as
 from ..messages.ids import parse_timestamp
 from ..text import get_logger
 
@@ -79,7 +80,7 @@ class Locator:
             return "missing" if self._is_of_another(row, info) else "expired"
         message = self._broker.get_message(row.stream, row.sequence)
         if message is not None:
-            found = message.headers.get("Nats-Msg-Id") == row.event_id
+            found = is_known_as(message.headers, row.event_id)
             return "present" if found else self._unless_old(row, info)
         if info.config.retention != "limits" or info.max_msgs_per_subject > 0:
             return "expired"  # consumed, or followed by another of its subject

@@ -6,9 +6,27 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-from ..brokers.base import StoredMessage
+from ..brokers.base import Delivery, StoredMessage
 from ..errors import DecodingError
 from ..messages.codec import decode_object, encode_value
+from ..messages.received import Received, read
+from .replays import number
+
+BODY_OMITTED = "x-dlq-body-omitted"
+
+
+def try_read(
+    source: Delivery | StoredMessage, subject: str, data: bytes | None = None
+) -> Received | None:
+    """Read the message in a delivery or a dead letter; None if it is none.
+
+    :param data: instead of the bytes of ``source``.
+    """
+    body = source.data if data is None else data
+    try:
+        return read(body, source.headers, subject, source.stream, source.sequence)
+    except DecodingError:
+        return None
 
 
 def values_of(stored: StoredMessage) -> dict[str, Any]:
@@ -78,9 +96,3 @@ def _common(values: Mapping[str, Any]) -> dict[str, Any]:
         "original_sequence": values.get("stream_sequence") or values.get("sequence"),
         "at": values.get("published_at") or values.get("occurred_at") or values.get("timestamp"),
     }
-
-
-def number(value: object) -> int:
-    """Return the whole number that ``value`` is or spells; 0 if it is none."""
-    text = str(value)
-    return int(text) if text.isdecimal() and len(text) < 10 else 0

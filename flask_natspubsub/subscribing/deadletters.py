@@ -1,8 +1,9 @@
-"""Messages given up on: keeping them, reading them, sending them again.
+"""Dead letters: reading them, sending them again, discarding them.
 
-A dead letter is the original message, byte for byte, with headers that say why and where
-from; see the wire format. It is stored before the original is terminated, so a message is in
-one place or the other whatever dies in between.
+What lies there is data: of another app, of another package, of whoever may publish. So a record
+is believed as far as its place goes. Only the dead letter stream is looked at, whose subjects an
+app shares with nobody; a letter goes where its writer might have published by itself, or is sent
+as it is still stored where it came from; and never to the server's own subjects.
 """
 
 from __future__ import annotations
@@ -10,143 +11,29 @@ from __future__ import annotations
 import datetime as dt
 import heapq
 import itertools
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
-from ..brokers.base import Broker, Delivery, OutgoingMessage, StoredAck, StoredMessage
-from ..errors import BrokerError, DecodingError, PayloadTooLarge, PublishError
-from ..messages.ids import now_timestamp
-from ..messages.received import Received, read
-from ..messages.subjects import dead_letter_subject, matches, normalize_topic, topic_of
+from ..brokers.base import Broker, OutgoingMessage, StoredAck, StoredMessage
+from ..brokers.storing import store_one
+from ..errors import BrokerError, ReplayRefused
+from ..messages.identity import place_key
+from ..messages.subjects import (
+    RESERVED_TOPIC,
+    is_subject,
+    matches,
+    normalize_topic,
+    slug,
+    topic_of,
+)
 from ..settings import Settings
-from .deadletter_shapes import number, values_of
-from .retry import GiveUpReason, error_text
+from .deadletter_shapes import BODY_OMITTED, try_read, values_of
+from .replays import replay_headers
 from .subscription import Subscription
 
-REPLAY_FOR = "x-replay-for"
-REPLAY_COUNT = "x-replay-count"
-REPLAY_FORCE = "x-replay-force"
 UNKNOWN = "?"
-_BODY_OMITTED = "x-dlq-body-omitted"
-_TRIAL = "trial"
-_OURS = re.compile(r"x-(dead-letter|dlq-|deliveries|event-id|trace-id|original-|subscriber)", re.I)
-_HEADER_NAME = re.compile(r"[!-9;-~]+")
-
-
-def store_one(broker: Broker, message: OutgoingMessage, timeout: float) -> StoredAck:
-    """Store one message and wait; the error of the publish if that fails."""
-    ticket = broker.submit([message], timeout)
-    if not ticket.wait(timeout + 1.0):
-        raise PublishError("The broker's thread did not answer.", outcome="unknown")
-    result = ticket.results[0]
-    if isinstance(result, PublishError):
-        raise result
-    return cast(StoredAck, result)
-
-
-class DeadLetterBox:
-    """Where a worker puts the messages of one application that it gives up on."""
-
-    def __init__(self, broker: Broker, settings: Settings) -> None:
-        self._broker = broker
-        self._settings = settings
-
-    def store(
-        self,
-        delivery: Delivery,
-        subscription: Subscription,
-        reason: GiveUpReason,
-        error: BaseException,
-    ) -> None:
-        """Store a dead letter; storing the same one twice stores it once.
-
-        A body that is too large together with these headers is left out: it stays in the
-        original stream, where ``DeadLetters`` finds it.
-
-        :raises PublishError: it could not be stored.
-        """
-        own = self._headers(delivery, subscription, reason, error)
-        subject = self._subject(subscription)
-        message = OutgoingMessage(subject, delivery.data, _kept(delivery.headers) | own)
-        try:
-            store_one(self._broker, message, self._settings.publish_timeout)
-        except PayloadTooLarge:
-            message = OutgoingMessage(subject, b"", own | {_BODY_OMITTED: "true"})
-            store_one(self._broker, message, self._settings.publish_timeout)
-
-    def _headers(
-        self,
-        delivery: Delivery,
-        subscription: Subscription,
-        reason: GiveUpReason,
-        error: BaseException,
-    ) -> dict[str, str]:
-        place = f"{delivery.stream}:{delivery.sequence}"
-        received = _try_read(delivery, delivery.subject)
-        ids = {
-            "x-event-id": received.event_id if received else None,
-            "x-trace-id": received.trace_id if received else None,
-        }
-        return {
-            "x-dead-letter": "true",
-            "x-dlq-reason": reason,
-            "x-dlq-error": error_text(error),
-            "x-deliveries": str(delivery.attempt),
-            "x-original-subject": delivery.subject,
-            "x-original-stream": delivery.stream,
-            "x-original-sequence": str(delivery.sequence),
-            "x-subscriber": subscription.name,
-            "x-dead-lettered-at": now_timestamp(),
-            "Nats-Msg-Id": f"dlq:{subscription.name}:{place}",
-        } | {name: value for name, value in ids.items() if value}
-
-    def _subject(self, subscription: Subscription) -> str:
-        settings = self._settings
-        return dead_letter_subject(settings.env, settings.app_name, subscription.token)
-
-    # A message over its delivery limit that no handler refused was in hand whenever the
-    # process died: it is the culprit or a bystander. It is run once more alone, and a marker
-    # beside the dead letters says so first: if it is found at the next delivery, that run was
-    # not survived. The server's count cannot tell, it counts bystanders too.
-
-    def trial_was_started(self, delivery: Delivery, subscription: Subscription) -> bool:
-        """Whether this message was already being run alone when a process died."""
-        return self._trial_marker(delivery, subscription) is not None
-
-    def start_trial(self, delivery: Delivery, subscription: Subscription) -> None:
-        """Note that this message is about to be run alone."""
-        subject = self._trial_subject(delivery, subscription)
-        store_one(self._broker, OutgoingMessage(subject, b"", {}), self._settings.publish_timeout)
-
-    def end_trial(self, delivery: Delivery, subscription: Subscription) -> None:
-        """Forget the marker: the message's fate is settled."""
-        marker = self._trial_marker(delivery, subscription)
-        if marker is not None:
-            self._broker.delete_message(marker.stream, marker.sequence)
-
-    def _trial_subject(self, delivery: Delivery, subscription: Subscription) -> str:
-        return f"{self._subject(subscription)}.{_TRIAL}.{delivery.stream}.{delivery.sequence}"
-
-    def _trial_marker(self, delivery: Delivery, subscription: Subscription) -> StoredMessage | None:
-        subject = self._trial_subject(delivery, subscription)
-        for stream in (self._settings.dead_letter_stream, self._settings.stream):
-            found = self._broker.last_message(stream, subject)
-            if found is not None:
-                return found
-        return None
-
-
-def _kept(headers: Mapping[str, str]) -> dict[str, str]:
-    """Keep the original headers but those that make the server do something."""
-    return {
-        name: value
-        for name, value in headers.items()
-        if _HEADER_NAME.fullmatch(name)
-        and not name.lower().startswith("nats-")
-        and not _OURS.match(name)
-    }
+#: Stands for all apps of the environment.
+ANY_APP = "*"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +41,7 @@ class DeadLetterRecord:
     """A dead letter as it is read; times are as written by whoever stored it.
 
     :param id: names it in ``show``, ``replay`` and ``discard``.
+    :param app: the app that gave it up, by the subject it was stored under.
     :param data: the original bytes; empty if ``body_omitted``.
     :param shape: who wrote it: ``"python"``, ``"javascript"`` or ``"ruby"``.
     """
@@ -161,6 +49,7 @@ class DeadLetterRecord:
     id: str
     stream: str
     sequence: int
+    app: str
     subscriber: str
     topic: str
     reason: str
@@ -180,11 +69,21 @@ class DeadLetterRecord:
 
 
 class DeadLetters:
-    """Reads, replays and discards the dead letters of an environment."""
+    """Reads, replays and discards the dead letters of an app, or of others if it is told so.
 
-    def __init__(self, broker: Broker, settings: Settings) -> None:
+    :param subscriptions: those of the app, by which it is known who handles a replay.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        settings: Settings,
+        subscriptions: Callable[[], Sequence[Subscription]] | None = None,
+    ) -> None:
         self._broker = broker
         self._settings = settings
+        self._subscriptions = subscriptions
+        self._home = ""
 
     def __iter__(self) -> Iterator[DeadLetterRecord]:
         return self.list()
@@ -198,6 +97,8 @@ class DeadLetters:
         newer_than: float | None = None,
         limit: int | None = None,
         after: str | None = None,
+        app: str | None = None,
+        peers: bool = False,
     ) -> Iterator[DeadLetterRecord]:
         """Read dead letters, oldest first; a page costs the same however many there are.
 
@@ -206,47 +107,62 @@ class DeadLetters:
         :param newer_than: only what was stored within these last seconds.
         :param after: only what comes after the dead letter with this id, the last of the page
             before; it need not exist any more.
+        :param app: those of another app, ``"*"`` for all; default: this app's.
+        :param peers: also what the JavaScript and Ruby packages keep among the events, where
+            whoever publishes as the app can write as well.
         :raises ValueError: ``after`` is not an id.
         """
         pattern = normalize_topic(topic, wildcards=True) if topic else None
+        sources = self._sources(app or self._settings.app_name, peers)
         records = (
             record
-            for record in map(self._record, self._read(after, older_than, newer_than))
+            for record in map(self._record, self._read(sources, after, older_than, newer_than))
             if (subscriber is None or record.subscriber == subscriber)
             and (pattern is None or _topic_fits(pattern, record))
         )
         return itertools.islice(records, limit)
 
-    def get(self, record_id: str) -> DeadLetterRecord | None:
-        """Read one dead letter; None if there is none with this id."""
+    def get(self, record_id: str, *, app: str | None = None) -> DeadLetterRecord | None:
+        """Read one dead letter; None if there is none with this id.
+
+        :param app: as in ``list``.
+        """
         try:
             stream, sequence = self._place(record_id)
         except ValueError:
             return None
-        stored = self._broker.get_message(stream, sequence)
-        if stored is None or not self._is_dead_letter(stored):
+        if stream not in (self._letters_stream(), self._settings.stream):
             return None
-        return self._record(stored)
+        stored = self._broker.get_message(stream, sequence)
+        if stored is None or self._app_of(stored) is None:
+            return None
+        record = self._record(stored)
+        return record if app == ANY_APP or record.app == (app or self._settings.app_name) else None
 
-    def replay(self, record: DeadLetterRecord, *, force: bool = False) -> StoredAck:
+    def replay(
+        self, record: DeadLetterRecord, *, force: bool = False, to: str | None = None
+    ) -> StoredAck:
         """Send the message again, to the subscriber that failed only, and remove the dead letter.
 
         It keeps its event id; other subscribers see that it is not for them and skip it.
 
         :param force: have it handled even if the inbox says that it was handled before.
+        :param to: the name of another subscriber of the same app, such as a renamed one.
+        :raises ReplayRefused: nobody would handle it, or it asks to go where it may not.
         :raises PublishError: it could not be stored; the dead letter stays.
         :raises BrokerError: the body was left out and is no longer in the original stream.
         """
+        addressee = self._addressee(record, to)
         original = self._original(record)
-        headers = _kept(original.headers)
-        # The number tells this dead letter from those other subscribers have of the event.
-        headers["Nats-Msg-Id"] = f"{record.event_id}:replay:{record.sequence}"
-        headers[REPLAY_COUNT] = str(number(headers.get(REPLAY_COUNT)) + 1)
-        if record.subscriber != UNKNOWN:
-            headers[REPLAY_FOR] = record.subscriber
-        headers.pop(REPLAY_FORCE, None)  # of an earlier replay, which has failed
-        if force:
-            headers[REPLAY_FORCE] = "true"
+        letter = place_key(record.stream, record.sequence, record.stored_at.timestamp())
+        headers = replay_headers(
+            original.headers,
+            # The number tells this dead letter from those other subscribers have of the event.
+            message_id=f"{record.event_id}:replay:{record.sequence}",
+            letter=letter,
+            addressee=addressee,
+            force=force,
+        )
         message = OutgoingMessage(record.original_subject, original.data, headers)
         ack = store_one(self._broker, message, self._settings.publish_timeout)
         self.discard(record)
@@ -261,21 +177,136 @@ class DeadLetters:
 
         :raises BrokerError: they are no longer there.
         """
-        return self._original(record).data
+        return self._stored_original(record).data if record.body_omitted else record.data
+
+    # --- where a replay may go
+
+    def _addressee(self, record: DeadLetterRecord, to: str | None) -> tuple[str, str] | None:
+        """Return the app and the subscriber that a replay is for; None: whoever receives it.
+
+        :raises ReplayRefused: there is no such subscriber, or it would not receive it.
+        """
+        name = to or record.subscriber
+        if name == UNKNOWN:
+            return None
+        if record.shape != "python" and to is None:
+            return record.app, name  # of another package, which knows its own subscribers
+        wanted = self._wanted_by(record.app, name)
+        if wanted is None:
+            raise ReplayRefused(
+                f"The app {record.app!r} has no subscriber {name!r}, so nobody would handle the "
+                f"dead letter {record.id}.",
+                f"Say who shall: --to NAME, or replay(to=...).{self._known(record.app)}",
+            )
+        if not any(matches(pattern, record.original_subject) for pattern in wanted):
+            raise ReplayRefused(
+                f"The subscriber {name!r} of the app {record.app!r} does not receive "
+                f"{record.original_subject!r}, so nobody would handle the dead letter "
+                f"{record.id}.",
+                "Add the topic to it, or say who shall handle it: --to NAME.",
+            )
+        return record.app, name
+
+    def _wanted_by(self, app: str, name: str) -> Sequence[str] | None:
+        """Return the subjects that a subscriber receives; None if there is no such subscriber."""
+        if app == self._settings.app_name:
+            if self._subscriptions is None:
+                return (">",)  # nobody can say
+            found = [one for one in self._subscriptions() if one.name == name]
+            return found[0].filter_subjects if found else None
+        durable = f"{app}-{slug(name)}"
+        info = self._broker.consumer_info(self._settings.stream, durable)
+        return None if info is None else info.filter_subjects
+
+    def _known(self, app: str) -> str:
+        if app != self._settings.app_name or self._subscriptions is None:
+            return ""
+        names = ", ".join(one.name for one in self._subscriptions())
+        return f" It has {names}." if names else ""
 
     def _original(self, record: DeadLetterRecord) -> DeadLetterRecord | StoredMessage:
-        """Return what has the original body and headers."""
-        if not record.body_omitted:
-            return record
-        original = None
-        if record.original_sequence is not None:
-            original = self._broker.get_message(record.original_stream, record.original_sequence)
-        if original is None:
-            raise BrokerError(
-                f"The body of dead letter {record.id} was too large to be kept with it, and "
-                f"the original is no longer in {record.original_stream!r}.",
+        """Return what has the body and the headers to send.
+
+        The letter's own, if its app publishes to that subject; else what is stored there: then a
+        replay says nothing that the other app has not said.
+
+        :raises ReplayRefused: the subject is not for messages of apps, or what is stored there
+            is another message.
+        """
+        subject = record.original_subject
+        own = subject.startswith(f"{self._settings.env}.{record.app}.")
+        if not self._may_be_sent_to(subject):
+            raise ReplayRefused(
+                f"The dead letter {record.id} asks to be sent to {subject!r}, where no event goes.",
+                "Somebody may have forged it: look at it with 'dlq show', and discard it.",
             )
-        return original
+        if own and not record.body_omitted:
+            return record
+        stored = self._stored_original(record)
+        known = try_read(stored, subject)
+        other = record.body_omitted and known is not None and known.event_id != record.event_id
+        if other or not (record.body_omitted or stored.data == record.data):
+            raise ReplayRefused(
+                f"The dead letter {record.id} is not the message that {record.original_stream!r} "
+                f"has as its number {record.original_sequence}.",
+                "Have the app that published it publish it again.",
+            )
+        return stored
+
+    def _may_be_sent_to(self, subject: str) -> bool:
+        env, *rest = subject.split(".")
+        is_event = env == self._settings.env and len(rest) > 1 and RESERVED_TOPIC not in rest[:2]
+        if env != self._settings.env and self._subscriptions is not None:
+            # A raw subject, of a stream that others fill; the server's own begin with $ or _.
+            filters = [one for each in self._subscriptions() for one in each.filter_subjects]
+            is_event = env[:1] not in ("$", "_") and any(matches(one, subject) for one in filters)
+        return is_subject(subject) and is_event
+
+    def _stored_original(self, record: DeadLetterRecord) -> StoredMessage:
+        """Return the original out of the app's own stream, if that has it still.
+
+        :raises BrokerError: it has not.
+        """
+        stored = None
+        main = self._settings.stream
+        if record.original_sequence and record.original_stream == main:
+            stored = self._broker.get_message(main, record.original_sequence)
+        if stored is None or stored.subject != record.original_subject:
+            why = "too large to be kept with it" if record.body_omitted else "another app's"
+            raise BrokerError(
+                f"The body of dead letter {record.id} was {why}, and the original is no longer in "
+                f"{main!r}.",
+                "Have the app that published it publish it again, and discard this one.",
+            )
+        return stored
+
+    # --- where they are
+
+    def _letters_stream(self) -> str:
+        """Return the stream that has the dead letters: one of a peer may take both kinds."""
+        if not self._home:
+            own = self._settings.dead_letter_stream
+            self._home = own if self._broker.stream_info(own) else self._settings.stream
+        return self._home
+
+    def _sources(self, app: str, peers: bool) -> dict[str, tuple[str, ...]]:
+        """Return streams, and the subjects in each, that have the letters of ``app``."""
+        env, main = self._settings.env, self._settings.stream
+        whose = (f"{env}.dlq.{app}", f"{env}.dlq.{app}.>") if app != ANY_APP else (f"{env}.dlq.>",)
+        sources: dict[str, tuple[str, ...]] = {self._letters_stream(): whose}
+        if peers:
+            sources[main] = (*sources.get(main, ()), f"{env}.{app}.{RESERVED_TOPIC}")
+        return sources
+
+    def _app_of(self, stored: StoredMessage) -> str | None:
+        """Return whose dead letter it is, by the subject it lies under; None if it is none."""
+        tokens = stored.subject.split(".")
+        if tokens[0] != self._settings.env:
+            return None
+        if tokens[1] == RESERVED_TOPIC and stored.stream == self._letters_stream():
+            return tokens[2] if 3 <= len(tokens) <= 4 else None
+        of_peer = len(tokens) == 3 and tokens[2] == RESERVED_TOPIC
+        return tokens[1] if of_peer and stored.stream == self._settings.stream else None
 
     def _place(self, record_id: str) -> tuple[str, int]:
         """Return the stream and the sequence that an id stands for."""
@@ -283,26 +314,25 @@ class DeadLetters:
         return stream or self._settings.dead_letter_stream, int(sequence)
 
     def _read(
-        self, after: str | None, older_than: float | None, newer_than: float | None
+        self,
+        sources: Mapping[str, Sequence[str]],
+        after: str | None,
+        older_than: float | None,
+        newer_than: float | None,
     ) -> Iterator[StoredMessage]:
         """Read what is stored, from one stream after the other."""
-        settings, now = self._settings, self._broker.now()
-        sources = {
-            settings.dead_letter_stream: [">"],
-            # The peers' packages keep theirs in the main stream.
-            settings.stream: [f"{settings.env}.dlq.>", f"{settings.env}.*.dlq"],
-        }
+        now, todo = self._broker.now(), dict(sources)
         last_stream, last = self._place(after) if after is not None else ("", 0)
-        if last_stream == settings.stream:
-            del sources[settings.dead_letter_stream]
-        for stream, subjects in sources.items():
+        if last_stream == self._settings.stream and len(todo) > 1:
+            del todo[self._letters_stream()]
+        for stream, subjects in todo.items():
             start = last if stream == last_stream else 0
             if newer_than is not None:
                 start = max(start, self._last_before(stream, now - newer_than))
             for stored in self._merged(stream, subjects, start):
                 if older_than is not None and now - stored.timestamp <= older_than:
                     break  # and so is all that follows
-                if self._is_dead_letter(stored):
+                if self._app_of(stored) is not None:
                     yield stored
 
     def _merged(self, stream: str, subjects: Sequence[str], after: int) -> Iterator[StoredMessage]:
@@ -325,28 +355,20 @@ class DeadLetters:
                 low = found.sequence
         return low
 
-    def _is_dead_letter(self, stored: StoredMessage) -> bool:
-        tokens = stored.subject.split(".")
-        if len(tokens) > 4 and tokens[4] == _TRIAL:
-            return False
-        env = self._settings.env
-        return stored.stream == self._settings.dead_letter_stream or (
-            matches(f"{env}.dlq.>", stored.subject) or matches(f"{env}.*.dlq", stored.subject)
-        )
-
     def _record(self, stored: StoredMessage) -> DeadLetterRecord:
         own = stored.stream == self._settings.dead_letter_stream
         record_id = str(stored.sequence) if own else f"{stored.stream}:{stored.sequence}"
         values = values_of(stored)
         original_subject = str(values.get("original_subject") or stored.subject)
         data = values["data"]
-        known = _try_read(stored, original_subject, data)
+        known = try_read(stored, original_subject, data)
         sequence = str(values.get("original_sequence") or "")
         return DeadLetterRecord(
             id=record_id,
             stream=stored.stream,
             sequence=stored.sequence,
-            subscriber=str(values.get("subscriber") or UNKNOWN),
+            app=self._app_of(stored) or UNKNOWN,
+            subscriber=_subscriber(stored, values.get("subscriber")),
             topic=known.topic if known else topic_of(original_subject),
             reason=str(values.get("reason") or UNKNOWN),
             error=str(values.get("error") or ""),
@@ -355,33 +377,35 @@ class DeadLetters:
             trace_id=str(values.get("trace_id") or (known and known.trace_id) or "") or None,
             original_subject=original_subject,
             original_stream=str(values.get("original_stream") or self._settings.stream),
-            original_sequence=int(sequence) if sequence.isdigit() else None,
+            original_sequence=_sequence(sequence),
             dead_lettered_at=str(values.get("at") or ""),
             stored_at=dt.datetime.fromtimestamp(stored.timestamp, dt.UTC),
             headers=stored.headers,
             data=data,
-            body_omitted=_BODY_OMITTED in stored.headers,
+            body_omitted=BODY_OMITTED in stored.headers,
             shape=values["shape"],
         )
+
+
+def _subscriber(stored: StoredMessage, told: object) -> str:
+    """Return who gave a message up: as the subject says, in the words of the header."""
+    tokens, name = stored.subject.split("."), str(told or UNKNOWN)
+    if len(tokens) == 4 and slug(name) != tokens[3]:
+        return tokens[3]
+    return name
+
+
+def _sequence(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 def checked_id(record_id: str) -> str:
     """Return the id of a dead letter as it is; ValueError for anything else."""
     sequence = record_id.rpartition(":")[2]
-    if not (sequence.isascii() and sequence.isdigit()):
+    if not (sequence.isascii() and sequence.isdigit() and len(sequence) < 20):
         raise ValueError(f"{record_id!r} is not the id of a dead letter")
     return record_id
 
 
 def _topic_fits(pattern: str, record: DeadLetterRecord) -> bool:
     return matches(pattern, record.topic) or matches(pattern, topic_of(record.original_subject))
-
-
-def _try_read(
-    source: Delivery | StoredMessage, subject: str, data: bytes | None = None
-) -> Received | None:
-    body = source.data if data is None else data
-    try:
-        return read(body, source.headers, subject, source.stream, source.sequence)
-    except DecodingError:
-        return None

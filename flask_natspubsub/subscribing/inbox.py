@@ -1,8 +1,9 @@
 """The table of what has been handled: a handler's database effects happen once.
 
-The row ``(event_id, subscriber)`` is inserted in the handler's own session before the handler
-runs and is committed with what the handler did. A redelivery finds it; of two copies at the
-same time the unique key lets one wait for the other and then skip.
+The row of an event and a subscriber, as ``messages.identity`` names them, is inserted in the
+handler's own session before the handler runs and is committed with what the handler did. A
+redelivery finds it; of two copies at the same time the unique key lets one wait for the other and
+then skip.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..database import Database, Identifier, Seconds, database_now, insert_new
 from ..errors import DatabaseError, NatsPubsubError
+from ..messages.identity import Handling
 from ..text import get_logger
+from .inbox_takeover import Takeover
 
 _log = get_logger("flask_natspubsub.worker")
 
@@ -25,6 +28,7 @@ _INFO = "natspubsub_inbox"
 _WORK = "natspubsub_work"
 _FAILED = "natspubsub_failed"
 CLEAN_BATCH = 1000
+RENAME_BATCH = 500
 
 
 class TransactionLost(NatsPubsubError):
@@ -50,8 +54,9 @@ def define_table(metadata: sa.MetaData) -> sa.Table:
 class Inbox:
     """Begins and ends the transactions that handlers work in."""
 
-    def __init__(self, database: Database, table: sa.Table) -> None:
+    def __init__(self, database: Database, table: sa.Table, leases: sa.Table) -> None:
         self.table = table
+        self._takeover = Takeover(table, leases)
         self._database = database
         this_row = sa.and_(
             table.c.event_id == sa.bindparam("event_id"),
@@ -61,7 +66,7 @@ class Inbox:
         self._forget = sa.delete(table).where(this_row)
         self._warned: set[str] = set()
 
-    def begin(self, event_id: str, subscriber: str, *, once: bool) -> HandlerWork | None:
+    def begin(self, handling: Handling, *, once: bool) -> HandlerWork | None:
         """Begin what one handler does with one event.
 
         :param once: insert the inbox row; waits for another transaction that has inserted it
@@ -73,35 +78,36 @@ class Inbox:
         if once:
             with _asking():
                 self._database.require_table(session, self.table)
-                if not self.claim(session, event_id, subscriber):
+                if not self.claim(session, handling):
                     session.rollback()
                     return None
-        return HandlerWork(self, session, event_id, subscriber, once)
+        return HandlerWork(self, session, handling, once)
 
     @property
     def session(self) -> orm.Session:
         """The session of the application context, which may not be the one it had before."""
         return self._database.session
 
-    def claim(self, session: orm.Session, event_id: str, subscriber: str) -> bool:
+    def claim(self, session: orm.Session, handling: Handling) -> bool:
         """Insert the row in the session's transaction; False if it is there already."""
         connection = self._connection(session)
         connection.info.pop(_FAILED, None)
-        values = {"event_id": event_id, "subscriber": subscriber, "processed_at": database_now()}
-        return insert_new(connection, self.table, values)
+        values = {**_key(handling), "processed_at": database_now()}
+        new = insert_new(connection, self.table, values)
+        return new and self._takeover.claim(connection, handling)
 
-    def unclaim(self, session: orm.Session, event_id: str, subscriber: str) -> None:
+    def unclaim(self, session: orm.Session, handling: Handling) -> None:
         """Delete the row in the session's transaction."""
-        key = {"event_id": event_id, "subscriber": subscriber}
-        self._connection(session).execute(self._forget, key)
+        connection = self._connection(session)
+        connection.execute(self._forget, _key(handling))
+        self._takeover.unclaim(connection, handling)
 
-    def has(self, session: orm.Session, event_id: str, subscriber: str) -> bool:
+    def has(self, session: orm.Session, handling: Handling) -> bool:
         """Whether the session's transaction still has the row; looks after an error only."""
         connection = self._connection(session)
         if _FAILED not in connection.info:
             return True
-        key = {"event_id": event_id, "subscriber": subscriber}
-        return connection.execute(self._find, key).first() is not None
+        return connection.execute(self._find, _key(handling)).first() is not None
 
     def _connection(self, session: orm.Session) -> sa.Connection:
         return session.connection(bind_arguments={"clause": self.table})
@@ -142,6 +148,28 @@ class Inbox:
             key = sa.tuple_(table.c.event_id, table.c.subscriber)
             return connection.execute(sa.delete(table).where(key.in_(keys))).rowcount
 
+    def rename(self, old: str, new: str) -> int:
+        """Have what one subscriber has handled count as handled by another; returns how many.
+
+        In transactions of ``RENAME_BATCH`` rows. Called again after a failure, it goes on.
+        """
+        table, renamed = self.table, 0
+        columns = (table.c.event_id, table.c.processed_at)
+        some = sa.select(*columns).where(table.c.subscriber == old).limit(RENAME_BATCH)
+        gone = sa.delete(table).where(
+            table.c.subscriber == old, table.c.event_id == sa.bindparam("event")
+        )
+        while True:
+            with self._database.begin() as connection:
+                rows = connection.execute(some).all()
+                for event_id, processed_at in rows:
+                    values = {"event_id": event_id, "subscriber": new}
+                    insert_new(connection, table, {**values, "processed_at": processed_at})
+                    connection.execute(gone, {"event": event_id})
+            renamed += len(rows)
+            if len(rows) < RENAME_BATCH:
+                return renamed
+
     def count_old(self, older_than: float) -> int:
         """Return how many rows ``purge`` would delete, were it called until none is left."""
         query = sa.select(sa.func.count()).where(self._is_old(older_than))
@@ -155,11 +183,9 @@ class Inbox:
 class HandlerWork:
     """The transaction of one handler, open until ``commit`` or the end of the app context."""
 
-    def __init__(
-        self, inbox: Inbox, session: orm.Session, event_id: str, subscriber: str, once: bool
-    ) -> None:
+    def __init__(self, inbox: Inbox, session: orm.Session, handling: Handling, once: bool) -> None:
         self._inbox = inbox
-        self._key = event_id, subscriber
+        self._handling = handling
         self._once = once
         self._claimed_in = session.get_transaction()
         self._by_itself = False
@@ -195,7 +221,7 @@ class HandlerWork:
         """
         if session.get_transaction() is not self._claimed_in:
             with _asking():
-                return self._inbox.claim(session, *self._key) or self._by_itself
+                return self._inbox.claim(session, self._handling) or self._by_itself
         if not self._is_there(session):
             raise TransactionLost(
                 "The database gave the handler's transaction up, at an error that was caught.",
@@ -206,7 +232,7 @@ class HandlerWork:
     def _is_there(self, session: orm.Session) -> bool:
         """Look: after an error PostgreSQL takes a COMMIT and silently rolls back."""
         try:
-            return self._inbox.has(session, *self._key)
+            return self._inbox.has(session, self._handling)
         except DBAPIError as error:
             if error.connection_invalidated:
                 raise
@@ -218,9 +244,9 @@ class HandlerWork:
         With the row in it, a message whose handler then failed would not be handled again.
         """
         self._by_itself = True
-        self._inbox.warn_of_commit(self._key[1])
+        self._inbox.warn_of_commit(self._handling.old_subscriber)
         if session.get_transaction() is self._claimed_in:
-            self._inbox.unclaim(session, *self._key)
+            self._inbox.unclaim(session, self._handling)
 
 
 @event.listens_for(orm.Session, "before_commit")
@@ -236,6 +262,10 @@ def _on_error(context: sa.ExceptionContext) -> None:
     """Note that the database may have ended the transaction."""
     if context.connection is not None and not context.connection.invalidated:
         context.connection.info[_FAILED] = True
+
+
+def _key(handling: Handling) -> dict[str, str]:
+    return {"event_id": handling.event, "subscriber": handling.subscriber}
 
 
 @contextmanager

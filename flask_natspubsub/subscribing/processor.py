@@ -20,6 +20,7 @@ import msgspec
 from ..brokers.base import Delivery
 from ..errors import DecodingError, NatsPubsubError
 from ..messages import lineage
+from ..messages.identity import Handling, event_key, unnamed_key
 from ..messages.received import Received, read
 from ..messages.subjects import topic_of
 from ..signals import (
@@ -31,8 +32,9 @@ from ..signals import (
 from ..text import get_logger
 from . import context as message_context
 from .context import DeliveryContext, MessageContext
-from .deadletters import REPLAY_FOR, REPLAY_FORCE, DeadLetterBox
+from .deadletter_box import DeadLetterBox
 from .middleware import compose
+from .replays import forced_id, is_for
 from .retry import Drop, GiveUp, GiveUpReason, RetryLater, backoff_delay, classify, error_text
 from .subscription import Subscription
 
@@ -89,7 +91,7 @@ _NO_WORK = _NoWork()
 class Transactions(Protocol):
     """Opens the transaction that a handler works in; see ``inbox.Inbox``."""
 
-    def begin(self, event_id: str, subscriber: str, *, once: bool) -> Work | None:
+    def begin(self, handling: Handling, *, once: bool) -> Work | None:
         """Begin; None if it must happen once only and has happened."""
 
 
@@ -131,7 +133,7 @@ class Processor:
         received: Received | None = None
         try:
             received = _read(delivery)
-            if delivery.headers.get(REPLAY_FOR) not in (None, self.subscription.name):
+            if not is_for(delivery.headers, self.subscription):
                 delivery.ack()
                 result: Result = "skipped"
             else:
@@ -175,7 +177,10 @@ class Processor:
 
     def _work(self, delivery: Delivery, received: Received, context: MessageContext) -> bool:
         """Run the handler in its transaction; False if another delivery was or is quicker."""
-        work = _NO_WORK if self._transactions is None else self._begin(context, self._transactions)
+        work: Work | None = _NO_WORK
+        if self._transactions is not None:
+            once = self.subscription.inbox
+            work = self._transactions.begin(self._handling(delivery, received), once=once)
         if work is None:
             return False
         if work is not _NO_WORK and self._is_taken_over(delivery):
@@ -187,11 +192,16 @@ class Processor:
             raise HandlerTimeout("The handler ended after its message was handed back.")
         return work.commit()
 
-    def _begin(self, context: MessageContext, transactions: Transactions) -> Work | None:
-        forced = REPLAY_FORCE in context.headers
-        key = context.headers.get("Nats-Msg-Id", context.event_id) if forced else context.event_id
-        once = self.subscription.inbox
-        return transactions.begin(key, self.subscription.name, once=once)
+    def _handling(self, delivery: Delivery, received: Received) -> Handling:
+        """Return what the inbox knows this event and this subscriber by."""
+        subscription = self.subscription
+        event_id = forced_id(delivery.headers, received.event_id)
+        if received.is_named:
+            key, stored_at = event_key(subscription.app, delivery.subject, event_id), 0.0
+        else:
+            stored_at = delivery.timestamp
+            key = unnamed_key(delivery.stream, delivery.sequence, stored_at)
+        return Handling(key, subscription.key, event_id, subscription.name, stored_at)
 
     def _call(self, context: MessageContext, message: Any) -> None:
         subscription = self.subscription

@@ -9,7 +9,7 @@ import msgspec
 
 from ..brokers.base import ConsumerConfig, DeliverPolicy
 from ..errors import RegistrationError
-from ..messages import subjects
+from ..messages import identity, subjects
 from ..settings import Settings
 from . import handlers
 from .handlers import AnyHandler, Handler
@@ -22,7 +22,8 @@ T = TypeVar("T")
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     """A subscriber of one app, with every option settled; durations are seconds.
 
-    :param name: as declared; names it in logs, the inbox and dead letters.
+    :param name: as declared; names it in logs and dead letters.
+    :param app: the name of the app.
     :param durable: the name of its consumer.
     :param topics: as declared; none if it subscribes to a raw subject.
     :param filter_subjects: what its consumer receives; no two overlap.
@@ -33,6 +34,7 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
+    app: str
     durable: str
     topics: tuple[str, ...]
     filter_subjects: tuple[str, ...]
@@ -51,6 +53,11 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     middleware: tuple[Middleware, ...]
 
     @property
+    def key(self) -> str:
+        """What tells it from every other subscriber of every app; see ``messages.identity``."""
+        return identity.subscriber_key(self.app, self.name)
+
+    @property
     def token(self) -> str:
         """The name as one token of a subject, for dead letters."""
         return subjects.slug(self.name)
@@ -66,6 +73,8 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
             stream=stream,
             durable=self.durable,
             filter_subjects=self.filter_subjects,
+            app=self.app,
+            subscriber=self.name,
             ack_wait=self.ack_wait,
             deliver_policy=self.deliver_policy,
             max_ack_pending=self.max_ack_pending,
@@ -86,6 +95,7 @@ def resolve(
     middleware = (*around, *options.middleware)
     return Subscription(
         name=declaration.name,
+        app=settings.app_name,
         durable=declaration.durable(settings.app_name),
         topics=declaration.topics,
         filter_subjects=_filter_subjects(declaration, settings),

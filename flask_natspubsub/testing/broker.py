@@ -24,7 +24,8 @@ from ..messages.received import read
 from ..messages.subjects import matches, normalize_topic, subject_for, topic_of
 from ..publishing.draft import Draft, prepare
 from ..state import EXTENSION, AppState
-from ..subscribing.deadletters import DeadLetterBox, DeadLetterRecord, DeadLetters
+from ..subscribing.deadletter_box import DeadLetterBox
+from ..subscribing.deadletters import DeadLetterRecord, DeadLetters
 from ..subscribing.processor import Outcome, Processor
 from ..worker.asynchronous import AsyncHandlers
 

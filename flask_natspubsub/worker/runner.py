@@ -15,7 +15,7 @@ from ..errors import NatsPubsubError, RegistrationError
 from ..messages.ids import short_id
 from ..settings import Settings
 from ..signals import worker_started, worker_stopped
-from ..subscribing.deadletters import DeadLetterBox
+from ..subscribing.deadletter_box import DeadLetterBox
 from ..subscribing.processor import Emit, Outcome, Processor, Transactions
 from ..subscribing.subscription import Subscription
 from ..text import get_logger

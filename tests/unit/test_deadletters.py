@@ -7,12 +7,19 @@ import json
 
 import pytest
 
-from flask_natspubsub.brokers.base import OutgoingMessage
+from flask_natspubsub.brokers.base import OutgoingMessage, StreamConfig
 from flask_natspubsub.brokers.clock import VirtualClock
 from flask_natspubsub.brokers.memory import MemoryBroker
 from flask_natspubsub.brokers.topology import wanted_streams
-from flask_natspubsub.errors import BrokerError, DecodingError, PayloadTooLarge, PublishError
-from flask_natspubsub.subscribing.deadletters import DeadLetterBox, DeadLetters
+from flask_natspubsub.errors import (
+    BrokerError,
+    DecodingError,
+    PayloadTooLarge,
+    PublishError,
+    ReplayRefused,
+)
+from flask_natspubsub.subscribing.deadletter_box import DeadLetterBox
+from flask_natspubsub.subscribing.deadletters import DeadLetters
 from flask_natspubsub.subscribing.registry import Registry
 
 from .worker_helpers import SETTINGS, FakeDelivery, Rig, envelope
@@ -28,7 +35,15 @@ class Place:
         self.broker = MemoryBroker(VirtualClock(), max_payload=max_payload)
         self.broker.want(wanted_streams(SETTINGS))
         self.box = DeadLetterBox(self.broker, SETTINGS)
-        self.letters = DeadLetters(self.broker, SETTINGS)
+        #: The subscribers that the app has now, with what they receive.
+        self.declared = {"mailer": ("order.created",), "audit": ("order.*",)}
+        self.letters = DeadLetters(self.broker, SETTINGS, self.subscriptions)
+
+    def subscriptions(self):
+        registry = Registry()
+        for name, topics in self.declared.items():
+            registry.add(lambda message: None, *topics, name=name)
+        return registry.resolve(SETTINGS)
 
     def publish(self, subject, data, **headers):
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -44,8 +59,8 @@ class Place:
     def stored(self, stream=DEAD):
         return list(self.broker.messages(stream))
 
-    def only(self):
-        (record,) = self.letters
+    def only(self, **which):
+        (record,) = self.letters.list(**which)
         return record
 
 
@@ -88,7 +103,7 @@ def test_a_dead_letter_is_the_original_with_headers_that_say_why(place):
         "x-original-stream": MAIN,
         "x-original-sequence": "7",
         "x-subscriber": "mailer",
-        "Nats-Msg-Id": f"dlq:mailer:{MAIN}:7",
+        "Nats-Msg-Id": f"dlq:shop/mailer:{MAIN}:7:1750000000000",
     }
 
 
@@ -222,11 +237,12 @@ JAVASCRIPT_HEADERS = {
 
 
 @pytest.mark.parametrize("headers", [JAVASCRIPT_HEADERS, {}])
-@pytest.mark.parametrize("subject", ["test.dlq.web", "test.shop.dlq"])
-def test_a_dead_letter_of_the_javascript_package_is_read(place, headers, subject):
+@pytest.mark.parametrize(("subject", "whose"), [("test.dlq.web", "web"), ("test.shop.dlq", "shop")])
+def test_a_dead_letter_of_the_javascript_package_is_read(place, headers, subject, whose):
     place.publish(subject, _javascript(), **headers)
 
-    record = place.only()
+    record = place.only(app="*", peers=True)
+    assert record.app == whose
     assert record.shape == "javascript"
     assert record.data == envelope(trace_id="t1")
     assert (record.event_id, record.trace_id) == ("e1", "t1")
@@ -237,14 +253,14 @@ def test_a_dead_letter_of_the_javascript_package_is_read(place, headers, subject
 
 
 def test_the_payload_of_a_javascript_dead_letter_serves_if_the_bytes_are_missing(place):
-    place.publish("test.dlq.web", _javascript(raw_base64=None))
+    place.publish("test.dlq.shop", _javascript(raw_base64=None))
     assert json.loads(place.only().data)["message"] == {"id": 1}
 
 
 @pytest.mark.parametrize("raw", ["???", 5, ["e30="]])
 def test_a_broken_javascript_dead_letter_is_shown_as_it_is(place, raw):
     data = _javascript(raw_base64=raw)
-    place.publish("test.dlq.web", data)
+    place.publish("test.dlq.shop", data)
     record = place.only()
     assert (record.shape, record.data) == ("python", data)
 
@@ -264,7 +280,7 @@ def test_a_dead_letter_of_the_ruby_package_is_read(place):
         "raw_base64": "",
     }
     place.publish(
-        "test.dlq.web",
+        "test.dlq.shop",
         envelope(trace_id="t1"),
         x_dead_letter="true",
         x_dlq_reason="max_deliver_exceeded",
@@ -287,13 +303,13 @@ def test_a_dead_letter_of_the_ruby_package_is_read(place):
 
 @pytest.mark.parametrize("context", ["", "{", "[]", '{"deliveries":"many","sequence":[1]}'])
 def test_a_broken_ruby_context_is_no_obstacle(place, context):
-    place.publish("test.dlq.web", b"original", x_dlq_context=context)
+    place.publish("test.dlq.shop", b"original", x_dlq_context=context)
     record = place.only()
     assert (record.shape, record.data, record.deliveries) == ("ruby", b"original", 0)
 
 
 def test_something_foreign_among_the_dead_letters_is_shown(place):
-    place.publish("test.dlq.web", b"\xff", x_deliveries="nine", x_original_sequence="x")
+    place.publish("test.dlq.shop", b"\xff", x_deliveries="nine", x_original_sequence="x")
     record = place.only()
     assert (record.subscriber, record.reason, record.deliveries) == ("?", "?", 0)
     assert record.original_sequence is None
@@ -348,13 +364,18 @@ def test_dead_letters_are_found_by_subscriber_topic_and_age(several, filters, fo
 
 def test_pages_follow_each_other_through_both_streams(several):
     several.publish("test.dlq.billing.old", b"{}")  # in the dead letter stream: the fourth
-    everything = [record.id for record in several.letters]
+    several.publish("test.shop.dlq", _javascript())  # among the events
+    all_there_are = {"app": "*", "peers": True}
+    everything = [record.id for record in several.letters.list(**all_there_are)]
+    assert everything == ["1", "2", "3", "4", f"{MAIN}:1"]
     pages, last = [], None
-    while page := [record.id for record in several.letters.list(limit=2, after=last)]:
+    while page := [
+        record.id for record in several.letters.list(limit=2, after=last, **all_there_are)
+    ]:
         pages.append(page)
         last = page[-1]
     assert [one for page in pages for one in page] == everything
-    assert [len(page) for page in pages] == [2, 2]
+    assert [len(page) for page in pages] == [2, 2, 1]
 
 
 def test_page_goes_on_after_a_dead_letter_that_is_gone(several):
@@ -409,9 +430,31 @@ def test_one_is_found_by_its_id(several):
     for record in several.letters:
         assert several.letters.get(record.id) == record
     several.publish("test.shop.dlq", _javascript())
-    foreign = list(several.letters)[-1]
+    foreign = list(several.letters.list(peers=True))[-1]
     assert foreign.id == f"{MAIN}:1"
     assert several.letters.get(foreign.id) == foreign
+
+
+def test_letters_are_those_of_the_app_unless_it_is_told_otherwise(several):
+    several.publish("test.dlq.mail.notify", envelope(), x_subscriber="notify")
+    assert [record.app for record in several.letters] == ["shop"] * 3
+    assert several.letters.get("4") is None
+    (mail,) = several.letters.list(app="mail")
+    assert (mail.app, mail.subscriber) == ("mail", "notify")
+    assert several.letters.get("4", app="mail") == several.letters.get("4", app="*") == mail
+    assert [record.app for record in several.letters.list(app="*")] == ["shop"] * 3 + ["mail"]
+
+
+def test_whose_it_is_says_its_subject_and_not_its_header(several):
+    several.publish("test.dlq.shop.mailer", envelope(), x_subscriber="somebody else")
+    assert list(several.letters)[-1].subscriber == "mailer"
+
+
+@pytest.mark.parametrize("subject", ["test.shop.dlq", "test.dlq.shop.mailer.deeper"])
+def test_what_lies_elsewhere_is_not_believed(place, subject):
+    place.publish(subject, _javascript())
+    assert list(place.letters) == []
+    assert place.letters.get("1") is None
 
 
 @pytest.mark.parametrize("record_id", ["99", "", "x", "1:", f"{MAIN}:x", f"{MAIN}:99", "other:1"])
@@ -463,8 +506,10 @@ def test_a_replay_goes_to_the_original_subject_for_the_failed_subscriber_only(pl
         "trace_id": "t1",
         "x-custom": "kept",
         "Nats-Msg-Id": "e1:replay:1",
+        "x-replay-app": "shop",
         "x-replay-for": "mailer",
         "x-replay-count": "1",
+        "x-replay-of": f"{DEAD}:1:{int(place.broker.now() * 1000)}",
     }
     assert place.stored() == []
 
@@ -506,12 +551,162 @@ def test_a_hostile_count_is_no_obstacle(place, count):
 
 def test_a_dead_letter_of_nobody_known_is_replayed_to_all(place):
     place.publish("test.shop.dlq", _javascript(original_subject="test.shop.order.created"))
-    place.letters.replay(place.only())
+    place.letters.replay(place.only(peers=True))
 
     (message,) = place.stored(MAIN)
     assert message.data == envelope(trace_id="t1")
     assert "x-replay-for" not in message.headers
+    assert list(place.letters.list(peers=True)) == []
+
+
+def test_one_letter_is_not_taken_for_the_replay_of_another(place):
+    """Two letters without an event id and with one number, in two streams: two replays."""
+    for subject in ("test.shop.dlq", "test.dlq.shop"):
+        broken = base64.b64encode(f"of {subject}".encode()).decode()
+        values = {"original_subject": "test.shop.order.created", "event_id": None}
+        place.publish(subject, _javascript(raw_base64=broken, **values))
+    letters = list(place.letters.list(peers=True))
+    assert [record.sequence for record in letters] == [1, 1]
+    for record in letters:
+        assert not place.letters.replay(record).duplicate
+    bodies = {message.data for message in place.stored(MAIN)}
+    assert bodies == {b"of test.shop.dlq", b"of test.dlq.shop"}
+
+
+# --- where a replay may go: SECURITY.md, "Dead letters"
+
+FORGED = [
+    "$JS.API.STREAM.DELETE.victim",
+    "$JS.API.STREAM.UPDATE.test-events-stream",
+    "$SYS.REQ.SERVER.PING",
+    "_INBOX.abc.1",
+    "natspubsub.wakeup.test.shop",
+    "other.shop.order.created",
+    "test",
+    "test.shop",
+    "test.shop.",
+    "test.shop..created",
+    "test.shop.*",
+    "test.shop.>",
+    "test.shop.order created",
+    "test.shop.order 12 12\r\nPUB injected.by.evil 0\r\n\r\n",
+    "test.shop.\x1b[2J",
+    "test.dlq.shop.mailer",
+    "test.shop.dlq",
+    "test.shop.dlq.x",
+    "",
+]
+
+
+@pytest.mark.parametrize("subject", FORGED)
+@pytest.mark.parametrize("place_of", ["test.dlq.shop.mailer", "test.dlq.shop", "test.shop.dlq"])
+def test_a_forged_letter_is_sent_nowhere(place, place_of, subject):
+    place.declared["mailer"] = (">",)
+    place.publish(place_of, _javascript(original_subject=subject, consumer="mailer"))
+    stored = place.stored(MAIN), place.stored()
+    record = place.only(peers=True)
+
+    with pytest.raises((ReplayRefused, BrokerError)) as refused:
+        place.letters.replay(record)
+    assert str(refused.value).isprintable()
+    assert (place.stored(MAIN), place.stored()) == stored
+
+
+@pytest.mark.parametrize("place_of", ["test.dlq.shop.mailer", "test.shop.dlq"])
+def test_a_letter_cannot_speak_for_another_app(place, place_of):
+    place.broker.want(wanted_streams(SETTINGS, ["test.billing.>"]))
+    place.declared["mailer"] = ()
+    registry = Registry()
+    registry.add(lambda message: None, "invoice.*", name="mailer", producer="billing")
+    place.letters = DeadLetters(place.broker, SETTINGS, lambda: registry.resolve(SETTINGS))
+    forged = _javascript(original_subject="test.billing.invoice.paid", stream_sequence=1)
+    place.publish("test.billing.invoice.paid", envelope({"amount": 1}))
+    place.publish(place_of, forged)
+
+    with pytest.raises(ReplayRefused, match="is not the message"):
+        place.letters.replay(place.only(peers=True))
+    assert place.stored(MAIN)[0].data == envelope({"amount": 1})
+
+
+def test_the_letter_of_another_apps_event_is_sent_as_it_is_stored_there(place):
+    place.broker.want(wanted_streams(SETTINGS, ["test.billing.>"]))
+    registry = Registry()
+    registry.add(lambda message: None, "invoice.*", name="mailer", producer="billing")
+    letters = DeadLetters(place.broker, SETTINGS, lambda: registry.resolve(SETTINGS))
+    data = envelope({"amount": 1})
+    sequence = place.publish("test.billing.invoice.paid", data, x_custom="kept")
+    place.give_up(FakeDelivery(data, subject="test.billing.invoice.paid", sequence=sequence))
+    (record,) = letters
+    letters.replay(record)
+
+    replayed = place.stored(MAIN)[-1]
+    assert (replayed.subject, replayed.data) == ("test.billing.invoice.paid", data)
+    assert replayed.headers["x-custom"] == "kept"
+
+    place.give_up(FakeDelivery(data, subject="test.billing.invoice.paid", sequence=sequence))
+    place.broker.delete_message(MAIN, sequence)
+    place.broker.advance(300)
+    place.give_up(FakeDelivery(data, subject="test.billing.invoice.paid", sequence=sequence))
+    with pytest.raises(BrokerError, match="no longer in"):
+        letters.replay(next(iter(letters)))
+
+
+def test_a_body_is_fetched_from_the_main_stream_and_of_that_subject_only(place):
+    secret = StreamConfig(name="victim", subjects=("victim.>",))
+    place.broker.setup([secret])
+    place.publish("victim.x", b"secret")
+    sequence = place.publish("test.shop.order.paid", envelope({"secret": 1}))
+    for stream in ("victim", "victim.x", "a b", MAIN):
+        place.publish(
+            "test.dlq.shop.mailer",
+            b"",
+            x_dlq_body_omitted="true",
+            x_original_subject="test.shop.order.created",
+            x_original_stream=stream,
+            x_original_sequence=str(sequence),
+        )
+    before = place.stored(MAIN)
+    for record in place.letters:
+        with pytest.raises(BrokerError, match="no longer in"):
+            place.letters.body(record)
+        with pytest.raises(BrokerError, match="no longer in"):
+            place.letters.replay(record)
+    assert place.stored(MAIN) == before
+
+
+def test_a_letter_of_a_renamed_subscriber_is_not_sent_to_nobody(place):
+    place.give_up(name="old")
+    record = place.only()
+    with pytest.raises(ReplayRefused, match=r"no subscriber 'old'.*It has mailer, audit"):
+        place.letters.replay(record)
+    assert place.only() == record
+
+    place.letters.replay(record, to="mailer")
+    (message,) = place.stored(MAIN)
+    assert message.headers["x-replay-for"] == "mailer"
     assert list(place.letters) == []
+
+
+def test_a_letter_is_not_sent_to_a_subscriber_that_would_not_receive_it(place):
+    place.give_up()
+    place.declared["mailer"] = ("order.paid",)
+    with pytest.raises(ReplayRefused, match="does not receive"):
+        place.letters.replay(place.only())
+
+
+def test_the_letter_of_another_app_needs_a_consumer_of_that_app(place):
+    place.publish(
+        "test.dlq.mail.notify",
+        envelope(),
+        x_subscriber="notify",
+        x_original_subject="test.mail.order.created",
+    )
+    record = place.only(app="mail")
+    with pytest.raises(ReplayRefused, match="'mail' has no subscriber 'notify'"):
+        place.letters.replay(record)
+
+
+# --- sending again, continued
 
 
 def test_a_dead_letter_that_cannot_be_replayed_stays(place):

@@ -85,8 +85,18 @@ def test_a_raw_subject_is_one_word(subject: str) -> None:
 
     if taken is not None:
         assert taken == subject
-        assert frame(taken, b"").count(b"\r\n") == 2
+        assert taken.isprintable()
         assert len(subject.split()) == 1
+
+
+@given(TEXT, TEXT)
+def test_a_frame_goes_to_one_subject_whoever_makes_it(subject: str, reply: str) -> None:
+    made = or_refused(frame, subject, b"", reply)
+
+    if made is not None:
+        assert made.count(b"\r\n") == 2
+        assert made.decode().splitlines()[0].split() == ["PUB", subject, *reply.split(), "0"]
+        assert all(token not in ("", "*", ">") for token in subject.split("."))
 
 
 @pytest.mark.parametrize("key", ["ENV", "APP_NAME"])

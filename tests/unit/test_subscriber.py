@@ -58,6 +58,7 @@ def test_options_default_to_the_settings() -> None:
     subscription = resolved(handle, "order.created", settings=settings)
     assert msgspec.structs.replace(subscription, handler=None, decode=None) == Subscription(
         name="handle",
+        app="shop",
         durable="shop-handle",
         topics=("order.created",),
         filter_subjects=("test.shop.order.created",),
