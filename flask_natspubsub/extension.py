@@ -68,6 +68,7 @@ class NatsPubsub:
                 "Import and use that one instead of calling init_app again.",
             )
         settings = Settings.from_config(app.config, app.name)
+        self.registry.begin_app()
         app.extensions[EXTENSION] = AppState(self, app, settings, db, metadata)
         self._apps.append(weakref.ref(app, self._apps.remove))
         tracing.install(app, settings.trace_header)

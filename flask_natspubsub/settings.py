@@ -7,6 +7,7 @@ config are not seen. The documentation's configuration page is generated from th
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -289,7 +290,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
             else:
                 sources[name] = "default"
         if "app_name" not in found:
-            found["app_name"] = _parse_one("app_name", slug(app_import_name))
+            found["app_name"] = _parse_one("app_name", _own_name(app_import_name))
         settings = cls(**found, sources=sources)
         settings._check_together()
         return settings
@@ -370,6 +371,19 @@ def _parse_one(name: str, value: Any) -> Any:
         raise ConfigurationError(
             f"{PREFIX}{name.upper()} is {masked(name, value)}.", f"Allowed: {error}."
         ) from None
+
+
+def _own_name(app_import_name: str) -> str:
+    """Return the app's name as a token; ConfigurationError if it has no letter for that.
+
+    All apps with names in another script would be one app otherwise.
+    """
+    if not app_import_name.isascii() and not re.search("[A-Za-z0-9]", app_import_name):
+        raise ConfigurationError(
+            f"The app's name {app_import_name!r} has no letter that a subject may have.",
+            "Set NATSPUBSUB_APP_NAME: letters, digits, '_' and '-'.",
+        )
+    return slug(app_import_name)
 
 
 def _warn_unknown_keys(config: Mapping[str, Any]) -> None:

@@ -96,9 +96,17 @@ _filters = _all_of(
 def list_command(
     state: AppState, as_json: bool, app: str | None, all_apps: bool, **filters: Any
 ) -> None:
-    """List the app's dead letters, oldest first."""
+    """List the app's dead letters, oldest first.
+
+    Where the app has none, those of the other apps are listed; with --app they are not.
+    """
     with onlooker(state):
-        records = list(state.extension.dead_letters.list(app=_app(app, all_apps), **filters))
+        letters = state.extension.dead_letters
+        records = list(letters.list(app=_app(app, all_apps), **filters))
+        if not (records or app or all_apps):
+            records = list(letters.list(app=ANY_APP, **filters))
+            if records:
+                click.echo(f"None of {state.settings.app_name!r}; of other apps:", err=True)
     if as_json:
         print_json([_summary(record) for record in records])
     elif not records:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -43,6 +44,17 @@ def place_of(source: AnyHandler | type) -> str:
         line = target.__code__.co_firstlineno
     module = getattr(source if isinstance(source, type) else target, "__module__", None)
     return f"{module}:{line}" if line else str(module)
+
+
+def code_of(source: AnyHandler | type) -> Any:
+    """Return the compiled code of a handler, or of a class's ``handle``; None if it has none."""
+    function = function_of(getattr(source, "handle") if isinstance(source, type) else source)  # noqa: B009 - of any class
+    return getattr(function, "__code__", None)
+
+
+def execution_of(module: str) -> object:
+    """Return what is another one each time a module is executed; None in a script."""
+    return getattr(sys.modules.get(module), "__spec__", None)
 
 
 def default_name(handler: AnyHandler) -> str:

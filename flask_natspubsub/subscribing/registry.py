@@ -17,6 +17,7 @@ from .options import SubscriberOptions
 from .subscriber import (
     Declaration,
     Subscriber,
+    check_replaces,
     declare_class,
     declare_handler,
     unbound_classes,
@@ -35,6 +36,10 @@ class _Declarations:
 
     def __init__(self) -> None:
         self._declared: dict[tuple[str, str, str], Declaration] = {}
+        #: How many apps were initialised so far, and when each subscriber was declared; None
+        #: where nobody counts.
+        self._apps: int | None = None
+        self._apps_then: dict[tuple[str, str, str], int | None] = {}
         self._middleware: list[Middleware] = []
 
     def subscriber(self, *topics: str | Sequence[str], **options: Any) -> Callable[[F], F]:
@@ -69,9 +74,12 @@ class _Declarations:
     def _keep(self, declaration: Declaration) -> None:
         older = self._declared.get(declaration.identity)
         if older is not None:
-            _check_replaces(declaration, older, f"the name {declaration.name!r}")
+            same_app = self._apps is not None and self._apps_then[older.identity] == self._apps
+            name = f"the name {declaration.name!r}"
+            check_replaces(declaration, older, name, same_app=same_app)
             del self._declared[declaration.identity]
         self._declared[declaration.identity] = declaration
+        self._apps_then[declaration.identity] = self._apps
 
     def _add_middleware(self, function: Middleware) -> None:
         if not callable(function):
@@ -149,7 +157,12 @@ class Registry(_Declarations):
 
     def __init__(self) -> None:
         super().__init__()
+        self._apps = 0
         self._groups: list[SubscriberGroup] = []
+
+    def begin_app(self) -> None:
+        """Note that another app is initialised: its factory may declare everything anew."""
+        self._apps = (self._apps or 0) + 1
 
     def add_class(self, cls: type[Subscriber]) -> None:
         """Bind a Subscriber class; ``class Audit(Subscriber, pubsub=pubsub)`` does it too."""
@@ -188,7 +201,7 @@ class Registry(_Declarations):
             durable = declaration.durable(settings.app_name)
             if durable in chosen:
                 older, _ = chosen.pop(durable)
-                _check_replaces(declaration, older, f"the durable name {durable!r}")
+                check_replaces(declaration, older, f"the durable name {durable!r}")
             chosen[durable] = declaration, around
         return [
             resolve(declaration, settings, (*self._middleware, *around))
@@ -227,17 +240,6 @@ class Registry(_Declarations):
                 yield declaration, ()
         for group in self._groups:
             yield from group.declarations()
-
-
-def _check_replaces(newer: Declaration, older: Declaration, what: str) -> None:
-    """Tell a declaration made anew (a reload, a factory called twice) from a second one."""
-    stacked = newer.source == older.source and newer.filters != older.filters
-    if newer.identity == older.identity and not stacked:
-        return
-    raise RegistrationError(
-        f"{older.who} and {newer.who} both have {what}.",
-        "List all topics of one handler in one declaration, or give each its own name=...",
-    )
 
 
 def _is_in(module: str, names: Iterable[str]) -> bool:

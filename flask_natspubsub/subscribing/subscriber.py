@@ -88,8 +88,8 @@ class Subscriber:
         raise NotImplementedError
 
 
-#: Subclasses bound to no extension object, with their place in the order of declaration.
-_unbound: weakref.WeakKeyDictionary[type[Subscriber], int] = weakref.WeakKeyDictionary()
+#: Subclasses bound to no extension object, with their order and their module's execution.
+_unbound: weakref.WeakKeyDictionary[type[Subscriber], tuple[int, Any]] = weakref.WeakKeyDictionary()
 
 
 def unbound_classes() -> Iterator[Declaration]:
@@ -98,16 +98,19 @@ def unbound_classes() -> Iterator[Declaration]:
         # A class defined in a function that has returned is a reference cycle: still
         # there, but nobody's. Collecting it now keeps it from receiving messages.
         gc.collect()
-    for cls, order in list(_unbound.items()):
+    for cls, (order, _) in list(_unbound.items()):
         yield declare_class(cls, order=order)
 
 
 def _remember(cls: type[Subscriber]) -> None:
-    declare_class(cls)  # for its checks: errors belong to the class statement
+    declared = declare_class(cls)  # for its checks: errors belong to the class statement
     for other in list(_unbound):
         if (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__):
+            order, execution = _unbound[other]
+            older = msgspec.structs.replace(declare_class(other, order), execution=execution)
+            check_replaces(declared, older, f"the name {declared.name!r}")
             del _unbound[other]
-    _unbound[cls] = next(_order)
+    _unbound[cls] = declared.order, declared.execution
 
 
 def _warn_near_misses(cls: type[Subscriber]) -> None:
@@ -130,6 +133,7 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     :param topics: as written, a group's prefix included; none if ``options.subject`` is set.
     :param filters: the topics normalised, without those that another one covers.
     :param order: grows with every declaration.
+    :param execution: of the module it was declared in; see ``handlers.execution_of``.
     """
 
     source: AnyHandler | type[Subscriber]
@@ -138,6 +142,7 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     filters: tuple[str, ...]
     options: SubscriberOptions
     order: int
+    execution: Any = None
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -146,6 +151,23 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         if not isinstance(origin, type):
             origin = handlers.function_of(origin)
         return origin.__module__, origin.__qualname__, self.name
+
+    def is_anew(self, older: Declaration) -> bool:
+        """Whether its module was executed again since the older one, or both were typed in."""
+        code = handlers.code_of(self.source)
+        typed_in = getattr(code, "co_filename", "").startswith("<")
+        return typed_in or self.execution is not older.execution
+
+    def is_beside(self, older: Declaration) -> bool:
+        """Whether both stand in one module, and are not one declaration executed twice.
+
+        A reload executes the module anew; a factory that is called twice, the same code.
+        """
+        if self.is_anew(older):
+            return False
+        ours, theirs = handlers.code_of(self.source), handlers.code_of(older.source)
+        is_class = isinstance(self.source, type)
+        return ours is not theirs or (self.filters != older.filters and not is_class)
 
     @property
     def who(self) -> str:
@@ -237,6 +259,29 @@ def _declare(
         filters=_filters(who, topics, options.subject),
         options=options.with_defaults(defaults) if defaults else options,
         order=next(_order) if order is None else order,
+        execution=handlers.execution_of(_module(source)),
+    )
+
+
+def _module(source: AnyHandler | type[Subscriber]) -> str:
+    origin = source if isinstance(source, type) else handlers.function_of(source)
+    return str(getattr(origin, "__module__", ""))
+
+
+def check_replaces(
+    newer: Declaration, older: Declaration, what: str, *, same_app: bool = False
+) -> None:
+    """Tell a declaration made anew (a reload, a factory called twice) from a second one.
+
+    :param same_app: whether no app was initialised between the two, so no factory was called twice.
+    :raises RegistrationError: it is a second one, which the first would be lost for.
+    """
+    another = same_app and newer.source is not older.source and not newer.is_anew(older)
+    if newer.identity == older.identity and not (newer.is_beside(older) or another):
+        return
+    raise RegistrationError(
+        f"{older.who} and {newer.who} both have {what}.",
+        "List all topics of one handler in one declaration, or give each its own name=...",
     )
 
 

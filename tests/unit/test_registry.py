@@ -136,9 +136,51 @@ def test_a_factory_called_twice_declares_its_handler_once(registry: Registry) ->
             return answer
 
     create_app("old")
+    registry.begin_app()
     create_app("new")
     (subscription,) = registry.resolve(SETTINGS)
     assert subscription.handler({}, ANY_CONTEXT) == "new"
+
+
+def test_two_handlers_of_one_name_in_a_module_are_refused(registry: Registry) -> None:
+    @registry.subscriber("order.created")
+    def send(message: Any) -> None: ...
+
+    with pytest.raises(RegistrationError, match="both have the name 'send'"):
+
+        @registry.subscriber("order.cancelled")
+        def send(message: Any) -> None: ...
+
+    assert [one.topics for one in registry.resolve(SETTINGS)] == [("order.created",)]
+
+
+def test_a_handler_made_twice_for_one_app_is_refused(registry: Registry) -> None:
+    def declare(target: list[Any]) -> None:
+        @registry.subscriber("order.created")
+        def forward(message: Any) -> None:
+            target.append(message)
+
+    declare([])
+    with pytest.raises(RegistrationError, match="both have the name 'forward'"):
+        declare([])
+
+
+def test_two_classes_of_one_name_in_a_module_are_refused() -> None:
+    class Twice(Subscriber):
+        topics = "order.created"
+
+        def handle(self, message: Any) -> None: ...
+
+    first = Twice
+    with pytest.raises(RegistrationError, match="both have the name 'twice'"):
+
+        class Twice(Subscriber):  # type: ignore[no-redef]
+            topics = "order.cancelled"
+
+            def handle(self, message: Any) -> None: ...
+
+    assert names(Registry()) == ["twice"]
+    del first, Twice
 
 
 # --- classes -----------------------------------------------------------------------------

@@ -207,6 +207,11 @@ def test_the_app_name_is_slugged_from_the_app(app_name: str, slugged: str) -> No
     assert read(app_name).app_name == slugged
 
 
+def test_an_app_with_a_name_in_another_script_has_to_choose_another() -> None:
+    with pytest.raises(ConfigurationError, match="Set NATSPUBSUB_APP_NAME"):
+        read("商店")
+
+
 def test_an_app_whose_own_name_is_reserved_has_to_choose_another() -> None:
     with pytest.raises(ConfigurationError, match="NATSPUBSUB_APP_NAME is 'events'"):
         read("events")
