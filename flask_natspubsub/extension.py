@@ -318,6 +318,7 @@ class NatsPubsub:
             concurrency,
             persistence.inbox if persistence else None,
             state.make_relay() if persistence and relay else None,
+            state.subscriptions(),
         )
 
     def make_relay(self) -> Relay:

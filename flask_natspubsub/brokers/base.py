@@ -346,6 +346,13 @@ class Broker(ABC):
         """
 
     @abstractmethod
+    def add_consumer(self, config: ConsumerConfig) -> None:
+        """Create or update a durable consumer without a pull.
+
+        :raises TopologyError: the stream is missing, or does not cover a filter subject.
+        """
+
+    @abstractmethod
     def listen(self, subject: str, callback: Callable[[CoreMessage], None]) -> CoreSubscription:
         """Call ``callback`` (broker's thread) for every message sent to ``subject``."""
 

@@ -33,7 +33,7 @@ from .base import (
     Ticket,
 )
 from .connection import Dial
-from .jetstream import JetStreamApi, consumer_info, stream_info
+from .jetstream import Floor, JetStreamApi, consumer_info, stream_info
 from .link import DEFAULT_MAX_PAYLOAD, Link
 from .loop import BackgroundLoop, bind_to_process
 from .outbound import PublishWindow
@@ -316,6 +316,9 @@ class JetStreamBroker(Broker):
         with contextlib.suppress(NotConnected):
             await session.link.wait_up(self._settings.connect_timeout)
             await pull.open()
+
+    def add_consumer(self, config: ConsumerConfig) -> None:  # noqa: D102
+        self._ask(lambda api: api.ensure_consumer(config, after=Floor()), API_TIMEOUT * 3)
 
     def listen(  # noqa: D102
         self, subject: str, callback: Callable[[CoreMessage], None]

@@ -11,6 +11,7 @@ from . import (
     publishing,
     relay,
     server,
+    subscribers,
     verification,
     worker,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "publishing",
     "relay",
     "server",
+    "subscribers",
     "verification",
     "worker",
 ]

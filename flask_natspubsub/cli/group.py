@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 from flask import current_app
-from flask.cli import AppGroup
+from flask.cli import AppGroup, with_appcontext
 
 from ..brokers import make_broker
 from ..brokers.base import Broker
@@ -39,10 +39,18 @@ class Group(AppGroup):
         return lambda function: decorate(_with_state(function))
 
     def group(  # type: ignore[override]  # as in AppGroup
-        self, name: str, *, examples: Sequence[str]
+        self, name: str, *, examples: Sequence[str], runs_alone: bool = False
     ) -> Callable[[Command], click.Group]:
-        """Add a group of such commands."""
-        return super().group(name, cls=Group, epilog=_epilog(examples))
+        """Add a group of such commands.
+
+        :param runs_alone: it is a command too, where none of its own is asked for.
+        """
+        decorate = super().group(
+            name, cls=Group, epilog=_epilog(examples), invoke_without_command=runs_alone
+        )
+        if not runs_alone:
+            return decorate
+        return lambda function: decorate(_alone(with_appcontext(_with_state(function))))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run, with errors as one line."""
@@ -56,6 +64,16 @@ def _epilog(examples: Sequence[str]) -> str:
     title = "Example:" if len(examples) == 1 else "Examples:"
     # \b keeps click from joining the lines.
     return "\n  ".join([f"\b\n{title}", *examples])
+
+
+def _alone(function: Command) -> Command:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if click.get_current_context().invoked_subcommand is None:
+            return function(*args, **kwargs)
+        return None
+
+    return run
 
 
 def _with_state(function: Command) -> Command:

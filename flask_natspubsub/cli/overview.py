@@ -1,4 +1,4 @@
-"""``subscribers``, ``setup`` and ``config``: what the app has and what the server has."""
+"""``setup`` and ``config``: what the app wants and what the server has."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Any
 import click
 import msgspec
 
-from ..brokers.base import Broker, Change
+from ..brokers.base import Change
 from ..brokers.topology import refuse_volatile
 from ..state import AppState
-from ..subscribing.subscription import Subscription
 from ..text import printable
 from .group import natspubsub, onlooker
 from .output import json_option, print_json, print_table
 
-_COUNTS = ("pending", "ack_pending", "redelivered")
 _SIGNS = {
     "create": ("+", "green"),
     "add_subjects": ("~", "green"),
@@ -23,69 +21,6 @@ _SIGNS = {
     "ok": ("=", None),
 }
 _WORDS = {"create": "create with", "add_subjects": "add", "differs": "differs:", "ok": ""}
-
-
-@natspubsub.command("subscribers", examples=["flask natspubsub subscribers"])
-@click.option("--offline", is_flag=True, help="Do not ask the server for counts.")
-@json_option
-def subscribers_command(state: AppState, offline: bool, as_json: bool) -> None:
-    """List the subscribers, and how much waits for each.
-
-    PENDING is not delivered yet, UNACKED is delivered and not settled, and of that
-    REDELIVERED more than once. "-": the server has no consumer yet; a worker makes it.
-    """
-    subscriptions = state.subscriptions()
-    if offline:
-        rows = [_describe(one, None, state.settings.stream) for one in subscriptions]
-    else:
-        with onlooker(state) as broker:
-            rows = [_describe(one, broker, state.settings.stream) for one in subscriptions]
-    if as_json:
-        print_json(rows)
-    elif not rows:
-        click.echo("There are no subscribers; NATSPUBSUB_SUBSCRIBERS lists modules that have some.")
-    else:
-        _print_subscribers(rows)
-
-
-def _describe(subscription: Subscription, broker: Broker | None, stream: str) -> dict[str, Any]:
-    info = broker.consumer_info(stream, subscription.durable) if broker else None
-    return {
-        "name": subscription.name,
-        "topics": list(subscription.topics),
-        "filter_subjects": list(subscription.filter_subjects),
-        "durable": subscription.durable,
-        "concurrency": subscription.concurrency,
-        "max_deliver": subscription.max_deliver,
-        **{name: getattr(info, name) if info else None for name in _COUNTS},
-    }
-
-
-def _print_subscribers(rows: list[dict[str, Any]]) -> None:
-    columns = (
-        "NAME",
-        "RECEIVES",
-        "DURABLE",
-        "CONCURRENCY",
-        "MAX DELIVER",
-        "PENDING",
-        "UNACKED",
-        "REDELIVERED",
-    )
-    plain_names = ("concurrency", "max_deliver")
-    print_table(
-        columns,
-        [
-            (
-                row["name"],
-                ", ".join(row["filter_subjects"]),
-                row["durable"],
-                *(row[name] for name in plain_names),
-                *("-" if row[name] is None else row[name] for name in _COUNTS),
-            )
-            for row in rows
-        ],
-    )
 
 
 @natspubsub.command("setup", examples=["flask natspubsub setup --dry-run"])

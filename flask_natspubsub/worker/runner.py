@@ -15,6 +15,7 @@ from ..errors import NatsPubsubError, RegistrationError
 from ..messages.ids import short_id
 from ..settings import Settings
 from ..signals import worker_started, worker_stopped
+from ..subscribing.consumers import complaints
 from ..subscribing.deadletter_box import DeadLetterBox
 from ..subscribing.processor import Emit, Outcome, Processor, Transactions
 from ..subscribing.subscription import Subscription
@@ -59,6 +60,7 @@ class Worker:
     :param concurrency: handler threads, shared by all subscribers.
     :param transactions: opens the transactions of handlers; None without a database.
     :param relay: relays the outbox in a thread of its own.
+    :param declared: all subscribers of the app, to know its consumers that none of them has.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Worker:
         concurrency: int | None = None,
         transactions: Transactions | None = None,
         relay: Relaying | None = None,
+        declared: Sequence[Subscription] | None = None,
     ) -> None:
         self.settings = settings
+        self._declared = subscriptions if declared is None else declared
         self.concurrency = concurrency or settings.concurrency
         self._broker = broker
         self._emit = emit
@@ -128,6 +132,7 @@ class Worker:
             )
             self._relay_thread.start()
         try:
+            self._look_at_consumers()
             for consumer in self._consumers:
                 if self._state != "running" or (stop is not None and stop.is_set()):
                     break
@@ -137,6 +142,17 @@ class Worker:
             raise
         self._emit(worker_started, worker=self)
         return self
+
+    def _look_at_consumers(self) -> None:
+        """Warn of subscribers that look renamed or removed, before a new one begins."""
+        if not self._consumers:
+            return
+        try:
+            self._broker.connect(self.settings.connect_timeout)
+            for line in complaints(self._broker, self.settings, self._declared):
+                _log.warning("%s", line)
+        except NatsPubsubError as error:
+            _log.debug("the consumers of the app could not be listed: %s", error)
 
     def stop(self, timeout: float | None = None) -> bool:
         """Stop pulling, hand back what has not begun, finish what has.

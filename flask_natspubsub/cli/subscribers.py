@@ -1,0 +1,148 @@
+"""``subscribers``: what the app has, what waits for each, and what is left of those it had."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import click
+import msgspec
+
+from ..brokers.base import Broker, ConsumerInfo
+from ..errors import BrokerError
+from ..state import AppState
+from ..subscribing.consumers import complaints, delete, rename
+from ..subscribing.subscription import Subscription
+from ..text import printable
+from .group import Misused, natspubsub, onlooker
+from .output import json_option, print_json, print_table
+from .purging import yes_option
+
+_COUNTS = ("pending", "ack_pending", "redelivered")
+
+
+@natspubsub.group("subscribers", examples=["flask natspubsub subscribers"], runs_alone=True)
+@click.option("--offline", is_flag=True, help="Do not ask the server for counts.")
+@json_option
+def subscribers(state: AppState, offline: bool, as_json: bool) -> None:
+    """List the subscribers, and how much waits for each; or rename or delete one.
+
+    PENDING is not delivered yet, UNACKED is delivered and not settled, and of that
+    REDELIVERED more than once. "-": the server has no consumer yet; a worker makes it.
+    """
+    subscriptions, complained = state.subscriptions(), list[str]()
+    if offline:
+        rows = [_describe(one, None, state.settings.stream) for one in subscriptions]
+    else:
+        with onlooker(state) as broker:
+            rows = [_describe(one, broker, state.settings.stream) for one in subscriptions]
+            with contextlib.suppress(BrokerError):  # may look at the app's own, not at all
+                complained = complaints(broker, state.settings, subscriptions)
+    if as_json:
+        print_json(rows)
+    elif not rows:
+        click.echo("There are no subscribers; NATSPUBSUB_SUBSCRIBERS lists modules that have some.")
+    else:
+        _print_subscribers(rows)
+    for line in complained:
+        click.secho(printable(f"! {line}"), fg="yellow", err=True)
+
+
+def _describe(subscription: Subscription, broker: Broker | None, stream: str) -> dict[str, Any]:
+    info = broker.consumer_info(stream, subscription.durable) if broker else None
+    return {
+        "name": subscription.name,
+        "topics": list(subscription.topics),
+        "filter_subjects": list(subscription.filter_subjects),
+        "durable": subscription.durable,
+        "concurrency": subscription.concurrency,
+        "max_deliver": subscription.max_deliver,
+        **{name: getattr(info, name) if info else None for name in _COUNTS},
+    }
+
+
+def _print_subscribers(rows: list[dict[str, Any]]) -> None:
+    columns = (
+        "NAME",
+        "RECEIVES",
+        "DURABLE",
+        "CONCURRENCY",
+        "MAX DELIVER",
+        "PENDING",
+        "UNACKED",
+        "REDELIVERED",
+    )
+    plain_names = ("concurrency", "max_deliver")
+    print_table(
+        columns,
+        [
+            (
+                row["name"],
+                ", ".join(row["filter_subjects"]),
+                row["durable"],
+                *(row[name] for name in plain_names),
+                *("-" if row[name] is None else row[name] for name in _COUNTS),
+            )
+            for row in rows
+        ],
+    )
+
+
+@subscribers.command("rename", examples=["flask natspubsub subscribers rename old_name new_name"])
+@click.argument("old")
+@click.argument("new")
+@json_option
+def rename_command(state: AppState, old: str, new: str, as_json: bool) -> None:
+    """Give the position and the inbox rows of OLD to the subscriber NEW.
+
+    Stop the workers of both, deploy the new name, run this, and start them: NEW goes on where
+    OLD had got. What OLD had in hand may come again; with an inbox it is skipped.
+    """
+    found = {one.name: one for one in state.subscriptions()}
+    if new not in found:
+        known = ", ".join(sorted(found)) or "none"
+        raise Misused(f"The app has no subscriber {new!r}. It has: {known}.")
+    if old in found:
+        raise Misused(f"The app has a subscriber {old!r}: it was not renamed.")
+    persistence = state.persistence_for([found[new]])
+    move = persistence.inbox.rename if persistence else lambda old, new: 0
+    with onlooker(state) as broker:
+        done = rename(broker, state.settings, old, found[new], move)
+    if as_json:
+        print_json(msgspec.structs.asdict(done))
+        return
+    click.echo(
+        f"{printable(old)} is {printable(new)} now: {done.waiting} messages wait, of which up to "
+        f"{done.again} were given to the old name; {done.remembered} events are known as handled."
+    )
+    click.echo(
+        f"Its dead letters: flask natspubsub dlq replay --subscriber {printable(old)} "
+        f"--to {printable(new)}"
+    )
+
+
+@subscribers.command("delete", examples=["flask natspubsub subscribers delete old_name"])
+@click.argument("name")
+@yes_option
+@json_option
+def delete_command(state: AppState, name: str, yes: bool, as_json: bool) -> None:
+    """Delete the position of a subscriber: what waits for it is not handled.
+
+    For one that the code has no more. One that it has begins anew, with everything stored.
+    """
+    declared = any(one.name == name for one in state.subscriptions())
+
+    def confirm(info: ConsumerInfo) -> None:
+        left = info.pending + info.ack_pending
+        text = f"{left} messages wait for {printable(name)!r}"
+        text += "; a worker will begin anew with all that is stored" if declared else ""
+        if not yes and (left or declared):
+            click.confirm(f"{text}. Delete it?", abort=True, err=True)
+
+    with onlooker(state) as broker:
+        info = delete(broker, state.settings, name, confirm)
+    left = info.pending + info.ack_pending
+    if as_json:
+        print_json({"deleted": info.durable, "not_handled": left})
+    else:
+        click.echo(f"deleted {printable(info.durable)}; {left} messages are not handled by it")

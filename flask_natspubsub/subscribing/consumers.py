@@ -1,0 +1,191 @@
+"""The durable consumers of an app, and what becomes of one whose subscriber is gone or renamed.
+
+A consumer is the position of one subscriber in the stream. It is found by the subscriber's name:
+under another name a new one begins with everything that is stored, and the old one waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from ..brokers.base import Broker, ConsumerInfo
+from ..brokers.topology import OWNER_APP, OWNER_SUBSCRIBER
+from ..errors import TopologyError
+from ..messages.identity import subscriber_key
+from ..messages.subjects import overlaps, slug
+from ..settings import Settings
+from .subscription import Subscription
+
+
+class Renamed(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rename has done.
+
+    :param waiting: messages that wait for the new name.
+    :param again: of those, how many were given to the old name and may have been handled.
+    :param remembered: events that the inbox takes for handled under the new name.
+    """
+
+    old: str
+    new: str
+    waiting: int
+    again: int
+    remembered: int
+
+
+def orphans(
+    broker: Broker, settings: Settings, subscriptions: Sequence[Subscription]
+) -> list[ConsumerInfo]:
+    """Return the app's consumers that none of its subscribers has.
+
+    Those of version 0.1 do not say whose they are: one whose name begins as the app's do is taken
+    for the app's own, and may be that of an app with a longer name.
+
+    :param subscriptions: all that the app has, not only those of one worker.
+    """
+    declared = {one.durable for one in subscriptions}
+    found = broker.consumers(settings.stream)
+    return [
+        info for info in found if info.durable not in declared and _is_of(info, settings.app_name)
+    ]
+
+
+def _is_of(info: ConsumerInfo, app: str) -> bool:
+    owner = info.metadata.get(OWNER_APP)
+    if owner is not None:
+        return owner == app
+    return info.is_pull and info.durable.startswith(f"{app}-")
+
+
+def name_of(info: ConsumerInfo, app: str) -> str:
+    """Return the name of the subscriber that a consumer was made for."""
+    return info.metadata.get(OWNER_SUBSCRIBER) or info.durable.removeprefix(f"{app}-")
+
+
+def complaints(
+    broker: Broker, settings: Settings, subscriptions: Sequence[Subscription]
+) -> list[str]:
+    """Say what looks like a subscriber that was renamed or removed, a line each.
+
+    :param subscriptions: all that the app has.
+    """
+    left = orphans(broker, settings, subscriptions)
+    lines = [_of_orphan(info, settings.app_name) for info in left]
+    for one in subscriptions if left else ():
+        if broker.consumer_info(settings.stream, one.durable) is None:
+            lines += _of_newcomer(one, left, settings.app_name)
+    return lines
+
+
+def _of_orphan(info: ConsumerInfo, app: str) -> str:
+    name = name_of(info, app)
+    unsure = "" if OWNER_APP in info.metadata else " (unless it is another app's)"
+    return (
+        f"the consumer {info.durable!r} has no subscriber in the app {app!r} any more{unsure}; "
+        f"{info.pending + info.ack_pending} messages wait for it. If {name!r} was renamed: "
+        f"'flask natspubsub subscribers rename {name} NEW'; if it is gone: "
+        f"'flask natspubsub subscribers delete {name}'"
+    )
+
+
+def _of_newcomer(one: Subscription, left: Sequence[ConsumerInfo], app: str) -> list[str]:
+    """Warn of a new consumer that begins where an orphan has been."""
+    before = [
+        name_of(info, app)
+        for info in left
+        if info.delivered
+        and any(overlaps(a, b) for a in info.filter_subjects for b in one.filter_subjects)
+    ]
+    if not before or one.deliver_policy != "all":
+        return []
+    return [
+        f"the subscriber {one.name!r} is new and begins with all messages that are stored, also "
+        f"with those that {before[0]!r} has handled. If that is its old name, stop the workers "
+        f"and run 'flask natspubsub subscribers delete {one.name}' and 'flask natspubsub "
+        f"subscribers rename {before[0]} {one.name}'"
+    ]
+
+
+def rename(
+    broker: Broker,
+    settings: Settings,
+    old: str,
+    new: Subscription,
+    rename_inbox: Callable[[str, str], int],
+) -> Renamed:
+    """Give the position and the inbox rows of a subscriber to the one it is called now.
+
+    Called again after a failure, it goes on.
+
+    :param old: the name that no subscriber has any more.
+    :param rename_inbox: has what one key has handled count for another; returns how many.
+    :raises TopologyError: there is no such consumer, a worker pulls, or the new one has begun.
+    """
+    before = _stopped_consumer(broker, settings, old)
+    there = broker.consumer_info(settings.stream, new.durable)
+    if there is not None and (there.delivered or there.waiting):
+        raise TopologyError(
+            f"The subscriber {new.name!r} has begun already: it was given messages up to number "
+            f"{there.delivered}.",
+            f"Stop its workers, and delete that position first: 'flask natspubsub subscribers "
+            f"delete {new.name}'.",
+        )
+    app = settings.app_name
+    remembered = rename_inbox(subscriber_key(app, old), subscriber_key(app, new.name))
+    remembered += rename_inbox(old, new.name)  # rows of version 0.1
+    _move(broker, settings, before, new)
+    info = broker.consumer_info(settings.stream, new.durable)
+    return Renamed(
+        old=old,
+        new=new.name,
+        waiting=info.pending if info else 0,
+        again=max(0, before.delivered - before.ack_floor),
+        remembered=remembered,
+    )
+
+
+def _stopped_consumer(broker: Broker, settings: Settings, name: str) -> ConsumerInfo:
+    """Return the consumer of a subscriber that no worker pulls for."""
+    durable = f"{settings.app_name}-{slug(name)}"
+    info = broker.consumer_info(settings.stream, durable)
+    if info is None or not _is_of(info, settings.app_name):
+        raise TopologyError(
+            f"The app {settings.app_name!r} has no consumer of a subscriber {name!r} on the "
+            f"stream {settings.stream!r}.",
+            "'flask natspubsub subscribers' lists them.",
+        )
+    if info.waiting:
+        raise TopologyError(
+            f"A worker is pulling for the subscriber {name!r}.", "Stop it, and try again."
+        )
+    return info
+
+
+def _move(broker: Broker, settings: Settings, before: ConsumerInfo, new: Subscription) -> None:
+    stream = broker.stream_info(settings.stream)
+    takes_turns = stream is not None and stream.config.retention == "workqueue"
+    config = new.consumer_config(settings.stream)
+    if takes_turns:  # it has what is not settled, and only one consumer of a subject
+        broker.delete_consumer(settings.stream, before.durable)
+        broker.add_consumer(config)
+        return
+    broker.delete_consumer(settings.stream, new.durable)
+    broker.add_consumer(
+        msgspec.structs.replace(config, deliver_policy="all", start_after=before.ack_floor)
+    )
+    broker.delete_consumer(settings.stream, before.durable)
+
+
+def delete(
+    broker: Broker, settings: Settings, name: str, confirm: Callable[[ConsumerInfo], object]
+) -> ConsumerInfo:
+    """Delete the position of a subscriber; returns what it was.
+
+    :param confirm: called before it is done; may raise.
+    :raises TopologyError: there is no such consumer, or a worker pulls for it.
+    """
+    info = _stopped_consumer(broker, settings, name)
+    confirm(info)
+    broker.delete_consumer(settings.stream, info.durable)
+    return info
