@@ -105,7 +105,7 @@ def rename_command(state: AppState, old: str, new: str, as_json: bool) -> None:
     if old in found:
         raise Misused(f"The app has a subscriber {old!r}: it was not renamed.")
     persistence = state.persistence_for([found[new]])
-    move = persistence.inbox.rename if persistence else lambda old, new: 0
+    move = persistence.inbox.rename if persistence else lambda app, old, new: 0
     with onlooker(state) as broker:
         done = rename(broker, state.settings, old, found[new], move)
     if as_json:

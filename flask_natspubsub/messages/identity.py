@@ -14,8 +14,26 @@ from functools import lru_cache
 
 import msgspec
 
-#: Longest event id in the inbox, in characters.
-LONGEST = 255
+#: Longest subscriber in the inbox, in characters.
+LONGEST = 191
+
+
+class Handling(msgspec.Struct, frozen=True, gc=False):
+    """One event for one subscriber, as the inbox knows it.
+
+    :param event: the event id; of a message without one, its ``place_key``.
+    :param subscriber: its ``subscriber_key``, with the publishing app if that is another one.
+    :param old_event: the event in rows of version 0.1.
+    :param old_subscriber: the subscriber in such rows, which had no app in their keys.
+    :param stored_at: when its message was stored, if only that tells whether an old row is of
+        this one; seconds since the epoch.
+    """
+
+    event: str
+    subscriber: str
+    old_event: str
+    old_subscriber: str
+    stored_at: float = 0.0
 
 
 def subscriber_key(app_name: str, subscriber: str) -> str:
@@ -34,50 +52,37 @@ def place_key(stream: str, sequence: int, stored_at: float) -> str:
     return f"{stream}:{sequence}:{int(stored_at * 1000)}"
 
 
-def event_key(own_app: str, subject: str, event_id: str) -> str:
-    """Return what names an event in the inbox of ``own_app``: its id, if the app published it.
+def handling(app_name: str, subscriber: str, subject: str, event_id: str) -> Handling:
+    """Return what the inbox of an app knows an event by.
 
-    The event of another app has that one's name before its id, so that nobody who may publish as
-    one app can take an id away from another. An id that has a slash has its app before it, too:
-    no id can look like another app's.
+    The event of another app has that one's name in its key, ``shop<billing/send_mail``: nobody
+    who may publish as one app can take an id away from another.
 
     :param subject: ``{env}.{app}.{topic}``; of another form, it is taken for one of the app's own.
     """
-    producer = _producer(subject) or own_app
-    if producer == own_app and "/" not in event_id:
-        return event_id
-    key = f"{producer}/{event_id}"
-    return key if len(key) <= LONGEST else f"{producer[:100]}/{_digest(key)}"
+    key = _handler_key(app_name, subscriber, _producer(subject) or app_name)
+    return Handling(event_id, key, event_id, subscriber)
 
 
-def unnamed_key(stream: str, sequence: int, stored_at: float) -> str:
-    """Return what names a message without an event id in the inbox; no event has such a name."""
-    return f"/{place_key(stream, sequence, stored_at)}"
+def unnamed_handling(
+    app_name: str, subscriber: str, stream: str, sequence: int, stored_at: float
+) -> Handling:
+    """Return what the inbox knows a message without an event id by; no event has such a key."""
+    place = place_key(stream, sequence, stored_at)
+    key = _handler_key(app_name, subscriber, "")
+    return Handling(place, key, f"{stream}:{sequence}", subscriber, stored_at)
 
 
-class Handling(msgspec.Struct, frozen=True, gc=False):
-    """One event for one subscriber, as the inbox knows it.
-
-    :param event: see ``event_key`` and ``unnamed_key``.
-    :param subscriber: see ``subscriber_key``.
-    :param old_event: the event in rows of version 0.1, which had no apps in their keys.
-    :param old_subscriber: the subscriber in such rows.
-    :param stored_at: when its message was stored, if only that tells whether an old row is of
-        this one; seconds since the epoch.
-    """
-
-    event: str
-    subscriber: str
-    old_event: str
-    old_subscriber: str
-    stored_at: float = 0.0
+@lru_cache(maxsize=1024)
+def _handler_key(app_name: str, subscriber: str, producer: str) -> str:
+    who = app_name if producer == app_name else f"{app_name}<{producer}"
+    key = subscriber_key(who, subscriber)
+    if len(key) <= LONGEST:
+        return key
+    return f"{key[:100]}#{hashlib.sha256(key.encode()).hexdigest()}"
 
 
 @lru_cache(maxsize=1024)
 def _producer(subject: str) -> str:
     tokens = subject.split(".", 2)
     return tokens[1] if len(tokens) == 3 else ""
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -13,7 +13,6 @@ import msgspec
 from ..brokers.base import Broker, ConsumerInfo
 from ..brokers.topology import OWNER_APP, OWNER_SUBSCRIBER
 from ..errors import TopologyError
-from ..messages.identity import subscriber_key
 from ..messages.subjects import overlaps, slug
 from ..settings import Settings
 from .subscription import Subscription
@@ -112,14 +111,14 @@ def rename(
     settings: Settings,
     old: str,
     new: Subscription,
-    rename_inbox: Callable[[str, str], int],
+    rename_inbox: Callable[[str, str, str], int],
 ) -> Renamed:
     """Give the position and the inbox rows of a subscriber to the one it is called now.
 
     Called again after a failure, it goes on.
 
     :param old: the name that no subscriber has any more.
-    :param rename_inbox: has what one key has handled count for another; returns how many.
+    :param rename_inbox: has what one name of the app has handled count for another; how many.
     :raises TopologyError: there is no such consumer, a worker pulls, or the new one has begun.
     """
     before = _stopped_consumer(broker, settings, old)
@@ -131,9 +130,7 @@ def rename(
             f"Stop its workers, and delete that position first: 'flask natspubsub subscribers "
             f"delete {new.name}'.",
         )
-    app = settings.app_name
-    remembered = rename_inbox(subscriber_key(app, old), subscriber_key(app, new.name))
-    remembered += rename_inbox(old, new.name)  # rows of version 0.1
+    remembered = rename_inbox(settings.app_name, old, new.name)
     _move(broker, settings, before, new)
     info = broker.consumer_info(settings.stream, new.durable)
     return Renamed(

@@ -209,14 +209,18 @@ class DeadLetters:
 
     def _wanted_by(self, app: str, name: str) -> Sequence[str] | None:
         """Return the subjects that a subscriber receives; None if there is no such subscriber."""
+        pulled_only = False
         if app == self._settings.app_name:
             if self._subscriptions is None:
                 return (">",)  # nobody can say
-            found = [one for one in self._subscriptions() if one.name == name]
-            return found[0].filter_subjects if found else None
+            declared = {one.name: one.filter_subjects for one in self._subscriptions()}
+            if declared.get(name):
+                return declared[name]
+            pulled_only = bool(declared)  # the code knows: only a worker that runs knows better
         durable = f"{app}-{slug(name)}"
         info = self._broker.consumer_info(self._settings.stream, durable)
-        return None if info is None else info.filter_subjects
+        gone = info is None or (pulled_only and not info.waiting)
+        return None if info is None or gone else info.filter_subjects
 
     def _known(self, app: str) -> str:
         if app != self._settings.app_name or self._subscriptions is None:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..database import Database, Identifier, Seconds, database_now, insert_new
 from ..errors import DatabaseError, NatsPubsubError
-from ..messages.identity import Handling
+from ..messages.identity import Handling, subscriber_key
 from ..text import get_logger
 from .inbox_takeover import Takeover
 
@@ -148,11 +148,20 @@ class Inbox:
             key = sa.tuple_(table.c.event_id, table.c.subscriber)
             return connection.execute(sa.delete(table).where(key.in_(keys))).rowcount
 
-    def rename(self, old: str, new: str) -> int:
+    def rename(self, app: str, old: str, new: str) -> int:
         """Have what one subscriber has handled count as handled by another; returns how many.
 
         In transactions of ``RENAME_BATCH`` rows. Called again after a failure, it goes on.
         """
+        of_others = f"{app}<"  # the events of other apps, and those without an id
+        return sum(
+            self._rename(key, f"{key.removesuffix(old)}{new}")
+            for key in self.counts()
+            if key in (old, subscriber_key(app, old))
+            or (key.startswith(of_others) and key.endswith(f"/{old}"))
+        )
+
+    def _rename(self, old: str, new: str) -> int:
         table, renamed = self.table, 0
         columns = (table.c.event_id, table.c.processed_at)
         some = sa.select(*columns).where(table.c.subscriber == old).limit(RENAME_BATCH)

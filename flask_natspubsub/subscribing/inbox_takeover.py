@@ -59,9 +59,7 @@ class Takeover:
             processed = connection.execute(at).scalar() or 0.0
             return float(processed) >= handling.stored_at - _CLOCKS
         # Another app of the new version has written it, beside its own, if that one is there.
-        own_app = handling.subscriber.partition("/")[0]
-        keys = (handling.old_event, handling.event, f"{own_app}/{handling.old_event}")
-        query = sa.select(columns.subscriber).where(columns.event_id.in_(keys))
+        query = sa.select(columns.subscriber).where(columns.event_id == handling.event)
         # Locked, as MariaDB would else show the rows of before the wait.
         rows = connection.execute(query.with_for_update(read=True)).scalars()
         others = f"/{handling.old_subscriber}"

@@ -20,7 +20,7 @@ import msgspec
 from ..brokers.base import Delivery
 from ..errors import DecodingError, NatsPubsubError
 from ..messages import lineage
-from ..messages.identity import Handling, event_key, unnamed_key
+from ..messages.identity import Handling, handling, unnamed_handling
 from ..messages.received import Received, read
 from ..messages.subjects import topic_of
 from ..signals import (
@@ -194,14 +194,12 @@ class Processor:
 
     def _handling(self, delivery: Delivery, received: Received) -> Handling:
         """Return what the inbox knows this event and this subscriber by."""
-        subscription = self.subscription
+        app, name = self.subscription.app, self.subscription.name
+        if not received.is_named:
+            place = (delivery.stream, delivery.sequence, delivery.timestamp)
+            return unnamed_handling(app, name, *place)
         event_id = forced_id(delivery.headers, received.event_id)
-        if received.is_named:
-            key, stored_at = event_key(subscription.app, delivery.subject, event_id), 0.0
-        else:
-            stored_at = delivery.timestamp
-            key = unnamed_key(delivery.stream, delivery.sequence, stored_at)
-        return Handling(key, subscription.key, event_id, subscription.name, stored_at)
+        return handling(app, name, delivery.subject, event_id)
 
     def _call(self, context: MessageContext, message: Any) -> None:
         subscription = self.subscription

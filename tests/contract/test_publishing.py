@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from flask_natspubsub.brokers.base import OutgoingMessage, StoredAck
+from flask_natspubsub.brokers.storing import checked, is_known_as, store_one
 from flask_natspubsub.errors import (
+    BrokerError,
     NoStreamForSubject,
     PayloadTooLarge,
     PublishDenied,
@@ -189,3 +193,73 @@ def test_messages_older_than_max_age_are_gone(empty_place: Place) -> None:
 
     assert place.broker.get_message(place.stream, 1) is None
     assert place.publish(b"3") == [StoredAck(place.stream, 3)]
+
+
+# --- acknowledged is what the stream has, not what it had under the same id
+
+
+def test_a_message_whose_id_another_subject_took_is_stored_all_the_same(place: Place) -> None:
+    place.submit(place.message(b"another", topic="order.paid", Nats_Msg_Id="e1"))
+    mine = place.message(b"mine", Nats_Msg_Id="e1")
+
+    ack = store_one(place.broker, mine, 5.0)
+
+    assert not ack.duplicate
+    stored = place.broker.get_message(place.stream, ack.sequence)
+    assert stored is not None
+    assert (stored.subject, stored.data) == (mine.subject, b"mine")
+    assert is_known_as(stored.headers, "e1")
+    assert not is_known_as(stored.headers, "e")
+
+
+def test_a_second_copy_stays_one_also_of_such_a_message(place: Place) -> None:
+    place.submit(place.message(b"another", topic="order.paid", Nats_Msg_Id="e1"))
+    mine = place.message(b"mine", Nats_Msg_Id="e1")
+    first = store_one(place.broker, mine, 5.0)
+
+    again = store_one(place.broker, mine, 5.0)
+
+    assert again == StoredAck(place.stream, first.sequence, duplicate=True)
+    assert place.info().messages == 2
+
+
+def test_only_what_is_not_ours_is_stored_again(place: Place) -> None:
+    place.submit(place.message(b"another", topic="order.paid", Nats_Msg_Id="e1"))
+    place.submit(place.message(b"2", Nats_Msg_Id="e2"))
+    batch = [place.message(b"%d" % n, Nats_Msg_Id=f"e{n}") for n in (1, 2, 3)]
+    results = place.submit(*batch)
+    assert [ack.duplicate for ack in results] == [True, True, False]
+
+    fixed = checked(batch, results, place.broker, 5.0)
+
+    assert [ack.duplicate for ack in fixed] == [False, True, False]
+    assert [ack.sequence for ack in fixed[1:]] == [ack.sequence for ack in results[1:]]
+    assert place.info().messages == 4
+
+
+def test_where_messages_may_not_be_read_an_acknowledgement_is_believed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.submit(place.message(b"another", topic="order.paid", Nats_Msg_Id="e1"))
+    asked: list[object] = []
+
+    def denied(places: object, timeout: float) -> None:
+        asked.append(places)
+        raise BrokerError("denied")
+
+    monkeypatch.setattr(place.broker, "get_messages", denied)
+    for _ in range(2):
+        ack = store_one(place.broker, place.message(b"mine", Nats_Msg_Id="e1"), 5.0)
+        assert ack.duplicate
+    assert len(asked) == 1
+
+
+def test_what_is_no_subject_is_refused_and_those_behind_it_are_stored(place: Place) -> None:
+    hostile = OutgoingMessage("a b\r\nPUB injected 0", b"1", {})
+
+    refused, stored = place.submit(hostile, place.message(b"2"))
+
+    assert isinstance(refused, PublishError)
+    assert not refused.temporary
+    assert isinstance(stored, StoredAck)
+    assert place.info().messages == 1

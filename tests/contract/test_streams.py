@@ -237,3 +237,34 @@ def test_a_message_is_deleted_once(place: Place) -> None:
     assert place.broker.delete_message(f"{place.env}-none", 1) is False
     assert place.broker.get_message(place.stream, 1) is None
     assert place.publish(b"3")[0].sequence == 3
+
+
+# --- whose a consumer is
+
+
+def test_a_consumer_says_whose_it_is_and_is_refused_to_another(place: Place) -> None:
+    mine = place.consumer("eu-new", app="shop", subscriber="eu-new")
+    place.broker.add_consumer(mine)
+    assert place.consumer_info("eu-new").metadata == {
+        "natspubsub.app": "shop",
+        "natspubsub.subscriber": "eu-new",
+    }
+    place.broker.add_consumer(mine)
+
+    other = place.consumer("eu-new", app="shop-eu", subscriber="new")
+    with pytest.raises(TopologyError, match=r"subscriber 'eu-new' of the app 'shop'.*'shop-eu'"):
+        place.broker.add_consumer(other)
+    with pytest.raises(TopologyError, match="another name="):
+        place.broker.consume(other, lambda delivery: None)
+
+
+def test_a_consumer_that_says_nothing_is_taken_over(place: Place) -> None:
+    place.broker.add_consumer(place.consumer("mailer"))
+    place.broker.add_consumer(place.consumer("mailer", app="shop", subscriber="mailer"))
+    assert place.consumer_info("mailer").metadata["natspubsub.app"] == "shop"
+
+
+def test_a_new_consumer_may_begin_behind_a_message(place: Place) -> None:
+    place.publish(b"1", b"2", b"3")
+    place.broker.add_consumer(place.consumer("late", start_after=2))
+    assert place.consumer_info("late").pending == 1

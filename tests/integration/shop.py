@@ -137,7 +137,8 @@ class Shop:
 
     @property
     def dead_letters(self) -> list[DeadLetterRecord]:
-        return list(self.pubsub.dead_letters)
+        """Also those that others may have put among the events."""
+        return list(self.pubsub.dead_letters.list(peers=True))
 
     def wait_for_dead_letters(self, count: int, timeout: float = TIMEOUT) -> list[DeadLetterRecord]:
         found = eventually(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,8 +34,8 @@ LIMIT = 20
 class Desk:
     """An application whose handlers note in the table ``effect`` what they do."""
 
-    def __init__(self, url: str, **engine_options: Any) -> None:
-        self.app = Flask("desk")
+    def __init__(self, url: str, name: str = "desk", **engine_options: Any) -> None:
+        self.app = Flask(name)
         self.app.config.update(
             SQLALCHEMY_DATABASE_URI=url,
             SQLALCHEMY_ENGINE_OPTIONS=engine_options,
@@ -505,7 +507,7 @@ def test_a_claim_that_comes_after_the_time_limit_is_given_back(
     desk = postgres_desk
     runs = []
     processor = desk.processor(lambda message: runs.append(1))
-    insert = sa.text("INSERT INTO natspubsub_inbox VALUES ('e1', 'mailer', 0)")
+    insert = sa.text("INSERT INTO natspubsub_inbox VALUES ('e1', 'desk<shop/mailer', 0)")
     with desk.app.app_context(), desk.db.engine.connect() as other:
         other.execute(insert)
         delivery = FakeDelivery()
@@ -556,5 +558,136 @@ def test_purging_takes_the_old_rows_only(desk: Desk) -> None:
 
     assert persistence.inbox.purge(3600, batch=3) == 3
     assert persistence.inbox.purge(3600, batch=3) == 1
-    assert persistence.inbox.counts() == {"mailer": 1}
+    assert persistence.inbox.counts() == {"desk<shop/mailer": 1}
     assert desk.handled == ["e3"]
+
+
+# --- identities
+
+
+def test_an_event_of_another_app_with_the_same_id_is_another_event(desk: Desk) -> None:
+    processor = desk.processor(lambda message: desk.note(message["from"]))
+    for app in ("shop", "evil", "desk"):
+        delivery = FakeDelivery(
+            envelope({"from": app}, event_id="order-1"), subject=f"test.{app}.order.created"
+        )
+        assert processor.process(delivery).result == "handled"
+    assert desk.effects == ["shop", "evil", "desk"]
+    assert desk.rows("SELECT subscriber FROM natspubsub_inbox ORDER BY subscriber") == [
+        "desk/mailer",
+        "desk<evil/mailer",
+        "desk<shop/mailer",
+    ]
+
+
+def test_a_message_without_an_id_is_known_by_when_it_was_stored(desk: Desk) -> None:
+    processor = desk.processor(lambda message: desk.note(f"{message['n']}"))
+    for n, stored_at in ((1, 1_750_000_000.0), (1, 1_750_000_000.0), (2, 1_750_000_060.0)):
+        delivery = FakeDelivery(b'{"message": {"n": %d}}' % n)
+        delivery.timestamp = stored_at  # the stream was made anew, and counts from 1 again
+        processor.process(delivery)
+    assert desk.effects == ["1", "2"]
+
+
+def test_a_forced_replay_cannot_take_the_id_of_another_event(desk: Desk) -> None:
+    processor = desk.processor(lambda message: desk.note())
+    forged = {"x-replay-force": "true", "Nats-Msg-Id": "victim"}
+    handle(processor, data=envelope(event_id="mine"), headers=forged)
+    assert handle(processor, data=envelope(event_id="victim"))[0].result == "handled"
+    assert len(desk.effects) == 2
+
+
+# --- rows of version 0.1, which had no app in their keys
+
+
+def old_row(desk: Desk, event_id: str = "e1", age: float = 60.0) -> None:
+    with desk.app.app_context(), desk.db.engine.begin() as connection:
+        statement = sa.text("INSERT INTO natspubsub_inbox VALUES (:id, 'mailer', :at)")
+        connection.execute(statement, {"id": event_id, "at": time.time() - age})
+
+
+def test_what_the_old_version_has_handled_is_skipped(desk: Desk) -> None:
+    old_row(desk)
+    processor = desk.processor(lambda message: desk.note(message["n"]))
+    assert handle(processor, data=envelope({"n": "1"}, event_id="e1"))[0].result == "skipped"
+    assert handle(processor, data=envelope({"n": "2"}, event_id="e2"))[0].result == "handled"
+    assert desk.effects == ["2"]
+    # A worker of the old version, which may still run, has to find it as well.
+    assert "mailer" in desk.rows("SELECT subscriber FROM natspubsub_inbox WHERE event_id = 'e2'")
+
+
+def test_an_old_row_of_another_life_of_the_stream_does_not_count(desk: Desk) -> None:
+    old_row(desk, "test-events-stream:7", age=3600)
+    processor = desk.processor(lambda message: desk.note())
+    delivery = FakeDelivery(b'{"message": {}}')
+    delivery.timestamp = time.time()
+    assert processor.process(delivery).result == "handled"
+
+
+def test_two_apps_on_one_database_do_not_take_each_others_rows(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path)
+    one, other = Desk(url), Desk(url, "till")
+    try:
+        old_row(one, "e0")  # the keys of the old version are in use
+        for desk in (one, other):
+            note = desk.note
+            processor = desk.processor(lambda message, context, note=note: note())
+            assert handle(processor, data=envelope(event_id="e1"))[0].result == "handled"
+        assert len(one.effects) == 2
+    finally:
+        one.close()
+        other.close()
+
+
+def test_a_failed_handler_leaves_no_row_of_either_version(desk: Desk) -> None:
+    old_row(desk, "e0")
+    processor = desk.processor(_fail)
+    assert handle(processor, data=envelope(event_id="e1"))[0].result == "retried"
+    assert desk.handled == ["e0"]
+
+
+def _fail(message: Any) -> None:
+    raise ValueError("no")
+
+
+def test_the_old_version_at_work_on_the_same_event_is_waited_for(
+    postgres_desk: Desk, pool: ThreadPoolExecutor
+) -> None:
+    desk = postgres_desk
+    old_row(desk, "e0")
+    processor = desk.processor(lambda message: desk.note())
+    insert = sa.text("INSERT INTO natspubsub_inbox VALUES ('e1', 'mailer', 1e9)")
+    with desk.app.app_context(), desk.db.engine.connect() as other:
+        other.execute(insert)
+        late = pool.submit(processor.process, FakeDelivery(envelope(event_id="e1")))
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        eventually(lambda: desk.rows(waiting) == [1], LIMIT)
+        other.commit()
+    assert late.result(LIMIT).result == "skipped"
+    assert desk.effects == []
+
+
+def test_a_new_database_has_no_rows_of_the_old_version(desk: Desk) -> None:
+    processor = desk.processor(lambda message: desk.note())
+    handle(processor, data=envelope(event_id="e1"))
+    assert desk.rows("SELECT subscriber FROM natspubsub_inbox") == ["desk<shop/mailer"]
+
+
+def test_a_rename_takes_all_rows_of_a_subscriber_along(desk: Desk) -> None:
+    processor = desk.processor(lambda message: None)
+    old_row(desk, "e0")
+    handle(processor, data=envelope(event_id="e1"))
+    own = FakeDelivery(envelope(event_id="e2"), subject="test.desk.order.created")
+    processor.process(own)
+    processor.process(FakeDelivery(b'{"message": {}}'))
+    persistence = desk.pubsub.state(desk.app).persistence
+    assert persistence is not None
+    before = sum(persistence.inbox.counts().values())
+    assert persistence.inbox.rename("desk", "mailer", "post") == before
+    assert set(persistence.inbox.counts()) == {
+        "post",
+        "desk/post",
+        "desk</post",
+        "desk<shop/post",
+    }
+    assert persistence.inbox.rename("desk", "mailer", "post") == 0

@@ -94,6 +94,8 @@ ARGUMENTS = {
     "replay": ["1"],
     "discard": ["1"],
     "purge": ["--older-than", "7d"],
+    "rename": ["old", "new"],
+    "delete": ["old"],
 }
 
 
