@@ -143,6 +143,8 @@ def check_command(words: list[str]) -> None:
     """Let click parse the words, and do nothing."""
     command: click.Command = flask_natspubsub.cli.natspubsub
     while isinstance(command, click.Group):
+        if command.invoke_without_command and (not words or words[0].startswith("-")):
+            break  # a group that is a command, too
         context = click.Context(command)
         name, following, words = command.resolve_command(context, words)
         assert following is not None, name
