@@ -88,9 +88,8 @@ def refuse_other_owner(config: ConsumerConfig, metadata: Mapping[str, str]) -> N
     :raises TopologyError: naming both.
     """
     app, subscriber = metadata.get(OWNER_APP), metadata.get(OWNER_SUBSCRIBER)
-    if not config.subscriber or subscriber is None:
-        return
-    if (app, subscriber) != (config.app, config.subscriber):
+    # Within one app, names that differ make consumers that differ, or are refused before.
+    if config.subscriber and app is not None and app != config.app:
         raise TopologyError(
             f"The consumer {config.durable!r} on the stream {config.stream!r} is that of the "
             f"subscriber {subscriber!r} of the app {app!r}, and the subscriber "

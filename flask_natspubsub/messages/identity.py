@@ -14,6 +14,8 @@ from functools import lru_cache
 
 import msgspec
 
+from .subjects import slug
+
 #: Longest subscriber in the inbox, in characters.
 LONGEST = 191
 
@@ -39,9 +41,10 @@ class Handling(msgspec.Struct, frozen=True, gc=False):
 def subscriber_key(app_name: str, subscriber: str) -> str:
     """Return what names a subscriber among those of all apps: ``shop/send_mail``.
 
-    An app name has no slash, so no other pair gives the same text.
+    It is what its consumer and the subject of its dead letters go by. Neither token has a slash,
+    so no other pair gives the same text.
     """
-    return f"{app_name}/{subscriber}"
+    return f"{app_name}/{slug(subscriber)}"
 
 
 def place_key(stream: str, sequence: int, stored_at: float) -> str:

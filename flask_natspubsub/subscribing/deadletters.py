@@ -213,9 +213,9 @@ class DeadLetters:
         if app == self._settings.app_name:
             if self._subscriptions is None:
                 return (">",)  # nobody can say
-            declared = {one.name: one.filter_subjects for one in self._subscriptions()}
-            if declared.get(name):
-                return declared[name]
+            declared = {one.token: one.filter_subjects for one in self._subscriptions()}
+            if slug(name) in declared:
+                return declared[slug(name)]
             pulled_only = bool(declared)  # the code knows: only a worker that runs knows better
         durable = f"{app}-{slug(name)}"
         info = self._broker.consumer_info(self._settings.stream, durable)

@@ -153,13 +153,13 @@ class Inbox:
 
         In transactions of ``RENAME_BATCH`` rows. Called again after a failure, it goes on.
         """
-        of_others = f"{app}<"  # the events of other apps, and those without an id
-        return sum(
-            self._rename(key, f"{key.removesuffix(old)}{new}")
-            for key in self.counts()
-            if key in (old, subscriber_key(app, old))
-            or (key.startswith(of_others) and key.endswith(f"/{old}"))
-        )
+        before, after = subscriber_key(app, old), subscriber_key(app, new)
+        ending = before.removeprefix(app)
+        renamed = self._rename(old, new) + self._rename(before, after)
+        for key in self.counts():  # of other apps' events, and of those without an id
+            if key.startswith(f"{app}<") and key.endswith(ending):
+                renamed += self._rename(key, key.removesuffix(ending) + after.removeprefix(app))
+        return renamed
 
     def _rename(self, old: str, new: str) -> int:
         table, renamed = self.table, 0

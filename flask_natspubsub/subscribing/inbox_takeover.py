@@ -62,7 +62,7 @@ class Takeover:
         query = sa.select(columns.subscriber).where(columns.event_id == handling.event)
         # Locked, as MariaDB would else show the rows of before the wait.
         rows = connection.execute(query.with_for_update(read=True)).scalars()
-        others = f"/{handling.old_subscriber}"
+        others = "/" + handling.subscriber.rpartition("/")[2]
         return not any(name.endswith(others) and name != handling.subscriber for name in rows)
 
     def _is(self, key: dict[str, str]) -> sa.ColumnElement[bool]:

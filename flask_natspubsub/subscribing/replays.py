@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from ..brokers.storing import MESSAGE_ID, REPLAY_OF
+from ..messages.subjects import slug
 from ..text import printable
 from .subscription import Subscription
 
@@ -60,7 +61,8 @@ def is_for(headers: Mapping[str, str], subscription: Subscription) -> bool:
     name = headers.get(REPLAY_FOR)
     if name is None:
         return True
-    return name == subscription.name and headers.get(REPLAY_APP) in (None, subscription.app)
+    is_name = name == subscription.name or slug(name) == subscription.token
+    return is_name and headers.get(REPLAY_APP) in (None, subscription.app)
 
 
 def forced_id(headers: Mapping[str, str], event_id: str) -> str:

@@ -12,6 +12,7 @@ from flask_natspubsub.settings import Settings
 from flask_natspubsub.subscribing.consumers import complaints, delete, orphans, rename
 from flask_natspubsub.subscribing.registry import Registry
 from flask_natspubsub.subscribing.subscription import Subscription
+from tests.waiting import eventually
 
 from .helpers import Inbox, Place, ack
 
@@ -80,10 +81,16 @@ def test_a_rename_waits_for_the_workers_to_stop(place: Place, busy: str) -> None
     (pulling,) = subscriptions(place, busy)
     pull = place.broker.consume(pulling.consumer_config(place.stream), lambda delivery: None)
     pull.request(5)
+    eventually(lambda: _is_pulled(place, pulling.durable), 10, "nobody pulls")
 
     with pytest.raises(TopologyError, match=r"Stop it|has begun already"):
         rename(place.broker, settings_of(place), "old", new, no_inbox)
     pull.stop()
+
+
+def _is_pulled(place: Place, durable: str) -> bool:
+    info = place.consumer_info(durable)
+    return bool(info.waiting or info.delivered)
 
 
 def test_there_is_nothing_to_rename(place: Place) -> None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from flask_natspubsub.messages import identity
 
 APP = st.from_regex(r"[A-Za-z0-9_-]{1,8}", fullmatch=True)
-NAME = st.text(min_size=1, max_size=8)
+#: As the consumer and the dead letters of a subscriber are named.
+NAME = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,6}[A-Za-z0-9]", fullmatch=True)
 ID = st.text(min_size=1, max_size=8)
 
 
@@ -59,3 +60,9 @@ def test_the_events_of_an_app_itself_have_plain_keys() -> None:
     assert (own.event, own.subscriber) == ("e1", "shop/mailer")
     raw = identity.handling("shop", "mailer", "orders", "e1")
     assert raw.subscriber == "shop/mailer"
+
+
+def test_a_name_that_is_written_in_another_way_is_the_same_subscriber() -> None:
+    assert identity.subscriber_key("shop", "send mail") == identity.subscriber_key(
+        "shop", "send_mail"
+    )
