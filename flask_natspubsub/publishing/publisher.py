@@ -219,7 +219,11 @@ class Publisher:
                 "A thread that keeps the interpreter busy may starve it.",
                 outcome="unknown",
             )
-        results = checked([item.outgoing for item in prepared], ticket.results, broker, seconds)
+        results: Sequence[Result] = ticket.results
+        for result in results:
+            if type(result) is StoredAck and result.duplicate:
+                results = checked([item.outgoing for item in prepared], results, broker, seconds)
+                break
         return self._receipts(prepared, results)
 
     def _receipts(
