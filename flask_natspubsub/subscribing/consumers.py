@@ -43,11 +43,14 @@ def orphans(
 
     :param subscriptions: all that the app has, not only those of one worker.
     """
+    return _orphans(broker.consumers(settings.stream), settings.app_name, subscriptions)
+
+
+def _orphans(
+    found: Sequence[ConsumerInfo], app: str, subscriptions: Sequence[Subscription]
+) -> list[ConsumerInfo]:
     declared = {one.durable for one in subscriptions}
-    found = broker.consumers(settings.stream)
-    return [
-        info for info in found if info.durable not in declared and _is_of(info, settings.app_name)
-    ]
+    return [info for info in found if info.durable not in declared and _is_of(info, app)]
 
 
 def _is_of(info: ConsumerInfo, app: str) -> bool:
@@ -65,16 +68,29 @@ def name_of(info: ConsumerInfo, app: str) -> str:
 def complaints(
     broker: Broker, settings: Settings, subscriptions: Sequence[Subscription]
 ) -> list[str]:
-    """Say what looks like a subscriber that was renamed or removed, a line each.
+    """Say what looks like a subscriber that was renamed or removed, and who begins, a line each.
 
     :param subscriptions: all that the app has.
     """
-    left = orphans(broker, settings, subscriptions)
-    lines = [_of_orphan(info, settings.app_name) for info in left]
-    for one in subscriptions if left else ():
-        if broker.consumer_info(settings.stream, one.durable) is None:
-            lines += _of_newcomer(one, left, settings.app_name)
-    return lines
+    found, app = broker.consumers(settings.stream), settings.app_name
+    left, known = _orphans(found, app, subscriptions), {info.durable for info in found}
+    newcomers = [one for one in subscriptions if one.durable not in known]
+    return [
+        *(_of_orphan(info, app) for info in left),
+        *(
+            _of_newcomer(one, left, app)
+            for one in newcomers
+            if one.deliver_policy == "all" and _has_stored(broker, settings.stream, one)
+        ),
+    ]
+
+
+def _has_stored(broker: Broker, stream: str, one: Subscription) -> bool:
+    """Whether messages are stored that a new consumer of this subscriber begins with."""
+    return any(
+        next(iter(broker.messages(stream, subject)), None) is not None
+        for subject in one.filter_subjects
+    )
 
 
 def _of_orphan(info: ConsumerInfo, app: str) -> str:
@@ -88,22 +104,22 @@ def _of_orphan(info: ConsumerInfo, app: str) -> str:
     )
 
 
-def _of_newcomer(one: Subscription, left: Sequence[ConsumerInfo], app: str) -> list[str]:
-    """Warn of a new consumer that begins where an orphan has been."""
+def _of_newcomer(one: Subscription, left: Sequence[ConsumerInfo], app: str) -> str:
+    """Say that a subscriber begins with what is stored, and who may have handled it before."""
     before = [
         name_of(info, app)
         for info in left
         if info.delivered
         and any(overlaps(a, b) for a in info.filter_subjects for b in one.filter_subjects)
     ]
-    if not before or one.deliver_policy != "all":
-        return []
-    return [
-        f"the subscriber {one.name!r} is new and begins with all messages that are stored, also "
-        f"with those that {before[0]!r} has handled. If that is its old name, stop the workers "
-        f"and run 'flask natspubsub subscribers delete {one.name}' and 'flask natspubsub "
-        f"subscribers rename {before[0]} {one.name}'"
-    ]
+    begins = f"the subscriber {one.name!r} is new and begins with all messages that are stored"
+    if not before:
+        return f"{begins}; deliver_policy='new' would begin with the next one"
+    return (
+        f"{begins}, also with those that {before[0]!r} has handled. If that is its old name, stop "
+        f"the workers and run 'flask natspubsub subscribers delete {one.name}' and 'flask "
+        f"natspubsub subscribers rename {before[0]} {one.name}'"
+    )
 
 
 def rename(

@@ -145,3 +145,13 @@ def test_a_consumer_of_version_0_1_may_be_another_apps(place: Place) -> None:
     place.broker.add_consumer(config)
     (line,) = complaints(place.broker, settings_of(place), [])
     assert "(unless it is another app's)" in line
+
+
+def test_a_subscriber_that_begins_with_what_is_stored_is_named(place: Place) -> None:
+    declared = subscriptions(place, "first")
+    assert complaints(place.broker, settings_of(place), declared) == []
+    place.publish(b"1")
+    (line,) = complaints(place.broker, settings_of(place), declared)
+    assert line.startswith("the subscriber 'first' is new and begins with all messages")
+    begin(place, "first")
+    assert complaints(place.broker, settings_of(place), declared) == []
