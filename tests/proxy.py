@@ -136,6 +136,8 @@ class Proxy(Managed):
                     else:
                         writer.write(passed)
                         await writer.drain()
+                    if getattr(through, "is_over", False):
+                        return
         finally:
             self._writers.discard(writer)
             writer.transport.abort()
@@ -150,6 +152,23 @@ def _open_event() -> asyncio.Event:
 def _write(writer: asyncio.StreamWriter, data: bytes) -> None:
     if not writer.is_closing():
         writer.write(data)
+
+
+class CutAfter:
+    """A filter that lets so many bytes of the server's through, and then has the connection cut."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all have gone through."""
+        return self._left <= 0
+
+    def __call__(self, data: bytes) -> bytes:
+        passed = data[: self._left]
+        self._left -= len(passed)
+        return passed
 
 
 class LoseAcks:

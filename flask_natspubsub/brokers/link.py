@@ -335,11 +335,10 @@ class Link:
             _log.warning("%s Still trying.", self.describe_down())
 
     async def _sleep(self, seconds: float) -> None:
-        changed = self._changed
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self._closing:
-                    await changed.wait()
+                    await self._changed.wait()
 
 
 def jittered(pause: float, *, was_up: bool = False) -> float:

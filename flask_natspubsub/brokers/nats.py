@@ -37,6 +37,8 @@ OLDEST_SERVER = (2, 10)
 PING_INTERVAL = 9.0
 UNANSWERED_PINGS = 2
 CLOSE_TIMEOUT = 1.0
+#: How long the server may take to do what it is told, when there is a connection; seconds.
+ROUND_TRIP_TIMEOUT = 3.0
 _DENIED = re.compile(
     r"permissions violation(?: for (?P<kind>publish|subscription) to [\"'](?P<subject>[^\"']+))?",
     re.I,
@@ -184,10 +186,11 @@ class _Connection:
             except Exception:  # noqa: BLE001 - whatever it is, it is logged
                 _log.exception(NOT_PASSED_ON, message.subject)
 
-        subscription = await self._client.subscribe(subject, cb=long_way)
-        # nats-py queues the SUB, while send() writes at once: without this, a request could
-        # reach the server before the interest in its answer.
-        await self._round_trip()
+        async with asyncio.timeout(ROUND_TRIP_TIMEOUT):
+            subscription = await self._client.subscribe(subject, cb=long_way)
+            # nats-py queues the SUB, while send() writes at once: without this, a request could
+            # reach the server before the interest in its answer.
+            await self._round_trip()
         self._client.check_listens(subject)
         handle: int = subscription._id
         self._routes[handle] = route
@@ -196,16 +199,24 @@ class _Connection:
 
     async def unsubscribe(self, handle: int, *, flush: bool) -> None:
         subscription = self._subscriptions.pop(handle)
-        if flush:
-            # Tell the server first and keep the route until its answer to a ping has come:
-            # what it had sent by then has arrived.
-            await self._client._send_unsubscribe(handle)
-            await self._round_trip()
-        self._routes.pop(handle, None)
-        await subscription.unsubscribe()
+        try:
+            async with asyncio.timeout(ROUND_TRIP_TIMEOUT):
+                if flush:
+                    # Tell the server first and keep the route until its answer to a ping has
+                    # come: what it had sent by then has arrived.
+                    await self._client._send_unsubscribe(handle)
+                    await self._round_trip()
+                self._routes.pop(handle, None)
+                await subscription.unsubscribe()
+        finally:
+            self._routes.pop(handle, None)
 
     async def _round_trip(self) -> None:
-        """Wait until the server has done what it was told; a ping alone overtakes the queue."""
+        """Wait until the server has done what it was told; a ping alone overtakes the queue.
+
+        The caller limits it: of a connection that is lost at this moment nobody tells nats-py,
+        which then waits for ever.
+        """
         await self._client._flush_pending(force_flush=True)
         await self._client.flush(2)
 
@@ -229,7 +240,8 @@ class _Connection:
             answer.cancel()
 
     async def flush(self, timeout: float) -> None:
-        await self._client.flush(timeout)  # type: ignore[arg-type]  # takes floats
+        async with asyncio.timeout(timeout):
+            await self._client.flush(timeout)  # type: ignore[arg-type]  # takes floats
 
     async def close(self) -> None:
         await self._client.end()
