@@ -29,8 +29,11 @@ IN_FLIGHT_BYTES = 32 * 1024 * 1024
 WRITE = 128
 SWEEP = 0.05
 # "No responders" is also what a server says while a stream elects its leader (ADR-22), so
-# it is tried again after these seconds before it is an error.
+# it is tried again after these seconds before it is an error. Where there is or may be such a
+# stream, it is tried again after the last of them until the time is up.
 NO_RESPONDERS_WAITS = (0.05, 0.1, 0.2, 0.4)
+#: So many subjects are remembered that a stream has stored before.
+SUBJECTS = 1000
 NO_RESPONDERS = "503"
 # So many publishes without an acknowledgement, of which the last was so many seconds ago, are
 # no accident: a stream may refuse to store while its servers look healthy.
@@ -44,6 +47,7 @@ class OutboundLink(Protocol):
     is_up: bool
     refused: str
     max_payload: int
+    cluster_size: int
 
     @property
     def unsent(self) -> int:
@@ -114,6 +118,8 @@ class PublishWindow:
         self._sweeping = False
         self._unanswered = 0
         self._unanswered_at = 0.0
+        #: What a stream has stored before: there is one, though it may have no leader now.
+        self._stored: set[str] = set()
 
     # --- any thread
 
@@ -280,26 +286,25 @@ class PublishWindow:
             self._no_responders(item)
         else:
             self._unanswered = 0
-            item.ticket.settle(item.index, result_of(data, item.message.subject, item.size))
+            subject = item.message.subject
+            item.ticket.settle(item.index, result_of(data, subject, item.size))
+            if subject not in self._stored and len(self._stored) < SUBJECTS:
+                self._stored.add(subject)
         if self._queue and not self._scheduled:
             self._scheduled = True
             self._link.wake(self._drain)
 
     def _no_responders(self, item: _Item) -> None:
         now = time.monotonic()
-        if item.tries < len(NO_RESPONDERS_WAITS) and now < item.deadline:
-            item.due = now + NO_RESPONDERS_WAITS[item.tries]
+        is_likely = self._link.cluster_size > 1 or item.message.subject in self._stored
+        if now < item.deadline and (is_likely or item.tries < len(NO_RESPONDERS_WAITS)):
+            item.due = now + NO_RESPONDERS_WAITS[min(item.tries, len(NO_RESPONDERS_WAITS) - 1)]
             item.tries += 1
             item.sent = False
             self._delayed.append(item)
             self._link.mend_streams()
             return
-        item.settle(
-            NoStreamForSubject(
-                f"No stream stores the subject {item.message.subject!r}.",
-                "Run `flask natspubsub setup`, or turn NATSPUBSUB_AUTO_SETUP on.",
-            )
-        )
+        item.settle(_no_stream(item))
 
     def on_up(self) -> None:
         """Send what has been waiting for a connection."""
@@ -370,6 +375,8 @@ class PublishWindow:
     def _timed_out(self, item: _Item) -> PublishError:
         if not self._link.is_up:
             return _with_outcome(NotConnected(self._link.describe_down()), item)
+        if not item.sent and item.tries:
+            return _no_stream(item)
         if not item.sent:
             return PublishError(
                 "The message waited too long behind others and was not sent.",
@@ -396,6 +403,13 @@ class PublishWindow:
 
 def _closed() -> PublishError:
     return PublishError("The broker was closed before an answer came.", "Publish again.")
+
+
+def _no_stream(item: _Item) -> NoStreamForSubject:
+    return NoStreamForSubject(
+        f"No stream stores the subject {item.message.subject!r}.",
+        "Run `flask natspubsub setup`, or turn NATSPUBSUB_AUTO_SETUP on.",
+    )
 
 
 def _with_outcome(error: PublishError, item: _Item) -> PublishError:

@@ -178,6 +178,28 @@ def test_without_a_stream_the_error_names_the_subject_and_the_remedy(
     assert caught.value.outcome == "not_sent"
 
 
+def test_a_stream_that_was_there_before_is_waited_for(
+    make_pubsub: MakePubsub, nats_server: NatsServer, env: str
+) -> None:
+    """As while it elects its leader: longer than the pauses in which nobody answers."""
+    maker = make_pubsub(urls=nats_server.url)
+    pubsub = make_pubsub(urls=nats_server.url, auto_setup=False)
+    maker.publish("a", {})
+    pubsub.publish("a", {})
+    api(nats_server.url, f"STREAM.DELETE.{env}-events-stream")
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(pubsub.publish, "a", {}, timeout=20)
+        with pytest.raises(TimeoutError):
+            future.result(2 * sum(outbound.NO_RESPONDERS_WAITS))
+        maker.state().broker().setup(maker.state().streams())
+        assert future.result(10).sequence == 1
+
+    api(nats_server.url, f"STREAM.DELETE.{env}-events-stream")
+    with at_most(3), pytest.raises(NoStreamForSubject, match=r"flask natspubsub setup"):
+        pubsub.publish("a", {}, timeout=1)
+
+
 def test_a_stream_that_somebody_deleted_is_made_anew(
     pubsub: NatsPubsub, nats_server: NatsServer, env: str
 ) -> None:

@@ -16,6 +16,7 @@ class Loop:
     refused = ""
     max_payload = 1024
     unsent = 0
+    cluster_size = 1
 
     def __init__(self) -> None:
         self.written: list[int] = []
