@@ -12,7 +12,7 @@ import msgspec
 
 from ..brokers.base import Broker, ConsumerInfo
 from ..brokers.topology import OWNER_APP, OWNER_SUBSCRIBER
-from ..errors import TopologyError
+from ..errors import BrokerError, TopologyError
 from ..messages.subjects import overlaps, slug
 from ..settings import Settings
 from .subscription import Subscription
@@ -86,11 +86,14 @@ def complaints(
 
 
 def _has_stored(broker: Broker, stream: str, one: Subscription) -> bool:
-    """Whether messages are stored that a new consumer of this subscriber begins with."""
-    return any(
-        next(iter(broker.messages(stream, subject)), None) is not None
-        for subject in one.filter_subjects
-    )
+    """Whether messages are stored that a new consumer begins with; True if nobody may look."""
+    try:
+        return any(
+            next(iter(broker.messages(stream, subject)), None) is not None
+            for subject in one.filter_subjects
+        )
+    except BrokerError:
+        return True
 
 
 def _of_orphan(info: ConsumerInfo, app: str) -> str:
