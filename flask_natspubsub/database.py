@@ -11,18 +11,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import sqlalchemy as sa
 from flask import Flask, current_app, has_app_context
-from sqlalchemy import event, orm
+from sqlalchemy import orm
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 
 from .errors import ConfigurationError, DatabaseError, TablesMissing
-from .statements import Statement
+from .sessions import begun, commits_by_itself, forgive, has_changes
+from .statements import SCHEMA_MAP, Statement
 
 #: Longest time a statement of the relay or of a clean-up may take, seconds.
 STATEMENT_TIMEOUT = 10.0
@@ -62,10 +64,17 @@ def _now_mysql(element: object, compiler: object, **options: object) -> str:
     return "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6)) / 1e6)"
 
 
-def insert_new(connection: sa.Connection, table: sa.Table, values: Mapping[str, Any]) -> bool:
+def insert_new(
+    connection: sa.Connection,
+    table: sa.Table,
+    values: Mapping[str, Any],
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> bool:
     """Insert a row unless its key is there already; returns whether it was inserted.
 
     Waits for a transaction that has inserted the same key and has not ended yet.
+
+    :param options: execution options.
     """
     dialect = connection.dialect.name
     statement: sa.Insert
@@ -76,7 +85,7 @@ def insert_new(connection: sa.Connection, table: sa.Table, values: Mapping[str, 
     else:
         statement = sa.insert(table).values(**values).prefix_with("IGNORE")
     # Drivers count the rows of an INSERT, but SQLAlchemy keeps the count only if asked to.
-    result = connection.execute(statement, execution_options={"preserve_rowcount": True})
+    result = connection.execute(statement, execution_options={**options, "preserve_rowcount": True})
     return result.rowcount == 1
 
 
@@ -119,7 +128,7 @@ class Database:
         self._db = db
         self.metadata = metadata if metadata is not None else _metadata_of(db, bind_key)
         self._known_tables: set[str] = set()
-        self._found_engine: sa.Engine | None = None
+        self._engines: Mapping[str | None, Any] | None = None
 
     @property
     def session(self) -> orm.Session:
@@ -138,14 +147,22 @@ class Database:
     @property
     def has_pending_changes(self) -> bool:
         """Whether the caller's session, if there is one yet, has changes not committed."""
+        session = self._present_session()
+        return session is not None and has_changes(session)
+
+    def forgive(self) -> None:
+        """Take it that the caller's session, if there is one yet, is to end without a commit."""
+        session = self._present_session()
+        if session is not None:
+            forgive(session)
+
+    def _present_session(self) -> orm.Session | None:
         if not has_app_context():
-            return False
+            return None
         session = self._db.session
         if isinstance(session, orm.scoped_session):
-            if not session.registry.has():
-                return False
-            session = session()
-        return bool(flushed_classes(session) or session.new or session.dirty or session.deleted)
+            return session() if session.registry.has() else None
+        return cast(orm.Session, session)
 
     def now(self) -> sa.ColumnElement[float]:
         """Return the clock by which rows are due: the database's, which all processes share."""
@@ -153,21 +170,22 @@ class Database:
 
     @property
     def engine(self) -> sa.Engine:
-        """The engine of the bind.
+        """The engine of the bind."""
+        return self._bind().engine
 
-        Looked up once: the relay has no application context, and the end of one that were
-        pushed for each statement would run the application's teardown functions.
+    def _bind(self) -> sa.Engine | sa.Connection:
+        """Return the engine of the bind; tests may have put a connection in its place.
+
+        All are looked up once: the relay has no application context, and the end of one that
+        were pushed for each statement would run the application's teardown functions.
         """
-        if self._found_engine is None:
+        if self._engines is None:
             if has_app_context() and current_app == self._app:
-                self._found_engine = self._engine()
+                self._engines = self._db.engines
             else:
                 with self._app.app_context():
-                    self._found_engine = self._engine()
-        return self._found_engine
-
-    def _engine(self) -> sa.Engine:
-        engines = self._db.engines
+                    self._engines = self._db.engines
+        engines = cast(Mapping[str | None, sa.Engine], self._engines)
         key = self.bind_key
         if key not in engines and key is None:
             key = "default"
@@ -176,14 +194,50 @@ class Database:
                 f"NATSPUBSUB_BIND_KEY is {self.bind_key!r}, and there is no such bind.",
                 f"Known: {', '.join(map(repr, engines))}.",
             )
-        return cast(sa.Engine, engines[key])
+        return engines[key]
+
+    @property
+    def in_place(self) -> dict[str, Any]:
+        """Execution options for statements in the user's session.
+
+        A session may put a tenant's schema in place of that of the tables, by
+        ``schema_translate_map``. The rows go where the engine, and so the relay, finds them.
+        """
+        options = self.engine.get_execution_options()
+        return {SCHEMA_MAP: options.get(SCHEMA_MAP)}
+
+    def connection(self, session: orm.Session, table: sa.Table) -> sa.Connection:
+        """Return the connection of the session's transaction on which a table is read and written.
+
+        Where the session writes, also for reads: one that reads from a replica would miss what
+        was written a moment ago.
+
+        :raises ConfigurationError: the session writes to another database.
+        """
+        found: Any = None
+        for clause in (table, sa.update(table)):
+            found = session.get_bind(clause=clause)
+            if self._is_ours(found):
+                return session.connection(bind_arguments={"bind": found})
+        raise ConfigurationError(
+            f"The session writes {table.name} to {found.engine.url!r}, and the relay "
+            f"reads it from {self.engine.url!r}.",
+            "Set NATSPUBSUB_BIND_KEY, and with Flask-SQLAlchemy-Lite the session's binds=.",
+        )
+
+    def _is_ours(self, bind: sa.Engine | sa.Connection) -> bool:
+        # With other options, an engine has another one of the same database for a base.
+        return bind.engine is self.engine or bind.engine.url == self.engine.url
 
     def has_other_binds(self, session: orm.Session, classes: Iterable[type]) -> bool:
         """Whether the rows of one of these classes are in another database than the outbox."""
         if not has_app_context() or len(self._db.engines) < 2:
             return False
-        engine = self.engine
-        return any(session.get_bind(one).engine is not engine for one in classes)
+        tables = [orm.class_mapper(one).local_table for one in classes]
+        return any(
+            not self._is_ours(session.get_bind(one, clause=sa.update(cast(sa.Table, table))))
+            for one, table in zip(classes, tables, strict=True)
+        )
 
     @property
     def dialect(self) -> str:
@@ -196,9 +250,10 @@ class Database:
 
         :raises DatabaseError: the database failed or took too long.
         """
+        bind = self._bind()
         try:
-            with self.engine.begin() as connection:
-                if connection.dialect.name == "postgresql":
+            with begun(bind) as connection:
+                if connection.dialect.name == "postgresql" and bind is not connection:
                     limit = str(int(STATEMENT_TIMEOUT * 1000))
                     connection.execute(sa.text(f"SET LOCAL statement_timeout = {limit}"))
                 yield connection
@@ -216,14 +271,8 @@ class Database:
         """
         if table.name in self._known_tables:
             return
-        connection = session.connection(bind_arguments={"clause": table})
-        if connection.engine.url != self.engine.url:
-            raise ConfigurationError(
-                f"The session writes {table.name} to {connection.engine.url!r}, and the relay "
-                f"reads it from {self.engine.url!r}.",
-                "Set NATSPUBSUB_BIND_KEY, and with Flask-SQLAlchemy-Lite the session's binds=.",
-            )
-        if _commits_by_itself(connection):
+        connection = self.connection(session, table)
+        if commits_by_itself(connection):
             raise ConfigurationError(
                 "The database's isolation level is AUTOCOMMIT: a row and its event would not be "
                 "committed together.",
@@ -232,35 +281,6 @@ class Database:
         if not sa.inspect(connection).has_table(table.name, schema=table.schema):
             raise _tables_missing()
         self._known_tables.add(table.name)
-
-
-def _commits_by_itself(connection: sa.Connection) -> bool:
-    """Whether the user has set AUTOCOMMIT, for the connection or for the engine."""
-    of_engine = getattr(connection.dialect, "_on_connect_isolation_level", None)
-    return "AUTOCOMMIT" in (connection.get_execution_options().get("isolation_level"), of_engine)
-
-
-# What has been flushed is in none of the session's collections, and not committed either.
-_FLUSHED = "natspubsub_flushed"
-
-
-@event.listens_for(orm.Session, "after_flush")
-def _on_flush(session: orm.Session, context: object) -> None:
-    flushed = session.info.setdefault(_FLUSHED, set())
-    for objects in (session.new, session.dirty, session.deleted):
-        flushed.update(map(type, objects))
-
-
-@event.listens_for(orm.Session, "after_transaction_end")
-def _on_transaction_end(session: orm.Session, transaction: orm.SessionTransaction) -> None:
-    if transaction.parent is None:
-        session.info.pop(_FLUSHED, None)
-
-
-def flushed_classes(session: orm.Session) -> set[type]:
-    """Return the classes of what was flushed in the session's transaction."""
-    found: set[type] = session.info.get(_FLUSHED, set())
-    return found
 
 
 def _metadata_of(db: Any, bind_key: str | None) -> sa.MetaData:

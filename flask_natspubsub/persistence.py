@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
-from flask import Flask
+from flask import Flask, request_finished
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from .brokers.base import Broker
@@ -44,6 +44,12 @@ class Persistence:
             self.database, self.tables, settings.outbox_partitions, committed
         )
         self._settings = settings
+        request_finished.connect(self._on_response, app)
+
+    def _on_response(self, sender: Flask, response: Any, **_: Any) -> None:
+        """After an error, nobody has forgotten the commit."""
+        if response.status_code >= 400:
+            self.database.forgive()
 
     def make_relay(self, broker: Broker, relayed: Callable[[int], None]) -> Relay:
         """Make a relay for the outbox; it is not started."""

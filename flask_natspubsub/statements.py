@@ -1,10 +1,18 @@
-"""Statements that run so often that to put them together would cost more than to run them."""
+"""Statements that are worth a function of their own.
+
+Some run so often that to put them together would cost more than to run them; others differ
+between databases, or where the tables have another schema than it seems.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+
+#: The execution option that has other schemas in the place of those of the tables.
+SCHEMA_MAP = "schema_translate_map"
 
 
 class Statement:
@@ -23,6 +31,8 @@ class Statement:
 
     def execute(self, connection: sa.Connection, **values: Any) -> sa.CursorResult[Any]:
         """Execute it; the rows have the names of the columns."""
+        if SCHEMA_MAP in connection.get_execution_options():
+            return connection.execute(self._clause, values)
         dialect = connection.dialect
         known = self._compiled.get(dialect.name)
         if known is None:
@@ -33,3 +43,22 @@ class Statement:
         if compiled.positional:
             given = tuple(given[name] for name in compiled.positiontup)
         return connection.exec_driver_sql(text, given)
+
+
+def table_name(connection: sa.Connection, table: sa.Table) -> str:
+    """Return the quoted name of a table, for a statement in text."""
+    quoted = connection.dialect.identifier_preparer
+    schema, name = connection.schema_for_object(table), quoted.quote(table.name)
+    return name if schema is None else f"{quoted.quote_schema(schema)}.{name}"
+
+
+def insert_or_leave(dialect: sa.Dialect, table: sa.Table, key: sa.Column[Any]) -> sa.Insert:
+    """Make an INSERT that does nothing where the unique ``key`` is there already.
+
+    Unlike ``IGNORE`` it hides no other error; MySQL counts the row as found all the same.
+    """
+    if dialect.name == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing(index_elements=[key])
+    if dialect.name == "sqlite":
+        return sqlite.insert(table).on_conflict_do_nothing(index_elements=[key])
+    return mysql.insert(table).on_duplicate_key_update({key.name: key})

@@ -20,7 +20,7 @@ FLOORS = [
     ["text"],
     ["errors", "signals"],
     ["messages"],
-    ["values", "statements"],
+    ["values", "statements", "sessions"],
     ["settings"],
     ["brokers", "database"],
     ["publishing", "subscribing"],
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "sqlalchemy": {
         "database.py",  # the adapter
         "statements.py",
+        "sessions.py",  # what becomes of the user's transaction
         "publishing/outbox.py",
         "publishing/store.py",
         "publishing/sent.py",

@@ -22,10 +22,11 @@ from ..database import (
     LongText,
     Seconds,
     database_now,
-    flushed_classes,
     make_lease_table,
 )
 from ..messages.codec import encode_value
+from ..sessions import expect_commit, flushed_classes, require_open
+from ..statements import insert_or_leave
 from ..text import get_logger
 from .draft import Prepared
 from .streams import stream_table
@@ -38,20 +39,26 @@ PENDING_INDEX = "ix_natspubsub_outbox_pending"
 DELAYED_INDEX = "ix_natspubsub_outbox_delayed"
 #: Ids that one query asks for.
 ID_CHUNK = 500
-#: What a publisher writes; all other columns have a default, or are the relay's.
-_WRITTEN = (
-    "event_id", "subject", "headers", "payload", "ordering_key", "partition", "available_at",
-)  # fmt: skip
 _INFO = "natspubsub_outbox"
-_WRITER = "natspubsub_writer"
+#: The writer of the rows that wait in a session for its next flush.
+_WAITING = "natspubsub_waiting"
+#: Places of forgotten commits that are told apart; after so many it has been said often enough.
+_MOST_PLACES = 100
 
 
 class OutboxRow:
-    """A row as the session sees it; mapped to the table of each metadata."""
+    """A row that waits in the session for its next flush; mapped to the table of each metadata.
 
-    def __init__(self, **values: Any) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
+    The session drops it with the savepoint that it was added in. It is not the session that
+    inserts it, but ``OutboxWriter.insert_waiting``.
+
+    :param named: whether another transaction may insert the same event id.
+    """
+
+    def __init__(self, values: dict[str, Any], *, named: bool) -> None:
+        self.event_id: str = values["event_id"]
+        self.values = values
+        self.named = named
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +77,12 @@ def define_tables(metadata: sa.MetaData) -> OutboxTables:
     if tables is None:
         outbox, lease = _outbox_table(metadata), make_lease_table(metadata)
         row = type("NatsPubsubOutbox", (OutboxRow,), {})
-        # The session knows a row by its event id, so it need not fetch the one that the database
-        # gives; this, and no more columns than needed, is a third of what a row costs.
+        # No more columns than needed: each costs something for each row.
         orm.registry(metadata=metadata).map_imperatively(
             row,
             outbox,
             primary_key=[outbox.c.event_id],
-            include_properties=_WRITTEN,
-            eager_defaults=False,
+            include_properties=["event_id"],
         )
         tables = OutboxTables(outbox, lease, stream_table(metadata), row)
         metadata.info[_INFO] = tables
@@ -157,17 +162,22 @@ class OutboxWriter:
         self._partitions = partitions
         self._hint = committed
         self._warned = False
+        self._forgotten: set[str] = set()
 
     def add(self, prepared: Sequence[Prepared]) -> list[bool]:
         """Add rows to the session; they are inserted by its next flush and follow savepoints.
 
-        A message whose event id the caller chose is left out if the outbox has it already.
+        A message whose event id the caller chose is left out if the outbox has it already, also
+        if another transaction turns out to be the first to commit it.
 
         :returns: for each message, whether it was there.
+        :raises PublishError: the session is just ending.
         :raises TablesMissing: the tables are not in the database.
         """
         session = self._database.session
-        self._require(session)
+        require_open(session)
+        table = self._tables.outbox
+        self._database.require_table(session, table)
         seen = self._existing(session, {item.event_id for item in prepared if item.named})
         known, new = [], []
         for item in prepared:
@@ -177,21 +187,47 @@ class OutboxWriter:
                 seen.add(item.event_id)
         if _is_flushing(session):
             self.insert(session, new)
-        else:
-            session.add_all(self._tables.row(**self._values(item)) for item in new)
+        elif new:
+            row = self._tables.row
+            session.add_all(row(self._values(item), named=item.named) for item in new)
+            session.info[_WAITING] = self
+            expect_commit(session, self)
         return known
 
     def insert(self, session: orm.Session, prepared: Sequence[Prepared]) -> None:
         """Insert rows at once, for those who are inside a flush already."""
-        self._require(session)
+        self._database.require_table(session, self._tables.outbox)
+        if prepared:
+            named = any(item.named for item in prepared)
+            self._insert(session, [self._values(item) for item in prepared], or_leave=named)
+            expect_commit(session, self)
+
+    def insert_waiting(self, session: orm.Session) -> None:
+        """Insert the rows that were added to the session since its last flush.
+
+        The session would insert them into the schema of its tenant; and its flush would fail,
+        and with it the user's own rows, at an event id that another transaction has committed
+        meanwhile.
+        """
+        rows = [row for row in session.new if isinstance(row, self._tables.row)]
+        named = any(row.named for row in rows)
+        self._insert(session, [row.values for row in rows], or_leave=named)
+        for row in rows:
+            session.expunge(row)
+
+    def _insert(
+        self, session: orm.Session, rows: Sequence[dict[str, Any]], *, or_leave: bool
+    ) -> None:
         table = self._tables.outbox
-        connection = session.connection(bind_arguments={"clause": table})
-        rows = [self._values(item) for item in prepared]
-        if any(item.delay is not None for item in prepared):  # an expression: one by one
-            for row in rows:
-                connection.execute(sa.insert(table).values(**row))
+        connection = self._database.connection(session, table)
+        statement, options = sa.insert(table), self._database.in_place
+        if or_leave:
+            statement = insert_or_leave(connection.dialect, table, table.c.event_id)
+        if any(isinstance(row["available_at"], sa.ClauseElement) for row in rows):
+            for row in rows:  # an expression: one by one
+                connection.execute(statement.values(**row), execution_options=options)
         elif rows:
-            connection.execute(sa.insert(table), rows)
+            connection.execute(statement, rows, execution_options=options)
 
     def _existing(self, session: orm.Session, event_ids: set[str]) -> set[str]:
         """Return those event ids that the session or the table has already."""
@@ -200,10 +236,10 @@ class OutboxWriter:
         rows: list[Any] = [row for row in session.new if isinstance(row, self._tables.row)]
         found = event_ids & {row.event_id for row in rows}
         left, column = sorted(event_ids - found), self._tables.outbox.c.event_id
-        with session.no_autoflush:
-            for start in range(0, len(left), ID_CHUNK):
-                query = sa.select(column).where(column.in_(left[start : start + ID_CHUNK]))
-                found.update(session.scalars(query, bind_arguments={"clause": column.table}))
+        connection = self._database.connection(session, column.table)
+        for start in range(0, len(left), ID_CHUNK):
+            query = sa.select(column).where(column.in_(left[start : start + ID_CHUNK]))
+            found.update(connection.scalars(query, execution_options=self._database.in_place))
         return found
 
     def _values(self, item: Prepared) -> dict[str, Any]:
@@ -221,10 +257,6 @@ class OutboxWriter:
             "available_at": due,
         }
 
-    def _require(self, session: orm.Session) -> None:
-        self._database.require_table(session, self._tables.outbox)
-        session.info[_WRITER] = self
-
     def committed(self, session: orm.Session) -> None:
         """Hear that the session has committed a transaction with rows in it."""
         self._hint()
@@ -236,25 +268,30 @@ class OutboxWriter:
                 "event, or the reverse. NATSPUBSUB_BIND_KEY says in which one the outbox is"
             )
 
+    def forgotten(self, place: str) -> None:
+        """Warn, once for each place, of events that nobody has committed."""
+        if place not in self._forgotten and len(self._forgotten) < _MOST_PLACES:
+            self._forgotten.add(place)
+            _log.warning(
+                "%s: published through the outbox, and the session ended without a commit: the "
+                "event was dropped, as was all else in that transaction. Commit the session; or "
+                "roll it back, if that is meant",
+                place,
+            )
+
 
 def _is_flushing(session: orm.Session) -> bool:
-    """Whether mapper events are being called, when nothing may be added to the session.
+    """Whether the session flushes just now, when it is too late for it to take a row.
 
-    There is no public way to ask; should this one go, SQLAlchemy warns and adds all the same.
+    There is no public way to ask; should this one go, the row waits for the next flush, if
+    there is one, and SQLAlchemy warns.
     """
-    return bool(getattr(session, "_warn_on_events", False))
+    return bool(getattr(session, "_flushing", False))
 
 
-@event.listens_for(orm.Session, "after_commit")
-def _on_commit(session: orm.Session) -> None:
-    """Give the hint. A savepoint's release comes here too, and has committed nothing yet."""
-    if not session.in_nested_transaction():
-        writer: OutboxWriter | None = session.info.pop(_WRITER, None)
-        if writer is not None:
-            writer.committed(session)
-
-
-@event.listens_for(orm.Session, "after_transaction_end")
-def _on_end(session: orm.Session, transaction: orm.SessionTransaction) -> None:
-    if transaction.parent is None:
-        session.info.pop(_WRITER, None)
+@event.listens_for(orm.Session, "before_flush")
+def _before_flush(session: orm.Session, context: object, instances: object) -> None:
+    writer: OutboxWriter | None = session.info.get(_WAITING)
+    if writer is not None:
+        writer.insert_waiting(session)
+        session.info.pop(_WAITING, None)

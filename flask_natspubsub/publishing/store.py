@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from ..brokers.base import OutgoingMessage, StoredAck
 from ..database import Database, Lease, Leases, database_now
 from ..errors import PublishError
-from ..statements import Statement
+from ..statements import Statement, table_name
 from ..text import printable
 from .outbox import DELAYED_INDEX, PARKED, PENDING, SENT, OutboxTables
 from .sent import SentRows
@@ -79,7 +79,8 @@ class OutboxStore:
         self._database = database
         #: By the clock's skew, which only tests have, and the columns read.
         self._due: dict[tuple[float, tuple[str, ...]], Statement] = {}
-        self._marks: dict[str, sa.TextClause] = {}
+        #: By the dialect and the name of the table.
+        self._marks: dict[tuple[str, str], sa.TextClause] = {}
 
     def due(self, partition: int, limit: int) -> list[DueRow]:
         """Read what may be sent, oldest first.
@@ -170,21 +171,19 @@ class OutboxStore:
             if not self.leases.renew_in(connection, lease):
                 return False
             for stream, rows in _by_stream(sent).items():
-                connection.execute(
-                    self._mark_sent(connection.dialect), {"stream": stream, "rows": rows}
-                )
+                connection.execute(self._mark_sent(connection), {"stream": stream, "rows": rows})
             if failed:
                 failures = [_failure(row_id, failure) for row_id, failure in failed.items()]
                 connection.execute(self._mark_failed(), failures)
         return True
 
-    def _mark_sent(self, dialect: sa.Dialect) -> sa.TextClause:
-        mark = self._marks.get(dialect.name)
+    def _mark_sent(self, connection: sa.Connection) -> sa.TextClause:
+        dialect, name = connection.dialect, table_name(connection, self.table)
+        mark = self._marks.get((dialect.name, name))
         if mark is None:
-            table = dialect.identifier_preparer.format_table(self.table)
             now = database_now().compile(dialect=dialect)
-            mark = self._marks[dialect.name] = sa.text(
-                _MARK_SENT[dialect.name].format(table, now=now)
+            mark = self._marks[dialect.name, name] = sa.text(
+                _MARK_SENT[dialect.name].format(name, now=now)
             )
         return mark
 

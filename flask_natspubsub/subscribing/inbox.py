@@ -110,7 +110,7 @@ class Inbox:
         return connection.execute(self._find, _key(handling)).first() is not None
 
     def _connection(self, session: orm.Session) -> sa.Connection:
-        return session.connection(bind_arguments={"clause": self.table})
+        return self._database.connection(session, self.table)
 
     def warn_of_commit(self, subscriber: str) -> None:
         """Name, once, a handler that does not leave the commit to the worker."""
