@@ -66,12 +66,9 @@ def _is_ending(session: orm.Session) -> bool:
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__") == _SESSION_MODULE:
-            name = frame.f_code.co_name
-            if name == "_connection_for_bind":  # a transaction that begins is not active yet
-                return False
-            if name in _ENDS and _is_of(session, frame):
-                return True
+        ends = frame.f_code.co_name in _ENDS
+        if ends and frame.f_globals.get("__name__") == _SESSION_MODULE and _is_of(session, frame):
+            return True
         frame = frame.f_back
     return False
 
