@@ -200,6 +200,22 @@ class HandlerWork:
         self._by_itself = False
         if once:
             session.info[_WORK] = self
+            self._let_begin(session)
+
+    def _let_begin(self, session: orm.Session) -> None:
+        """Have ``with session.begin()`` work in a transaction that the inbox row has begun.
+
+        It is how services write what views and handlers both use. Here the block is a savepoint,
+        and the worker commits it together with the row.
+        """
+        vars(session).pop("begin", None)
+        begin = session.begin
+
+        def begin_within(nested: bool = False) -> orm.SessionTransaction:
+            begun = session.info.get(_WORK) is self and session.in_transaction()
+            return begin(nested=nested or begun)
+
+        vars(session)["begin"] = begin_within
 
     def commit(self) -> bool:
         """Commit what the handler did, together with its inbox row and its outbox rows.

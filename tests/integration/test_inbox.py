@@ -362,6 +362,50 @@ def test_a_handler_that_fails_in_a_savepoint_goes_on(desk: Desk) -> None:
     assert desk.effects == ["twice"]
 
 
+def test_a_handler_may_begin_as_a_view_does(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    def book(what: str) -> None:
+        with desk.db.session.begin():
+            desk.note(what)
+            desk.pubsub.publish("order.booked", {"what": what})
+
+    def handler(message: dict[str, Any]) -> None:
+        book("first")
+        with contextlib.suppress(ZeroDivisionError), desk.db.session.begin():
+            desk.note("lost")
+            raise ZeroDivisionError
+        with desk.db.session.begin(), desk.db.session.begin_nested():
+            desk.note("second")
+
+    with desk.app.app_context():
+        book("by a view")
+    processor = desk.processor(handler)
+    assert [handle(processor)[0].result for _ in range(2)] == ["handled", "skipped"]
+    assert desk.effects == ["by a view", "first", "second"]
+    assert len(desk.rows("SELECT id FROM natspubsub_outbox")) == 2
+    assert not caplog.records
+
+
+def test_what_a_handler_has_begun_is_undone_if_it_fails_later(desk: Desk) -> None:
+    def handler(message: dict[str, Any]) -> None:
+        with desk.db.session.begin():
+            desk.note()
+        raise RuntimeError
+
+    assert handle(desk.processor(handler))[0].result == "retried"
+    assert (desk.effects, desk.handled) == ([], [])
+
+
+def test_a_handler_may_roll_back_and_begin(desk: Desk) -> None:
+    def handler(message: dict[str, Any]) -> None:
+        desk.note("lost")
+        desk.db.session.rollback()
+        with desk.db.session.begin():
+            desk.note("kept")
+
+    assert handle(desk.processor(handler))[0].result == "handled"
+    assert (desk.effects, len(desk.handled)) == (["kept"], 1)
+
+
 @pytest.mark.parametrize("how", ["commit", "rollback, commit"])
 def test_a_handler_that_commits_by_itself_is_named_once(
     desk: Desk, caplog: pytest.LogCaptureFixture, how: str
