@@ -8,23 +8,24 @@ database's clock, inserting what may be there already, time limits, leases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import sqlalchemy as sa
-from flask import Flask, current_app, has_app_context
+from flask import Flask
 from sqlalchemy import orm
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 
+from .binds import Binds, metadata_of
 from .errors import ConfigurationError, DatabaseError, TablesMissing
 from .sessions import begun, commits_by_itself, forgive, has_changes
-from .statements import SCHEMA_MAP, Statement
+from .statements import Statement
 
 #: Longest time a statement of the relay or of a clean-up may take, seconds.
 STATEMENT_TIMEOUT = 10.0
@@ -110,7 +111,7 @@ class Lease:
     token: int
 
 
-class Database:
+class Database(Binds):
     """The engine, the session and the metadata that the application uses.
 
     :param db: the Flask-SQLAlchemy or Flask-SQLAlchemy-Lite object.
@@ -121,123 +122,27 @@ class Database:
     def __init__(
         self, app: Flask, db: Any, metadata: sa.MetaData | None, bind_key: str | None
     ) -> None:
-        self.bind_key = bind_key
+        super().__init__(app, db, bind_key)
         #: Seconds by which a test has moved the clock of what is due.
         self.skew = 0.0
-        self._app = app
-        self._db = db
-        self.metadata = metadata if metadata is not None else _metadata_of(db, bind_key)
+        self.metadata = metadata if metadata is not None else metadata_of(db, bind_key)
         self._known_tables: set[str] = set()
-        self._engines: Mapping[str | None, Any] | None = None
-
-    @property
-    def session(self) -> orm.Session:
-        """The caller's session.
-
-        :raises ConfigurationError: there is no application context.
-        """
-        if not has_app_context():
-            raise ConfigurationError(
-                "The outbox writes in the session of an application context, and there is none.",
-                "Use it inside 'with app.app_context():', or publish with outbox=False.",
-            )
-        session = self._db.session
-        return cast(orm.Session, session() if isinstance(session, orm.scoped_session) else session)
 
     @property
     def has_pending_changes(self) -> bool:
         """Whether the caller's session, if there is one yet, has changes not committed."""
-        session = self._present_session()
+        session = self.present_session()
         return session is not None and has_changes(session)
 
     def forgive(self) -> None:
         """Take it that the caller's session, if there is one yet, is to end without a commit."""
-        session = self._present_session()
+        session = self.present_session()
         if session is not None:
             forgive(session)
-
-    def _present_session(self) -> orm.Session | None:
-        if not has_app_context():
-            return None
-        session = self._db.session
-        if isinstance(session, orm.scoped_session):
-            return session() if session.registry.has() else None
-        return cast(orm.Session, session)
 
     def now(self) -> sa.ColumnElement[float]:
         """Return the clock by which rows are due: the database's, which all processes share."""
         return database_now() + self.skew if self.skew else database_now()
-
-    @property
-    def engine(self) -> sa.Engine:
-        """The engine of the bind."""
-        return self._bind().engine
-
-    def _bind(self) -> sa.Engine | sa.Connection:
-        """Return the engine of the bind; tests may have put a connection in its place.
-
-        All are looked up once: the relay has no application context, and the end of one that
-        were pushed for each statement would run the application's teardown functions.
-        """
-        if self._engines is None:
-            if has_app_context() and current_app == self._app:
-                self._engines = self._db.engines
-            else:
-                with self._app.app_context():
-                    self._engines = self._db.engines
-        engines = cast(Mapping[str | None, sa.Engine], self._engines)
-        key = self.bind_key
-        if key not in engines and key is None:
-            key = "default"
-        if key not in engines:
-            raise ConfigurationError(
-                f"NATSPUBSUB_BIND_KEY is {self.bind_key!r}, and there is no such bind.",
-                f"Known: {', '.join(map(repr, engines))}.",
-            )
-        return engines[key]
-
-    @property
-    def in_place(self) -> dict[str, Any]:
-        """Execution options for statements in the user's session.
-
-        A session may put a tenant's schema in place of that of the tables, by
-        ``schema_translate_map``. The rows go where the engine, and so the relay, finds them.
-        """
-        options = self.engine.get_execution_options()
-        return {SCHEMA_MAP: options.get(SCHEMA_MAP)}
-
-    def connection(self, session: orm.Session, table: sa.Table) -> sa.Connection:
-        """Return the connection of the session's transaction on which a table is read and written.
-
-        Where the session writes, also for reads: one that reads from a replica would miss what
-        was written a moment ago.
-
-        :raises ConfigurationError: the session writes to another database.
-        """
-        found: Any = None
-        for clause in (table, sa.update(table)):
-            found = session.get_bind(clause=clause)
-            if self._is_ours(found):
-                return session.connection(bind_arguments={"bind": found})
-        raise ConfigurationError(
-            f"The session writes {table.name} to {found.engine.url!r}, and the relay "
-            f"reads it from {self.engine.url!r}.",
-            "Set NATSPUBSUB_BIND_KEY, and with Flask-SQLAlchemy-Lite the session's binds=.",
-        )
-
-    def _is_ours(self, bind: sa.Engine | sa.Connection) -> bool:
-        # With other options, an engine has another one of the same database for a base.
-        return bind.engine is self.engine or bind.engine.url == self.engine.url
-
-    def has_other_binds(self, session: orm.Session, classes: Iterable[type]) -> bool:
-        """Whether the rows of one of these classes are in another database than the outbox."""
-        if not has_app_context() or len(self._db.engines) < 2:
-            return False
-        tables = [orm.class_mapper(one).local_table for one in classes]
-        return any(
-            not self._is_ours(session.get_bind(one, clause=sa.update(cast(sa.Table, table))))
-            for one, table in zip(classes, tables, strict=True)
-        )
 
     @property
     def dialect(self) -> str:
@@ -250,7 +155,7 @@ class Database:
 
         :raises DatabaseError: the database failed or took too long.
         """
-        bind = self._bind()
+        bind = self.bind
         try:
             with begun(bind) as connection:
                 if connection.dialect.name == "postgresql" and bind is not connection:
@@ -281,24 +186,6 @@ class Database:
         if not sa.inspect(connection).has_table(table.name, schema=table.schema):
             raise _tables_missing()
         self._known_tables.add(table.name)
-
-
-def _metadata_of(db: Any, bind_key: str | None) -> sa.MetaData:
-    metadatas = getattr(db, "metadatas", None)
-    if metadatas is not None and bind_key is not None:
-        if bind_key not in metadatas:
-            raise ConfigurationError(
-                f"NATSPUBSUB_BIND_KEY is {bind_key!r}, and no model has this __bind_key__.",
-                "Import the models before init_app, or pass metadata=.",
-            )
-        return cast(sa.MetaData, metadatas[bind_key])
-    metadata = getattr(db, "metadata", None)
-    if not isinstance(metadata, sa.MetaData):
-        raise ConfigurationError(
-            "The database object has no metadata to define the outbox tables in.",
-            "With Flask-SQLAlchemy-Lite, pass your models': init_app(app, db, Model.metadata).",
-        )
-    return metadata
 
 
 def _tables_missing() -> TablesMissing:

@@ -21,7 +21,7 @@ FLOORS = [
     ["errors", "signals"],
     ["messages"],
     ["values", "statements", "sessions"],
-    ["settings"],
+    ["settings", "binds"],
     ["brokers", "database"],
     ["publishing", "subscribing"],
     ["observability"],
@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "nats": {"brokers/nats.py"},
     "nkeys": {"brokers/nats.py"},
     "sqlalchemy": {
+        "binds.py",
         "database.py",  # the adapter
         "statements.py",
         "sessions.py",  # what becomes of the user's transaction

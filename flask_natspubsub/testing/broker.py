@@ -7,7 +7,7 @@ decoded, retried and dead-lettered, by the same code, in the calling thread.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -78,6 +78,8 @@ class TestBroker:
 
     def close(self) -> None:
         """Put the application's own broker back."""
+        if self._state.persistence is not None:
+            self._state.persistence.database.joins_session = False
         if self._replaced is not None:
             self._state.use_broker(self._replaced)
         else:
@@ -221,6 +223,8 @@ class TestBroker:
         """Make the consumers of all subscribers; a new one sees what is published from here on."""
         self._broker.want(self._state.streams())
         persistence = self._state.persistence_for(self._state.subscriptions())
+        if persistence is not None:
+            persistence.database.joins_session = True
         box = DeadLetterBox(self._broker, self._state.settings)
         processors = []
         for subscription in self._state.subscriptions():
@@ -229,13 +233,25 @@ class TestBroker:
                 Processor(
                     subscription,
                     box,
-                    self._app.app_context,
+                    self._context,
                     self._state.emit,
                     self._async.run,
                     persistence.inbox if persistence else None,
                 )
             )
         return processors
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        """Make the context of one message.
+
+        In a test's own transaction it is a savepoint: what a handler has done when it fails must
+        not stay, and its rollback must not take what the test has done.
+        """
+        persistence = self._state.persistence
+        isolated = persistence.database.isolated() if persistence else nullcontext()
+        with isolated, self._app.app_context():
+            yield
 
     def _relay(self) -> int:
         """Send what is due in the outbox; a publish that a fault makes fail is tried again."""
