@@ -52,6 +52,17 @@ def plain_object(message: object) -> dict[str, Any]:
     return plain
 
 
+def plain_value(value: object) -> Any:
+    """Return a part of a message in the same form.
+
+    :raises EncodingError: it has no JSON form.
+    """
+    try:
+        return _plain(value, 1)
+    except _NoJsonForm as error:
+        raise error.as_encoding_error() from None
+
+
 def step(key: object) -> str:
     """Return one step of a path, as ``.price`` or ``[2]``."""
     if isinstance(key, int):
@@ -242,12 +253,36 @@ def _is_default(item: object, default: object) -> bool:
 
 
 def _model(value: Any, depth: int) -> Any:
+    _refuse_rows_in(vars(value), depth)
     try:
         dumped = value.model_dump(mode="json", by_alias=True)
         native = value.model_dump(by_alias=True)
     except (ValueError, TypeError, RecursionError) as error:
         raise _NoJsonForm(f"is a model that cannot be dumped ({one_line(error)})") from error
     return _plain(_with_datetimes(dumped, native), depth)
+
+
+def _refuse_rows_in(value: Any, depth: int) -> None:
+    """Look for database models in a pydantic model, which would dump dataclasses among them."""
+    if depth >= _DEEPEST_MESSAGE:
+        raise _too_deep()
+    if hasattr(type(value), "_sa_class_manager"):
+        _refused_row(value, depth)
+    elif isinstance(value, dict):
+        _refuse_rows_in_all(value.items(), depth)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        _refuse_rows_in_all(enumerate(value), depth)
+    elif hasattr(value, "model_dump") or dataclasses.is_dataclass(value):
+        _refuse_rows_in_all(getattr(value, "__dict__", {}).items(), depth)
+
+
+def _refuse_rows_in_all(items: Iterable[tuple[Any, Any]], depth: int) -> None:
+    for key, item in items:
+        try:
+            _refuse_rows_in(item, depth + 1)
+        except _NoJsonForm as error:
+            error.inside(step(key))
+            raise
 
 
 def _with_datetimes(dumped: Any, native: Any) -> Any:
@@ -271,8 +306,28 @@ def _is_iso_of(dumped: object, native: dt.datetime) -> bool:
         return False
 
 
+def _refused_row(value: object, _depth: int) -> Any:
+    raise _NoJsonForm(
+        f"is a {type(value).__name__}, a database model: all its columns would be sent, secrets "
+        "too",
+        "Pass the fields that are wanted, such as {'id': user.id}.",
+    )
+
+
+def _multiple(value: Any, depth: int) -> dict[str, Any]:
+    """Keep all values of a field that a form, or a query string, has more than once."""
+    found = {name: value.getlist(name) for name in dict.fromkeys(key for key, _ in value.items())}
+    return _object(
+        {name: items[0] if len(items) == 1 else items for name, items in found.items()}, depth
+    )
+
+
 def _converter_of(kind: type) -> Converter:
     """Find the converter of a type that is not in the table itself."""
+    if hasattr(kind, "_sa_class_manager"):  # mapped by SQLAlchemy, whatever else it is
+        return _refused_row
+    if hasattr(kind, "getlist") and hasattr(kind, "items"):  # Werkzeug's
+        return _multiple
     if hasattr(kind, "model_dump"):
         return _model
     for base, converter in _BASES:

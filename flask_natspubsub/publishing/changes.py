@@ -1,11 +1,14 @@
 """Model changes become outbox rows, in the flush that writes them.
 
 Only what goes through the unit of work is seen: Core statements and bulk updates fire no
-model events, so a row changed by them publishes nothing.
+model events, so a row changed by them publishes nothing. What an event cannot carry is refused
+when a model is registered, or left out: it never makes the user's commit fail.
 """
 
 from __future__ import annotations
 
+import datetime as dt
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,13 @@ from weakref import WeakSet
 import sqlalchemy as sa
 from sqlalchemy import event, orm
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, EncodingError
+from ..messages.plain import plain_value
+from ..messages.subjects import normalize_topic
+
+_log = logging.getLogger("flask_natspubsub")
+
+_BEFORE = "natspubsub_before"
 
 #: Columns that are not published unless they are named.
 SECRET = re.compile(
@@ -35,10 +44,24 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
+    """A watched model.
+
+    :param derived: those of the fields that the database computes from others.
+    """
+
     cls: type
     topic: str
     fields: tuple[str, ...]
     keys: tuple[str, ...]
+    derived: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What is known of an object before the flush: an expression that was set is gone after it."""
+
+    changed: list[str]
+    derived: dict[str, Any]
 
 
 class ChangeFeed:
@@ -50,60 +73,147 @@ class ChangeFeed:
     def __init__(self, report: Callable[[orm.Session, Sequence[Change]], None]) -> None:
         self._report = report
         self._models: list[_Model] = []
+        self._left_out: set[tuple[type, str]] = set()
         _feeds.add(self)
 
     def watch(self, model: type, topic: str, fields: Iterable[str] | None = None) -> None:
         """Report the changes of a model as ``{topic}.created``, ``.updated``, ``.deleted``.
 
         :param fields: the columns in the message; default: all but those that look like
-            secrets.
-        :raises ConfigurationError: not a mapped class, or no such column.
+            secrets and those that are binary.
+        :raises ConfigurationError: not a mapped class, no such column, or one that is binary.
+        :raises InvalidTopic: the topic cannot be addressed.
         """
         mapper: Any = sa.inspect(model, raiseerr=False)
         if not isinstance(mapper, orm.Mapper):
             raise ConfigurationError(f"{model!r} is not a mapped class.", "Pass a model.")
-        columns = [attribute.key for attribute in mapper.column_attrs]
-        chosen = [name for name in columns if not SECRET.search(name)]
+        normalize_topic(f"{topic}.created")
+        columns = {attribute.key: attribute.columns[0] for attribute in mapper.column_attrs}
+        chosen = [
+            name
+            for name, column in columns.items()
+            if isinstance(column, sa.Column)
+            and not SECRET.search(name)
+            and _python_type(column) is not bytes
+        ]
         if fields is not None:
             chosen = list(fields)
             for name in chosen:
-                if name not in columns:
-                    raise ConfigurationError(
-                        f"{model.__name__} has no column {name!r}.",
-                        f"Its columns: {', '.join(columns)}.",
-                    )
+                _check_column(model, name, columns)
         keys = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
+        derived = [name for name in chosen if _is_derived(columns[name])]
         self._models = [one for one in self._models if one.cls is not model]
-        self._models.append(_Model(model, topic, tuple(chosen), tuple(keys)))
+        self._models.append(_Model(model, topic, tuple(chosen), tuple(keys), tuple(derived)))
+
+    def look_before(self, session: orm.Session) -> None:
+        """Note what the flush that begins is going to change."""
+        before = session.info[_BEFORE]
+        for obj in session.dirty:
+            for model in self._models:
+                if isinstance(obj, model.cls):
+                    state: Any = sa.inspect(obj)
+                    before[state, model] = _Before(
+                        [name for name in model.fields if state.attrs[name].history.has_changes()],
+                        _loaded(state, model.derived),
+                    )
 
     def look(self, session: orm.Session) -> None:
         """Report what the flush that is ending has done."""
-        changes = [change for obj, kind in _touched(session) for change in self._of(obj, kind)]
+        changes = [
+            change for obj, kind in _touched(session) for change in self._of(session, obj, kind)
+        ]
         if changes:
             self._report(session, changes)
 
-    def _of(self, obj: object, kind: str) -> Iterable[Change]:
+    def _of(self, session: orm.Session, obj: object, kind: str) -> Iterable[Change]:
         for model in self._models:
             if isinstance(obj, model.cls):
-                message = _message(obj, kind, model)
+                message = _message(session, obj, kind, model)
                 if message is not None:
-                    yield Change(f"{model.topic}.{kind}", message)
+                    yield Change(f"{model.topic}.{kind}", self._plain(message, model))
+
+    def _plain(self, message: dict[str, Any], model: _Model) -> dict[str, Any]:
+        """Leave out what has no JSON form: it must not make the user's commit fail."""
+        plain = {}
+        for name, value in message.items():
+            try:
+                plain[name] = plain_value(_as_stored(value, is_key=name in model.keys))
+            except EncodingError as error:
+                if (model.cls, name) not in self._left_out:
+                    self._left_out.add((model.cls, name))
+                    _log.error(
+                        "%s.%s is left out of %s.*: %s",
+                        model.cls.__name__, name, model.topic, error.message,
+                    )  # fmt: skip
+        return plain
+
+
+def _check_column(model: type, name: str, columns: dict[str, Any]) -> None:
+    if name not in columns:
+        raise ConfigurationError(
+            f"{model.__name__} has no column {name!r}.",
+            f"Its columns: {', '.join(columns)}.",
+        )
+    # A decorated type may make text of its bytes.
+    kind = columns[name].type
+    by_itself = not isinstance(kind, sa.TypeDecorator) or isinstance(kind, sa.PickleType)
+    if by_itself and _python_type(columns[name]) is bytes:
+        raise ConfigurationError(
+            f"The column {name!r} of {model.__name__} is binary, which an event cannot carry.",
+            "Leave it out of fields=, or publish a reference to it, such as a path.",
+        )
+
+
+def _python_type(column: Any) -> type:
+    """Return the type of what the database has of a column, as far as it is known."""
+    kind = column.type
+    while isinstance(kind, sa.TypeDecorator):
+        kind = kind.impl_instance
+    try:
+        found: type = kind.python_type
+    except NotImplementedError:
+        return object
+    return found
+
+
+def _is_derived(column: Any) -> bool:
+    return not isinstance(column, sa.Column) or column.computed is not None
+
+
+def _as_stored(value: Any, *, is_key: bool) -> Any:
+    """Return what stands for a value: a time without a zone is told as the row has it."""
+    if isinstance(value, dt.datetime) and value.utcoffset() is None:
+        return value.isoformat()
+    return value.hex() if is_key and isinstance(value, bytes) else value
 
 
 #: All that there are: a listener cannot be taken away, and must not keep an extension alive.
 _feeds: WeakSet[ChangeFeed] = WeakSet()
 
 
+@event.listens_for(orm.Session, "before_flush")
+def _before_flush(session: orm.Session, context: object, instances: object) -> None:
+    session.info[_BEFORE] = {}
+    for feed in list(_feeds):
+        feed.look_before(session)
+
+
 @event.listens_for(orm.Session, "after_flush")
 def _after_flush(session: orm.Session, context: object) -> None:
     for feed in list(_feeds):
         feed.look(session)
+    session.info.pop(_BEFORE, None)
 
 
 def _touched(session: orm.Session) -> list[tuple[object, str]]:
     """Return the objects of the flush; the session keeps the changed ones in no order."""
     found = [(obj, "created") for obj in session.new]
-    changed = [obj for obj in session.dirty if session.is_modified(obj)]
+    expressions = {state for (state, _), one in session.info[_BEFORE].items() if one.changed}
+    changed = [
+        obj
+        for obj in session.dirty
+        if session.is_modified(obj) or sa.inspect(obj, raiseerr=True) in expressions
+    ]
     found += [(obj, "updated") for obj in sorted(changed, key=_order)]
     found += [(obj, "deleted") for obj in session.deleted]
     return found
@@ -115,21 +225,43 @@ def _order(obj: object) -> tuple[str, list[tuple[int, str]]]:
     return type(obj).__name__, [(len(str(part)), str(part)) for part in identity]
 
 
-def _message(obj: object, kind: str, model: _Model) -> dict[str, Any] | None:
+def _message(session: orm.Session, obj: object, kind: str, model: _Model) -> dict[str, Any] | None:
     state: Any = sa.inspect(obj)
     if kind == "created":
         # What was never set is NULL, unless the database has made a value nobody has read yet.
-        return {name: None for name in model.fields if name not in state.expired_attributes} | (
-            _loaded(state, model.fields)
-        )
-    keys = dict(zip(model.keys, state.identity, strict=True))
-    values = keys | _loaded(state, model.fields)
+        made = [*state.expired_attributes, *model.derived]
+        values = {name: None for name in model.fields if name not in made}
+        return values | _loaded(state, model.fields) | _fetched(session, state, model, made)
+    values = dict(zip(model.keys, state.identity, strict=True)) | _loaded(state, model.fields)
     if kind == "deleted":
         return values
-    changed = [name for name in model.fields if state.attrs[name].history.has_changes()]
+    before = session.info[_BEFORE].get((state, model), _Before([], {}))
+    values |= _fetched(session, state, model, [*before.changed, *model.derived])
+    missing = object()
+    changed = [
+        name
+        for name in model.fields
+        if name in before.changed
+        or (name in model.derived and before.derived.get(name, missing) != values.get(name))
+    ]
     return values | {"changed": changed} if changed else None
 
 
 def _loaded(state: Any, names: tuple[str, ...]) -> dict[str, Any]:
     """Return the values there are: reading an expired attribute would query inside the flush."""
     return {name: state.dict[name] for name in names if name in state.dict}
+
+
+def _fetched(
+    session: orm.Session, state: Any, model: _Model, names: Iterable[str]
+) -> dict[str, Any]:
+    """Ask for what the database has made of an expression, or computed, in this flush."""
+    missing = [name for name in model.fields if name in names and name not in state.dict]
+    if not missing:
+        return {}
+    identity = state.identity or state.mapper.primary_key_from_instance(state.obj())
+    query = sa.select(*(getattr(model.cls, name) for name in missing)).where(
+        *(getattr(model.cls, key) == value for key, value in zip(model.keys, identity, strict=True))
+    )
+    row = session.execute(query).first()
+    return {} if row is None else dict(zip(missing, row, strict=True))

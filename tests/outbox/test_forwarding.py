@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import enum
 import gc
+import logging
+import math
+import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,7 +18,7 @@ import blinker
 import pytest
 import sqlalchemy as sa
 
-from flask_natspubsub import ConfigurationError, EncodingError, RegistrationError
+from flask_natspubsub import ConfigurationError, EncodingError, InvalidTopic, RegistrationError
 from flask_natspubsub.publishing.changes import SECRET
 
 from .conftest import MakeShop
@@ -324,24 +329,211 @@ def test_outbox_rows_are_no_change_themselves(sqlite_shop: OutboxShop) -> None:
     assert shop.numbers == [1]
 
 
-def test_what_cannot_be_encoded_fails_the_flush(sqlite_shop: OutboxShop) -> None:
-    shop = sqlite_shop
+# --- values that are no JSON: never an error in the user's commit
 
-    class Picture(shop.db.Model):  # type: ignore[name-defined,misc]
-        id = sa.Column(sa.Integer, primary_key=True)
+
+class Colour(enum.Enum):
+    RED = object()
+    BLUE = "blue"
+
+
+class Upper(sa.TypeDecorator[str]):
+    """Text, stored as bytes."""
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> Any:
+        return value if value is None else value.encode()
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:
+        return value if value is None else value.decode()
+
+
+def define_thing(shop: OutboxShop) -> Any:
+    class Thing(shop.db.Model):  # type: ignore[name-defined,misc]
+        id = sa.Column(sa.Uuid, primary_key=True, default=uuid.uuid4)
+        naive = sa.Column(sa.DateTime)
+        aware = sa.Column(sa.DateTime(timezone=True))
+        day = sa.Column(sa.Date)
+        hour = sa.Column(sa.Time)
+        span = sa.Column(sa.Interval)
         data = sa.Column(sa.LargeBinary)
+        pickled = sa.Column(sa.PickleType)
+        colour = sa.Column(sa.Enum(Colour))
+        price = sa.Column(sa.Numeric(10, 2))
+        weight = sa.Column(sa.Float)
+        extra = sa.Column(sa.JSON)
+        upper = sa.Column(Upper)
 
-    shop.pubsub.publish_changes(Picture, "picture")
     with shop.app.app_context():
         shop.db.create_all()
-        shop.session.add(Picture(data=b"\x00"))
-        with pytest.raises(EncodingError) as caught:
-            shop.session.commit()
-        shop.session.rollback()
-        shop.publish(1)
+    return Thing
+
+
+@pytest.fixture
+def new_shop(make_shop: MakeShop, new_url: str) -> OutboxShop:
+    """A shop on a database of its own, for more tables."""
+    return make_shop(new_url)
+
+
+def test_values_of_all_kinds(new_shop: OutboxShop, caplog: pytest.LogCaptureFixture) -> None:
+    shop = new_shop
+    thing = define_thing(shop)
+    shop.pubsub.publish_changes(thing, "thing")
+    noon = dt.datetime(2026, 1, 2, 12, 0, 5)
+    with shop.app.app_context():
+        one = thing(
+            naive=noon,
+            aware=noon.replace(tzinfo=dt.UTC),
+            day=noon.date(),
+            hour=noon.time(),
+            span=dt.timedelta(minutes=2),
+            data=b"1",
+            pickled={1, 2},
+            colour=Colour.BLUE,
+            price=Decimal("1.50"),
+            weight=0.5,
+            extra={"tags": ["a", None]},
+            upper="up",
+        )
+        shop.session.add(one)
         shop.session.commit()
-    assert caught.value.path == "$.data"
-    assert shop.numbers == [1]
+        assert one.naive == noon  # now it has what the database has
+        one.weight = 0.25
+        shop.session.commit()
+        key = str(one.id)
+    (_, created), (_, updated) = published(shop)
+    assert created == {
+        "id": key, "naive": "2026-01-02T12:00:05", "aware": "2026-01-02T12:00:05Z",
+        "day": "2026-01-02", "hour": "12:00:05", "span": "PT120S", "colour": "blue",
+        "price": "1.50", "weight": 0.5, "extra": {"tags": ["a", None]},
+    }  # fmt: skip
+    assert updated["naive"] == created["naive"]
+    assert updated["changed"] == ["weight"]
+    assert updated["aware"].startswith("2026-01-02T12:00:05")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("colour", Colour.RED),
+        ("weight", math.inf),
+        ("extra", {"ratio": math.nan}),
+        ("upper", "up"),
+    ],
+)
+def test_value_without_a_json_form_is_left_out_and_named_once(
+    sqlite_shop: OutboxShop, name: str, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop = sqlite_shop
+    thing = define_thing(shop)
+    shop.pubsub.publish_changes(thing, "thing", fields=("price", name))
+    with shop.app.app_context():
+        for price in (1, 2):
+            shop.session.add(thing(price=price, **{name: value}))
+            shop.session.commit()
+    messages = [message for _, message in published(shop)]
+    if name == "upper":
+        assert messages == [{"price": 1, "upper": "up"}, {"price": 2, "upper": "up"}]
+    else:
+        assert messages == [{"price": 1}, {"price": 2}]
+        (record,) = caplog.records
+        assert record.levelno == logging.ERROR
+        assert record.getMessage().startswith(f"Thing.{name} is left out of thing.*: ")
+
+
+@pytest.mark.parametrize("name", ["data", "pickled"])
+def test_binary_column_is_refused_when_named(sqlite_shop: OutboxShop, name: str) -> None:
+    thing = define_thing(sqlite_shop)
+    with pytest.raises(ConfigurationError, match=f"column '{name}' of Thing is binary"):
+        sqlite_shop.pubsub.publish_changes(thing, "thing", fields=("id", name))
+
+
+def test_bad_topic_is_refused_when_registered(sqlite_shop: OutboxShop) -> None:
+    with pytest.raises(InvalidTopic):
+        sqlite_shop.pubsub.publish_changes(sqlite_shop.Product, "product.*")
+
+
+def test_binary_key(new_shop: OutboxShop) -> None:
+    shop = new_shop
+
+    class Blob(shop.db.Model):  # type: ignore[name-defined,misc]
+        id = sa.Column(sa.LargeBinary(16), primary_key=True)
+        name = sa.Column(sa.String(20))
+
+    if shop.engine.dialect.name == "mysql":
+        Blob.__table__.c.id.type = sa.types.BINARY(2)
+    shop.pubsub.publish_changes(Blob, "blob")
+    with shop.app.app_context():
+        shop.db.create_all()
+        blob = Blob(id=b"\x01\x02", name="a")
+        shop.session.add(blob)
+        shop.session.commit()
+        blob.name = "b"
+        shop.session.commit()
+    assert published(shop)[1][1] == {"id": "0102", "name": "b", "changed": ["name"]}
+
+
+# --- what the database makes
+
+
+def define_line(shop: OutboxShop) -> Any:
+    class Line(shop.db.Model):  # type: ignore[name-defined,misc]
+        id = sa.Column(sa.Integer, primary_key=True)
+        price = sa.Column(sa.Integer)
+        quantity = sa.Column(sa.Integer)
+        note = sa.Column(sa.String(20))
+        seen = sa.Column(sa.Integer, server_default=sa.text("7"))
+        total = sa.Column(sa.Integer, sa.Computed("price * quantity", persisted=True))
+
+    Line.double = sa.orm.column_property(Line.price * 2)
+    with shop.app.app_context():
+        shop.db.create_all()
+    return Line
+
+
+def test_computed_column_is_told_as_it_is_after_the_change(new_shop: OutboxShop) -> None:
+    shop = new_shop
+    line = define_line(shop)
+    shop.pubsub.publish_changes(line, "line", fields=("id", "seen", "total", "double"))
+    with shop.app.app_context():
+        one = line(price=2, quantity=3)
+        shop.session.add(one)
+        shop.session.commit()
+        one.quantity = 5
+        shop.session.commit()
+        assert (one.total, one.double) == (10, 4)
+        one.note = "no change of those"
+        shop.session.commit()
+        assert (one.total, one.double) == (10, 4)
+        one.price = 3
+        shop.session.commit()
+        shop.session.delete(one)
+        shop.session.commit()
+    (_, created), *updated, (topic, deleted) = published(shop)
+    assert created == {"id": 1, "seen": 7, "total": 6, "double": 4}
+    assert [message["total"] for _, message in updated] == [10, 15]
+    assert "total" in updated[0][1]["changed"]
+    assert updated[1][1]["changed"] == ["total", "double"]
+    assert (topic, deleted["total"]) == ("line.deleted", 15)
+
+
+def test_expression_is_told_as_the_value_that_it_gave(new_shop: OutboxShop) -> None:
+    shop = new_shop
+    line = define_line(shop)
+    shop.pubsub.publish_changes(line, "line", fields=("id", "quantity"))
+    with shop.app.app_context():
+        one = line(price=2, quantity=3)
+        shop.session.add(one)
+        shop.session.commit()
+        one.quantity = line.quantity + 1
+        shop.session.commit()
+        assert one.quantity == 4
+    assert published(shop)[1:] == [
+        ("line.updated", {"id": 1, "quantity": 4, "changed": ["quantity"]})
+    ]
 
 
 def test_unknown_column(sqlite_shop: OutboxShop) -> None:
