@@ -86,7 +86,7 @@ def headers_for(
         headers["traceparent"] = traceparent
     if extra:
         check_headers(extra)
-        headers.update(extra)
+        headers.update(extra.items())
     return headers
 
 
@@ -100,6 +100,13 @@ def check_headers(headers: Mapping[str, str]) -> None:
         raise _bad_headers(headers)
     for name, value in headers.items():
         _check_header_name(name)
+        values = headers.getlist(name) if hasattr(headers, "getlist") else ()  # Werkzeug's
+        if len(values) > 1:
+            raise EncodingError(
+                f"The header {name!r:.80} is given {len(values)} times, and would be sent once.",
+                "Give one value, such as all of them joined by commas.",
+                path=f"headers.{name:.80}",
+            )
         if not _is_one_line(value):
             raise EncodingError(
                 f"The header {name!r:.80} is not text, or has a line break or control character.",

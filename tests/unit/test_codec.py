@@ -19,8 +19,11 @@ from typing import Annotated, Any, TypedDict
 import msgspec
 import pydantic
 import pytest
+import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import orm
+from werkzeug.datastructures import CombinedMultiDict, Headers, ImmutableMultiDict, MultiDict
 
 from flask_natspubsub.errors import DecodingError, EncodingError, RegistrationError
 from flask_natspubsub.messages import codec
@@ -144,6 +147,88 @@ def test_json_is_compact_in_the_callers_order_and_not_escaped() -> None:
 def test_values_have_their_json_form(value: object, form: object) -> None:
     assert encoded({"value": value}) == {"value": form}
     assert encoded({"list": [value]}) == {"list": [form]}
+
+
+class Base(orm.MappedAsDataclass, orm.DeclarativeBase):
+    pass
+
+
+class User(Base):
+    __tablename__ = "users"
+    id: orm.Mapped[int] = orm.mapped_column(primary_key=True)
+    password_hash: orm.Mapped[str] = orm.mapped_column(repr=False)
+
+
+@orm.registry().mapped
+class Account:
+    """Neither a dataclass nor a subclass of anything."""
+
+    __tablename__ = "accounts"
+    id = sa.Column(sa.Integer, primary_key=True)
+
+
+@dataclasses.dataclass
+class WithUser:
+    users: list[Any]
+
+
+class UserStruct(msgspec.Struct):
+    user: Any
+
+
+class UserModel(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
+    user: User
+
+
+class UserModels(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
+    inner: dict[str, list[UserModel]]
+
+
+SECRET_USER = User(id=1, password_hash="scrypt:1")
+
+
+@pytest.mark.parametrize(
+    ("message", "path"),
+    [
+        (SECRET_USER, "$"),
+        ({"user": SECRET_USER}, "$.user"),
+        ({"users": [1, (SECRET_USER,)]}, "$.users[1][0]"),
+        (WithUser([SECRET_USER]), "$.users[0]"),
+        (UserStruct(SECRET_USER), "$.user"),
+        (UserModel.model_construct(user=SECRET_USER), "$.user"),
+        (
+            UserModels.model_construct(inner={"a": [UserModel.model_construct(user=SECRET_USER)]}),
+            "$.inner.a[0].user",
+        ),
+        ({"account": Account()}, "$.account"),
+    ],
+)
+def test_a_database_model_is_refused_wherever_it_is(message: Any, path: str) -> None:
+    with pytest.raises(EncodingError, match=r"Pass the fields that are wanted") as caught:
+        plain_object(message)
+    assert caught.value.path == path
+    assert "scrypt" not in str(caught.value)
+
+
+FORM = [("name", "Ada"), ("tag", "a"), ("tag", "b"), ("note", "")]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        MultiDict(FORM),
+        ImmutableMultiDict(FORM),
+        CombinedMultiDict([MultiDict(FORM[:2]), MultiDict(FORM[2:])]),
+        Headers(FORM),
+    ],
+    ids=lambda form: type(form).__name__,
+)
+def test_a_field_that_is_repeated_keeps_all_its_values(form: Any) -> None:
+    plain = {"name": "Ada", "tag": ["a", "b"], "note": ""}
+    assert plain_object(form) == plain
+    assert plain_object({"form": [form]}) == {"form": [plain]}
 
 
 def test_a_dataclass_is_its_fields() -> None:
