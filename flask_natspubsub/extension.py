@@ -18,6 +18,7 @@ from .settings import Settings
 from .state import EXTENSION, AppState
 from .subscribing.middleware import Middleware
 from .subscribing.registry import Registry, SubscriberGroup
+from .subscribing.subscription import choose
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -302,7 +303,7 @@ class NatsPubsub:
         concurrency: int | None = None,
     ) -> Worker:
         """Make a worker without starting it."""
-        from .worker.runner import Worker, choose  # brings asyncio: see brokers.make_broker
+        from .worker.runner import Worker  # brings asyncio: see brokers.make_broker
 
         state = self.state()
         subscriptions = choose(state.subscriptions(), only)

@@ -75,6 +75,16 @@ class Persistence:
             statements += [CreateIndex(index) for index in sorted(table.indexes, key=_name)]
         return "\n\n".join(f"{str(one.compile(dialect=target)).strip()};" for one in statements)
 
+    def require_tables(self) -> None:
+        """Check that the tables are there.
+
+        :raises TablesMissing: one of them is not.
+        :raises DatabaseError: the database failed.
+        """
+        with self.database.begin() as connection:
+            for table in (self.tables.outbox, self.tables.lease, self.inbox.table):
+                connection.execute(sa.select(sa.literal(1)).select_from(table).limit(1))
+
     def health_checks(self) -> list[Check]:
         """Return the checks of the database and the outbox."""
         return [

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from ..state import AppState
-from ..subscribing.subscription import Subscription
+from ..subscribing.subscription import Subscription, choose
 from ..text import printable
 from ..worker.health_server import HealthServer, Look
 from ..worker.lifeline import AVAILABLE, Lifeline, adopted, own_command
@@ -89,6 +89,9 @@ def worker_command(state: AppState, reload: bool, no_relay: bool, **options: Any
     NATSPUBSUB_SHUTDOWN_TIMEOUT to be finished, and ends with 0; with 1 if some were not, they
     are delivered again. A second signal ends it at once. While NATS is down it waits.
 
+    With --burst it ends with 1, and says why, where the tables of the outbox or inbox are missing,
+    or where NATS or the database is away for longer than 10 seconds.
+
     With --processes, each process has NATSPUBSUB_CONCURRENCY handler threads. SIGHUP restarts
     them one after the other. If one dies 5 times within a minute, all end and the exit code is 1.
     """
@@ -101,6 +104,8 @@ def worker_command(state: AppState, reload: bool, no_relay: bool, **options: Any
         folders = [state.app.root_path, *_packages(Path.cwd())]
         end(Reloader(own_command(), folders, state.settings.shutdown_timeout).run())
     _check_names(state.subscriptions(), wanted.only)
+    if wanted.burst and lifeline is None:
+        _check_tables(state, wanted)
     if not child_of_pool:
         _print_banner(state, wanted)
     if wanted.processes is not None and lifeline is None:
@@ -185,6 +190,13 @@ def _check_names(subscriptions: list[Subscription], only: tuple[str, ...]) -> No
             raise Misused(f"There is no subscriber {name!r}. Known: {', '.join(known)}.")
 
 
+def _check_tables(state: AppState, wanted: Wanted) -> None:
+    """Do not begin what cannot come to an end: a worker without --burst waits for a migration."""
+    persistence = state.persistence_for(choose(state.subscriptions(), wanted.only))
+    if persistence is not None:
+        persistence.require_tables()
+
+
 def _packages(folder: Path) -> list[str]:
     return [str(path.parent) for path in sorted(folder.glob("*/__init__.py"))]
 
@@ -192,7 +204,7 @@ def _packages(folder: Path) -> list[str]:
 def _print_banner(state: AppState, wanted: Wanted) -> None:
     settings = state.settings
     concurrency = wanted.concurrency or settings.concurrency
-    chosen = [one for one in state.subscriptions() if not wanted.only or one.name in wanted.only]
+    chosen = choose(state.subscriptions(), wanted.only)
     processes = "" if wanted.processes is None else f"  processes    {wanted.processes}\n"
     click.echo(
         f"Worker of {settings.app_name} in {settings.env}, process {os.getpid()}\n"

@@ -140,3 +140,19 @@ def _filter_subjects(declaration: Declaration, settings: Settings) -> tuple[str,
 
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
+
+
+def choose(subscriptions: Sequence[Subscription], only: Sequence[str] | None) -> list[Subscription]:
+    """Pick the subscriptions named in ``only``; all of them if that is None or empty.
+
+    :raises RegistrationError: a name that no subscriber has.
+    """
+    if not only:
+        return list(subscriptions)
+    names = {subscription.name for subscription in subscriptions}
+    for name in only:
+        if name not in names:
+            raise RegistrationError(
+                f"There is no subscriber {name!r}.", f"Known: {', '.join(sorted(names)) or 'none'}."
+            )
+    return [subscription for subscription in subscriptions if subscription.name in only]

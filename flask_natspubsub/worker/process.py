@@ -164,6 +164,7 @@ class WorkerProcess(Process):
         """Start the worker and, in the end, stop it.
 
         :raises TopologyError: see ``Worker.start``.
+        :raises NatsPubsubError: in a burst, see ``Worker.wait_until_idle``.
         """
         if self._heartbeat is not None:
             self._heartbeat.start()
@@ -171,14 +172,16 @@ class WorkerProcess(Process):
         _log.info("started")
         if self._heartbeat is not None:
             self._heartbeat.look_now()
-        if self._burst:
-            self._worker.wait_until_idle(self._stop)
-        else:
-            self._stop.wait()
-        clean = self._worker.stop()
-        self._worker.hand_back_all()
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
+        try:
+            if self._burst:
+                self._worker.wait_until_idle(self._stop)
+            else:
+                self._stop.wait()
+        finally:
+            clean = self._worker.stop()
+            self._worker.hand_back_all()
+            if self._heartbeat is not None:
+                self._heartbeat.stop()
         return clean
 
     def hand_back(self) -> None:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol, Self, cast
 
 from ..brokers.base import Broker
-from ..errors import NatsPubsubError, RegistrationError
+from ..errors import NatsPubsubError, TablesMissing
 from ..messages.ids import short_id
 from ..settings import Settings
 from ..signals import worker_started, worker_stopped
@@ -28,6 +28,8 @@ _log = get_logger("flask_natspubsub.worker")
 
 TICK = 0.25
 IDLE_TICK = 0.2
+#: For so many seconds an outage is waited for by those who wait for the end of the work.
+IDLE_PATIENCE = 10.0
 #: For so many seconds a thread goes on with one subscriber's messages before others have a turn.
 TURN = 0.01
 
@@ -278,11 +280,21 @@ class Worker:
         return self._relay is not None
 
     def wait_until_idle(self, stop: threading.Event | None = None) -> None:
-        """Return when no subscriber has anything left to do, or ``stop`` is set."""
+        """Return when no subscriber has anything left to do, or ``stop`` is set.
+
+        :raises NatsPubsubError: the server or the database could not be asked for
+            ``IDLE_PATIENCE`` seconds on end, or has not what it should have.
+        """
         stop = stop or threading.Event()
+        asked = time.monotonic()
         while not stop.wait(IDLE_TICK):
-            if self._is_idle():
-                return
+            try:
+                if self._is_idle():
+                    return
+                asked = time.monotonic()
+            except NatsPubsubError as error:
+                if isinstance(error, TablesMissing) or time.monotonic() - asked > IDLE_PATIENCE:
+                    raise
 
     def _stop_relay(self, timeout: float) -> None:
         """Stop it last: the handlers that have just ended may have written to the outbox."""
@@ -296,11 +308,8 @@ class Worker:
         That may have been a message for one that was looked at before.
         """
         handled = [consumer.handled for consumer in self._consumers]
-        try:
-            idle = self._relay is None or self._relay.is_idle()
-            idle = idle and all(consumer.is_idle() for consumer in self._consumers)
-        except NatsPubsubError:
-            return False  # nobody knows, so it is not the time to end
+        idle = self._relay is None or self._relay.is_idle()
+        idle = idle and all(consumer.is_idle() for consumer in self._consumers)
         return idle and handled == [consumer.handled for consumer in self._consumers]
 
     # --- the handler threads
@@ -398,19 +407,3 @@ class Worker:
         running_on = {one: since for one, since in self._overdue.items() if one.is_alive()}
         self._overdue = running_on | {late: time.monotonic()}
         self._start_thread()
-
-
-def choose(subscriptions: Sequence[Subscription], only: Sequence[str] | None) -> list[Subscription]:
-    """Pick the subscriptions named in ``only``; all of them if that is None or empty.
-
-    :raises RegistrationError: a name that no subscriber has.
-    """
-    if not only:
-        return list(subscriptions)
-    names = {subscription.name for subscription in subscriptions}
-    for name in only:
-        if name not in names:
-            raise RegistrationError(
-                f"There is no subscriber {name!r}.", f"Known: {', '.join(sorted(names)) or 'none'}."
-            )
-    return [subscription for subscription in subscriptions if subscription.name in only]

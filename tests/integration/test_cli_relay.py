@@ -217,6 +217,38 @@ def test_a_worker_relays_what_its_handlers_publish(project):
     assert project.holder() is None
 
 
+@pytest.mark.parametrize("arguments", [(), ("--no-relay",), ("--processes", "2")])
+@pytest.mark.parametrize("table", ["outbox", "inbox", "lease"])
+def test_a_burst_before_the_migration_fails_and_says_why(project, table, arguments):
+    project.settings["USE_INBOX"] = True
+    project.publish(1)
+    project.python(f"db.session.execute(db.text('DROP TABLE natspubsub_{table}'))")
+
+    done = project.run("worker", "--burst", *arguments)
+
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: The tables of the outbox")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_burst_whose_tables_go_meanwhile_fails_too(project):
+    project.write(
+        "handlers.py",
+        "from app import db, pubsub\n"
+        "@pubsub.subscriber('job.created', name='work')\n"
+        "def work(message):\n"
+        "    db.session.execute(db.text('DROP TABLE natspubsub_outbox'))\n"
+        "    db.session.commit()\n",
+    )
+    project.publish(1)
+    assert project.run("relay", "--once").returncode == 0
+
+    done = project.run("worker", "--burst")
+
+    assert done.returncode == 1
+    assert "Error: The tables of the outbox" in done.stderr
+
+
 def test_a_worker_without_relay_leaves_the_outbox_alone(project):
     project.publish(1)
     worker = project.start_worker("--no-relay")

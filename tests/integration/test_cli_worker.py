@@ -215,6 +215,19 @@ def test_a_worker_waits_for_a_server_that_is_down(tmp_path):
             project.close()
 
 
+def test_a_burst_fails_where_the_server_is_missing(tmp_path):
+    with NatsServer() as server:
+        project = Project(tmp_path, server.url)
+        server.stop()
+
+        done = project.run("worker", "--burst")
+
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("Error: ")
+        assert "Traceback" not in done.stderr
+        project.close()
+
+
 def test_sigterm_ends_a_worker_that_still_waits_for_a_server(tmp_path):
     with NatsServer() as server:
         project = Project(tmp_path, server.url)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from werkzeug.datastructures import Headers, MultiDict
+from werkzeug.datastructures import MultiDict
 
 from flask_natspubsub.errors import EncodingError
 from flask_natspubsub.messages import envelope
@@ -141,11 +141,10 @@ def test_header_values_are_one_line_of_text(value: Any) -> None:
     assert caught.value.path == "headers.X-Tenant"
 
 
-@pytest.mark.parametrize("kind", [Headers, MultiDict])
-def test_header_that_is_given_twice_is_refused(kind: Any) -> None:
-    envelope.check_headers(kind([("X-Tenant", "a"), ("X-Other", "b")]))
+def test_header_that_is_given_twice_is_refused() -> None:
+    envelope.check_headers(MultiDict([("X-Tenant", "a"), ("X-Other", "b")]))
     with pytest.raises(EncodingError, match="'X-Tenant' is given 2 times"):
-        envelope.check_headers(kind([("X-Tenant", "a"), ("X-Tenant", "b")]))
+        envelope.check_headers(MultiDict([("X-Tenant", "a"), ("X-Tenant", "b")]))
 
 
 def test_headers_are_a_mapping() -> None:

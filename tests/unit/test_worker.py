@@ -15,8 +15,9 @@ from flask_natspubsub.brokers.topology import wanted_streams
 from flask_natspubsub.errors import BrokerError, RegistrationError
 from flask_natspubsub.subscribing.deadletters import DeadLetters
 from flask_natspubsub.subscribing.registry import Registry
+from flask_natspubsub.subscribing.subscription import choose
 from flask_natspubsub.worker.gate import Gate
-from flask_natspubsub.worker.runner import Worker, choose
+from flask_natspubsub.worker.runner import Worker
 from tests.waiting import eventually
 
 from .worker_helpers import SETTINGS, envelope
