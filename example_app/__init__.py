@@ -12,7 +12,7 @@ from typing import Any
 from flask import Flask
 
 from . import commands, errors
-from .extensions import db, pubsub
+from .extensions import db, prepare_sqlite, pubsub
 from .views import shop
 
 
@@ -34,6 +34,8 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     app.config.from_mapping(config or {})
 
     db.init_app(app)
+    with app.app_context():
+        prepare_sqlite(db.engine)
     pubsub.init_app(app, db=db)
     commands.init_app(app)
     errors.init_app(app)

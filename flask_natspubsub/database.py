@@ -167,6 +167,20 @@ class Database(Binds):
                 raise _tables_missing() from error
             raise DatabaseError(f"The database failed: {_first_line(error)}") from error
 
+    def keeps_savepoints(self) -> bool:
+        """Whether a savepoint's release commits nothing; writes nothing to find out.
+
+        Python's SQLite driver, unless told otherwise, begins no transaction before a savepoint.
+
+        :raises DatabaseError: the database failed.
+        """
+        if self.dialect != "sqlite":
+            return True
+        with self.begin() as connection:
+            with connection.begin_nested():
+                pass
+            return bool(getattr(connection.connection.driver_connection, "in_transaction", True))
+
     def require_table(self, session: orm.Session, table: sa.Table) -> None:
         """Check once that the session can write to a table; the commit would be too late.
 

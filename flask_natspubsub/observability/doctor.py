@@ -319,6 +319,13 @@ def _check_rows(facts: Facts) -> Iterator[Finding]:
             f"A row has been due for {outbox.oldest_pending:,.0f} s; {outbox.pending} are pending.",
             "Look at the relay's log; a server that answers nothing looks like this too.",
         )  # fmt: skip
+    if not outbox.savepoints:
+        yield Finding(
+            "sqlite-savepoints", "warning",
+            "Python's SQLite driver commits at the release of a savepoint: what was done in one, "
+            "rows and events, stays when its transaction is rolled back.",
+            "Begin the transaction before it; see 'SQLite' on the page about the outbox.",
+        )  # fmt: skip
     if not outbox.has_relay:
         yield Finding(
             "no-relay", "warning", "No relay runs: nothing sends the outbox.",

@@ -40,6 +40,7 @@ class ConsumerFacts(msgspec.Struct, frozen=True, kw_only=True):
 class OutboxFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The outbox's rows and retention.
 
+    :param savepoints: whether a rollback undoes what was done in savepoints before it.
     :param rewound: stream and reason of each loss that was noticed and is not repaired.
     """
 
@@ -49,6 +50,7 @@ class OutboxFacts(msgspec.Struct, frozen=True, kw_only=True):
     parked: int = 0
     oldest_pending: float | None = None
     has_relay: bool = True
+    savepoints: bool = True
     rewound: tuple[tuple[str, str], ...] = ()
 
 

@@ -113,6 +113,7 @@ def _outbox(store: OutboxStore, settings: Settings) -> OutboxFacts:
         has_relay=any(
             one["name"].startswith("outbox/") and one["seconds_left"] > 0 for one in holders
         ),
+        savepoints=store.database.keeps_savepoints(),
         rewound=tuple((one.name, one.reason) for one in store.streams.rewound()),
     )
 

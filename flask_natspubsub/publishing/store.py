@@ -76,7 +76,7 @@ class OutboxStore:
         self.sent = SentRows(database, tables.outbox)
         self.streams = StreamRecords(database, tables.stream)
         self.table = tables.outbox
-        self._database = database
+        self.database = database
         #: By the clock's skew, which only tests have, and the columns read.
         self._due: dict[tuple[float, tuple[str, ...]], Statement] = {}
         #: By the dialect and the name of the table.
@@ -88,7 +88,7 @@ class OutboxStore:
         A row whose key has an older row that is not due yet, or is still in another partition,
         waits for it; one that had to wait itself, until no older one of its key is left.
         """
-        with self._database.begin() as connection:
+        with self.database.begin() as connection:
             found = self._find_due(connection, _OF_ROW, partition=partition, most=limit, after=0)
         return list(map(_due_row, found))
 
@@ -100,7 +100,7 @@ class OutboxStore:
         other rows of their transaction behind them.
         """
         last, count = ahead[-1].id, len(ahead)
-        with self._database.begin() as connection:
+        with self.database.begin() as connection:
             found = self._find_due(connection, _OF_ROW, partition=partition, most=limit, after=last)
             # In this order: what could be seen then, can be seen now.
             first = found and self._find_due(
@@ -113,7 +113,7 @@ class OutboxStore:
     def _find_due(
         self, connection: sa.Connection, names: tuple[str, ...], **values: int
     ) -> Sequence[Any]:
-        key = self._database.skew, names
+        key = self.database.skew, names
         statement = self._due.get(key)
         if statement is None:
             statement = self._due[key] = Statement(self._due_query(names))
@@ -134,7 +134,7 @@ class OutboxStore:
             sa.or_(columns.ordering_key.is_(None), ~sa.exists().where(older_of_key, not_ours)),
         )
         delayed = self._pending_in(partition, names).where(
-            columns.available_at <= self._database.now(),
+            columns.available_at <= self.database.now(),
             sa.or_(columns.ordering_key.is_(None), ~sa.exists().where(older_of_key)),
         )
         # Two arms, each in the order of its index: to read a batch takes as long however many
@@ -167,7 +167,7 @@ class OutboxStore:
 
         :returns: False, with nothing written, if the lease is lost.
         """
-        with self._database.begin() as connection:
+        with self.database.begin() as connection:
             if not self.leases.renew_in(connection, lease):
                 return False
             for stream, rows in _by_stream(sent).items():
@@ -195,7 +195,7 @@ class OutboxStore:
             .values(
                 last_error=sa.bindparam("error"),
                 attempts=columns.attempts + sa.bindparam("attempt"),
-                available_at=self._database.now() + sa.bindparam("wait"),
+                available_at=self.database.now() + sa.bindparam("wait"),
                 status=sa.bindparam("new_status"),
             )
         )
@@ -208,7 +208,7 @@ class OutboxStore:
             .where(_is_pending(self.table))
             .order_by(columns.id)
         )
-        with self._database.begin() as connection:
+        with self.database.begin() as connection:
             return [_message(*row) for row in connection.execute(query)]
 
     def adopt(self, partitions: int) -> int:
@@ -220,7 +220,7 @@ class OutboxStore:
         stray = sa.select(columns.id).where(
             _is_pending_by_index(self.table), columns.partition >= partitions
         )
-        with self._database.begin() as connection:
+        with self.database.begin() as connection:
             ids = [row.id for row in connection.execute(stray.limit(CLEAN_BATCH))]
             if not ids:
                 return 0
@@ -234,7 +234,7 @@ class OutboxStore:
         """Return the number of rows of each status, and the age of the oldest pending one."""
         table = self.table
         by_status = sa.select(table.c.status, sa.func.count()).group_by(table.c.status)
-        with self._database.begin() as connection:
+        with self.database.begin() as connection:
             found = {row[0]: int(row[1]) for row in connection.execute(by_status)}
         return {status: found.get(status, 0) for status in (PENDING, SENT, PARKED)} | {
             "oldest_pending_seconds": self.oldest_pending_age()
@@ -245,7 +245,7 @@ class OutboxStore:
 
         One look at the index for each partition that has rows, however many rows those are.
         """
-        columns, now = self.table.c, self._database.now()
+        columns, now = self.table.c, self.database.now()
         age = database_now() - columns.created_at
         pending = sa.select(columns.partition, age).where(_is_pending(self.table)).limit(1)
         first_of = (
@@ -255,7 +255,7 @@ class OutboxStore:
             ),
         )
         ages: list[float] = []
-        with self._database.begin() as connection:
+        with self.database.begin() as connection:
             for oldest in first_of:
                 partition = -1
                 while row := connection.execute(
@@ -272,7 +272,7 @@ class OutboxStore:
         query = sa.select(*columns).where(table.c.id > after).order_by(table.c.id).limit(limit)
         if status is not None:
             query = query.where(table.c.status == _literal(status))
-        with self._database.begin() as connection:
+        with self.database.begin() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def retry(self, ids: Sequence[int] | None = None) -> int:
@@ -288,7 +288,7 @@ class OutboxStore:
         statement = (
             sa.update(table).where(where).values(status=PENDING, attempts=0, available_at=None)
         )
-        with self._database.begin() as connection:
+        with self.database.begin() as connection:
             return connection.execute(statement).rowcount
 
     def purge(self, status: str, older_than: float, batch: int = CLEAN_BATCH) -> int:
@@ -298,7 +298,7 @@ class OutboxStore:
         """
         table = self.table
         old = sa.select(table.c.id).where(self._is_old(status, older_than)).limit(batch)
-        with self._database.begin() as connection:
+        with self.database.begin() as connection:
             ids = [row.id for row in connection.execute(old)]
             if not ids:
                 return 0
@@ -308,7 +308,7 @@ class OutboxStore:
     def count_old(self, status: str, older_than: float) -> int:
         """Return how many rows ``purge`` would delete, were it called until none is left."""
         query = sa.select(sa.func.count()).where(self._is_old(status, older_than))
-        with self._database.begin() as connection:
+        with self.database.begin() as connection:
             return int(connection.execute(query).scalar_one())
 
     def _is_old(self, status: str, older_than: float) -> sa.ColumnElement[bool]:

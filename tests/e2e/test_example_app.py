@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from example_app import create_app
 from example_app.extensions import db
@@ -54,6 +54,19 @@ def stock(shop, product_id):
 
 def topics(shop, order_id):
     return [entry["topic"] for entry in shop.get(f"/orders/{order_id}").json["history"]]
+
+
+def test_rollback_takes_what_a_savepoint_did(app):
+    with app.app_context():
+        before = db.session.get(Product, TEAPOT).stock
+        db.session.rollback()
+        with db.session.begin_nested():
+            db.session.get(Product, TEAPOT).stock = before + 1
+            shop_pubsub.publish("stock.counted", {})
+        db.session.rollback()
+        assert db.session.get(Product, TEAPOT).stock == before
+        counted = text("SELECT count(*) FROM natspubsub_outbox WHERE subject LIKE '%counted'")
+        assert db.session.scalar(counted) == 0
 
 
 # --- the way of an order

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
 
+from flask_natspubsub import NatsPubsub
 from flask_natspubsub.cli import natspubsub
 
 from ..integration.helpers import api
 from ..servers import NatsServer
 from .conftest import MakeShop
-from .shop import OutboxShop
+from .shop import OutboxShop, begin_before_savepoints, begin_transactions
 
 pytestmark = pytest.mark.real_server
 
@@ -47,6 +52,7 @@ def test_a_sound_application_on_one_server(
     make_shop: MakeShop, sqlite: str, server: NatsServer, monitor: str
 ) -> None:
     shop = make_shop(sqlite, urls=server.url, monitor_url=monitor)
+    begin_transactions(shop.engine)
     shop.broker.setup(shop.state.streams())
 
     code, found = doctor(shop)
@@ -119,3 +125,47 @@ def test_a_loss_that_is_not_repaired(make_shop: MakeShop, sqlite: str, server: N
     code, found = doctor(shop)
     assert (code, found["grade"]) == (1, "D")
     assert "rewound" in codes(found)
+
+
+def test_a_driver_that_commits_at_the_release_of_a_savepoint(
+    make_shop: MakeShop, url: str, server: NatsServer
+) -> None:
+    shop = make_shop(url, urls=server.url)
+    shop.broker.setup(shop.state.streams())
+    assert ("sqlite-savepoints" in codes(doctor(shop)[1])) == (shop.engine.dialect.name == "sqlite")
+
+
+@pytest.mark.parametrize("mend", [begin_transactions, begin_before_savepoints])
+def test_a_driver_that_was_mended(
+    make_shop: MakeShop, sqlite: str, server: NatsServer, mend: Callable[[Any], None]
+) -> None:
+    shop = make_shop(sqlite, urls=server.url)
+    mend(shop.engine)
+    shop.broker.setup(shop.state.streams())
+    assert "sqlite-savepoints" not in codes(doctor(shop)[1])
+    with shop.app.app_context():
+        with shop.session.begin_nested():
+            shop.session.add(shop.Order(name="a"))
+            shop.publish(1)
+        shop.session.rollback()
+    assert (shop.orders, shop.rows) == ([], [])
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 has brought autocommit")
+def test_a_driver_without_autocommit(tmp_path: Path, env: str) -> None:
+    options = {"connect_args": {"autocommit": False}}
+    app = Flask("shop")
+    app.config.update(
+        SQLALCHEMY_DATABASE_URI=f"sqlite:///{tmp_path}/x.db",
+        SQLALCHEMY_ENGINE_OPTIONS=options,
+        NATSPUBSUB_URLS="memory://",
+        NATSPUBSUB_ENV=env,
+        NATSPUBSUB_USE_OUTBOX=True,
+    )
+    db = SQLAlchemy(app)
+    pubsub = NatsPubsub(app, db)
+    persistence = pubsub.state(app).persistence
+    assert persistence is not None
+    assert persistence.database.keeps_savepoints()
+    with app.app_context():
+        db.engine.dispose()

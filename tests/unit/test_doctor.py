@@ -77,6 +77,7 @@ FAULTS = [
     (but("outbox", parked=2), "parked", "error", "A"),
     (but("outbox", oldest_pending=60.0), "stuck", "error", "A"),
     (but("outbox", has_relay=False), "no-relay", "warning", "A"),
+    (but("outbox", savepoints=False), "sqlite-savepoints", "warning", "A"),
 ]
 
 
