@@ -30,6 +30,7 @@ class Binds:
         self._app = app
         self._db = db
         self._engines: Mapping[str | None, Any] | None = None
+        self._schema: dict[str | None, str | None] | None = None
 
     @property
     def session(self) -> orm.Session:
@@ -102,10 +103,19 @@ class Binds:
         """Execution options for statements in the user's session.
 
         A session may put a tenant's schema in place of that of the tables, by
-        ``schema_translate_map``. The rows go where the engine, and so the relay, finds them.
+        ``schema_translate_map`` or by PostgreSQL's ``search_path``. The rows go where the engine,
+        and so the relay, finds them.
         """
         options = self.engine.get_execution_options()
-        return {SCHEMA_MAP: options.get(SCHEMA_MAP)}
+        return {SCHEMA_MAP: options.get(SCHEMA_MAP) or self._schema}
+
+    def _keep_schema(self, connection: sa.Connection, table: sa.Table) -> None:
+        """Name the schema in which an engine's connections look first, if the table is there."""
+        name = connection.dialect.default_schema_name
+        if connection.dialect.name != "postgresql" or table.schema is not None:
+            return
+        if sa.inspect(connection).has_table(table.name, schema=name):
+            self._schema = {None: name}
 
     def connection(self, session: orm.Session, table: sa.Table) -> sa.Connection:
         """Return the connection of the session's transaction on which a table is read and written.

@@ -199,6 +199,7 @@ class Database(Binds):
             )
         if not sa.inspect(connection).has_table(table.name, schema=table.schema):
             raise _tables_missing()
+        self._keep_schema(connection, table)
         self._known_tables.add(table.name)
 
 

@@ -315,6 +315,43 @@ def test_event_of_a_tenant_is_relayed(tenants: Tenants, event_id: str | None) ->
     assert shop.relay().run_once() == 1
 
 
+@pytest.mark.parametrize("kept_in", ["public", "shared"])
+def test_tenant_of_the_search_path(
+    make_shop: MakeShop, make_url: Callable[[str], str], kept_in: str
+) -> None:
+    """Each schema of a tenant has the tables too, as migrations make them."""
+    shop = make_shop(make_url("postgresql"), use_inbox=True)
+    with shop.engine.begin() as connection:
+        for schema in ("tenant_1", "shared"):
+            connection.exec_driver_sql(f"CREATE SCHEMA {schema}")
+        tenant = {"schema_translate_map": {None: "tenant_1"}}
+        shop.db.metadata.create_all(connection.execution_options(**tenant))
+    metadata = None if kept_in == "public" else sa.MetaData(schema="shared")
+    app = Flask("shop")
+    app.config.update(
+        SQLALCHEMY_DATABASE_URI=shop.engine.url,
+        NATSPUBSUB_URLS="memory://",
+        NATSPUBSUB_USE_OUTBOX=True,
+    )
+    db = SQLAlchemy(app)
+    order, _ = define_models(db)
+    pubsub = NatsPubsub(app, db, metadata=metadata)
+    with app.app_context():
+        if metadata is not None:
+            metadata.create_all(db.engine)
+        for event_id in ("one", None):
+            db.session.execute(sa.text("SET LOCAL search_path TO tenant_1, public"))
+            db.session.add(order(name=event_id or "a"))
+            pubsub.publish("order.created", {"n": 1}, event_id=event_id)
+            db.session.commit()
+    assert shop.execute("SELECT count(*) FROM tenant_1.orders")[0][0] == 2
+    assert shop.execute("SELECT count(*) FROM tenant_1.natspubsub_outbox")[0][0] == 0
+    assert pubsub.make_relay().run_once() == 2
+    pubsub.shutdown()
+    with app.app_context():
+        db.engine.dispose()
+
+
 def test_changes_of_a_tenant_are_relayed(tenants: Tenants) -> None:
     shop = tenants.shop
     shop.pubsub.publish_changes(shop.Order, "order")
