@@ -10,9 +10,10 @@ import sqlalchemy as sa
 from flask import Flask, current_app, has_app_context
 from sqlalchemy import orm
 from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.util import ThreadLocalRegistry
 
 from .errors import ConfigurationError
-from .sessions import begun
+from .sessions import begun, end_of_scope, forgive, writing_bind
 from .statements import SCHEMA_MAP
 
 
@@ -55,6 +56,23 @@ class Binds:
             return session() if session.registry.has() else None
         return cast(orm.Session, session)
 
+    def forgive(self) -> None:
+        """Take it that the caller's session, if there is one yet, is to end without a commit."""
+        session = self.present_session()
+        if session is not None:
+            forgive(session)
+
+    def end_of_context(self) -> None:
+        """Look for a session of the application context that its end has left behind.
+
+        One that was made when the others had been removed already, by a teardown function.
+        """
+        session = self._db.session
+        if not isinstance(session, orm.scoped_session):
+            return
+        if not isinstance(session.registry, ThreadLocalRegistry) and session.registry.has():
+            end_of_scope(session())
+
     @property
     def engine(self) -> sa.Engine:
         """The engine of the bind."""
@@ -87,7 +105,8 @@ class Binds:
     def _connection_of_session(self) -> sa.Connection | None:
         """Return the connection that a test has bound the sessions to, if it has."""
         with suppress(RuntimeError, UnboundExecutionError):  # no application context; no bind
-            bind = self._db.session.get_bind()
+            session = self._db.session
+            bind = (session() if callable(session) else session).get_bind()
             return bind if isinstance(bind, sa.Connection) and not bind.closed else None
         return None
 
@@ -125,11 +144,11 @@ class Binds:
 
         :raises ConfigurationError: the session writes to another database.
         """
-        found: Any = None
-        for clause in (table, sa.update(table)):
-            found = session.get_bind(clause=clause)
-            if self._is_ours(found):
-                return session.connection(bind_arguments={"bind": found})
+        found = session.get_bind(clause=table)
+        if not self._is_ours(found):
+            found = writing_bind(session, table)
+        if self._is_ours(found):
+            return session.connection(bind_arguments={"bind": found})
         raise ConfigurationError(
             f"The session writes {table.name} to {found.engine.url!r}, and the relay "
             f"reads it from {self.engine.url!r}.",
@@ -144,10 +163,9 @@ class Binds:
         """Whether the rows of one of these classes are in another database than the outbox."""
         if not has_app_context() or len(self._db.engines) < 2:
             return False
-        tables = [orm.class_mapper(one).local_table for one in classes]
+        tables = {one: orm.class_mapper(one).local_table for one in classes}
         return any(
-            not self._is_ours(session.get_bind(one, clause=sa.update(cast(sa.Table, table))))
-            for one, table in zip(classes, tables, strict=True)
+            not self._is_ours(writing_bind(session, table, one)) for one, table in tables.items()
         )
 
 

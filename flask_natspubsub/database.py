@@ -24,7 +24,7 @@ from sqlalchemy.sql.expression import FunctionElement
 
 from .binds import Binds, metadata_of
 from .errors import ConfigurationError, DatabaseError, TablesMissing
-from .sessions import begun, commits_by_itself, forgive, has_changes
+from .sessions import begun, commits_by_itself, has_changes
 from .statements import Statement
 
 #: Longest time a statement of the relay or of a clean-up may take, seconds.
@@ -133,12 +133,6 @@ class Database(Binds):
         """Whether the caller's session, if there is one yet, has changes not committed."""
         session = self.present_session()
         return session is not None and has_changes(session)
-
-    def forgive(self) -> None:
-        """Take it that the caller's session, if there is one yet, is to end without a commit."""
-        session = self.present_session()
-        if session is not None:
-            forgive(session)
 
     def now(self) -> sa.ColumnElement[float]:
         """Return the clock by which rows are due: the database's, which all processes share."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, cast
 
 import sqlalchemy as sa
 from sqlalchemy import event, orm
@@ -99,6 +99,15 @@ def awaits_commit(session: orm.Session) -> bool:
     return bool(session.is_active and session.info.get(_PLACES))
 
 
+def end_of_scope(session: orm.Session) -> None:
+    """Take it that nobody will use the session any more: its context has ended."""
+    places: dict[object, str] = session.info.pop(_PLACES, None) or {}
+    writer: Writer | None = session.info.get(_WRITER)
+    for place in list(places.values())[:1]:
+        if writer is not None:
+            writer.forgotten(place)
+
+
 def forgive(session: orm.Session) -> None:
     """Take it that the session ends without a commit on purpose, if it does."""
     session.info.pop(_PLACES, None)
@@ -172,6 +181,22 @@ def has_changes(session: orm.Session) -> bool:
 
 
 # --- transactions as they are meant
+
+
+def writing_bind(
+    session: orm.Session, table: sa.FromClause, mapper: type | None = None
+) -> sa.Engine | sa.Connection:
+    """Return what a session is bound to when it writes, which may differ from where it reads.
+
+    As SQLAlchemy's docs have it, ``get_bind`` goes by the statement or by ``_flushing``.
+    """
+    inner = vars(session)
+    before = inner.get("_flushing", False)
+    inner["_flushing"] = True
+    try:
+        return session.get_bind(mapper, clause=sa.update(cast(sa.Table, table)))
+    finally:
+        inner["_flushing"] = before
 
 
 @contextmanager

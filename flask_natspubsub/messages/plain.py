@@ -253,7 +253,7 @@ def _is_default(item: object, default: object) -> bool:
 
 
 def _model(value: Any, depth: int) -> Any:
-    _refuse_rows_in(vars(value), depth)
+    _refuse_rows_in(value, depth)
     try:
         dumped = value.model_dump(mode="json", by_alias=True)
         native = value.model_dump(by_alias=True)
@@ -273,7 +273,10 @@ def _refuse_rows_in(value: Any, depth: int) -> None:
     elif isinstance(value, (list, tuple, set, frozenset)):
         _refuse_rows_in_all(enumerate(value), depth)
     elif hasattr(value, "model_dump") or dataclasses.is_dataclass(value):
-        _refuse_rows_in_all(getattr(value, "__dict__", {}).items(), depth)
+        fields = getattr(type(value), "model_fields", {})
+        hidden = {name for name, field in fields.items() if field.exclude}
+        found = getattr(value, "__dict__", {}).items()
+        _refuse_rows_in_all([(name, item) for name, item in found if name not in hidden], depth)
 
 
 def _refuse_rows_in_all(items: Iterable[tuple[Any, Any]], depth: int) -> None:

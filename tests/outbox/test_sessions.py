@@ -188,6 +188,28 @@ def test_forgotten_commit_in_a_script_and_in_a_savepoint(
     assert all(warning.startswith(__file__) for warning in warnings_of(caplog))
 
 
+@pytest.mark.parametrize("commits", [False, True])
+def test_publish_when_the_session_of_the_context_was_removed_already(
+    make_shop: MakeShop, sqlite: str, commits: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Teardown functions run in reverse order: one from before db.init_app comes last."""
+    shop = make_shop(sqlite)
+    ran: list[bool] = []
+
+    def teardown(_error: BaseException | None) -> None:
+        if not ran:
+            ran.append(True)
+            shop.publish(1)
+            if commits:
+                shop.session.commit()
+
+    shop.app.teardown_appcontext_funcs.insert(0, teardown)
+    with shop.app.app_context():
+        pass
+    assert shop.numbers == ([1] if commits else [])
+    assert len(warnings_of(caplog)) == (0 if commits else 1)
+
+
 def rolled_back(shop: OutboxShop) -> None:
     shop.publish(1)
     shop.session.rollback()
@@ -434,7 +456,17 @@ class RoutingSession(Session):
         return self._db.engines["replica"]
 
 
-def test_session_that_reads_from_a_replica(tmp_path: Any, env: str, caplog: Any) -> None:
+class FlushingSession(Session):
+    """As an older edition of those had it."""
+
+    def get_bind(self, mapper: Any = None, clause: Any = None) -> Any:  # type: ignore[override]
+        return self._db.engines[None if self._flushing else "replica"]
+
+
+@pytest.mark.parametrize("session_class", [RoutingSession, FlushingSession])
+def test_session_that_reads_from_a_replica(
+    tmp_path: Any, env: str, caplog: Any, session_class: type
+) -> None:
     app = Flask("shop")
     app.config.update(
         SQLALCHEMY_DATABASE_URI=f"sqlite:///{tmp_path}/leader.db",
@@ -444,7 +476,7 @@ def test_session_that_reads_from_a_replica(tmp_path: Any, env: str, caplog: Any)
         NATSPUBSUB_USE_OUTBOX=True,
         NATSPUBSUB_USE_INBOX=True,
     )
-    db = SQLAlchemy(app, session_options={"class_": RoutingSession})
+    db = SQLAlchemy(app, session_options={"class_": session_class})
     order, _ = define_models(db)
     pubsub = NatsPubsub(app, db=db)
 

@@ -212,6 +212,16 @@ def test_a_database_model_is_refused_wherever_it_is(message: Any, path: str) -> 
     assert "scrypt" not in str(caught.value)
 
 
+class HidesUser(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
+    user: Any = pydantic.Field(exclude=True)
+    user_id: int
+
+
+def test_a_database_model_that_is_not_sent_is_none_of_our_business() -> None:
+    assert plain_object(HidesUser(user=SECRET_USER, user_id=1)) == {"user_id": 1}
+
+
 FORM = [("name", "Ada"), ("tag", "a"), ("tag", "b"), ("note", "")]
 
 
