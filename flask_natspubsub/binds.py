@@ -117,17 +117,6 @@ class Binds:
         with begun(bind) if isinstance(bind, sa.Connection) else nullcontext():
             yield
 
-    @property
-    def in_place(self) -> dict[str, Any]:
-        """Execution options for statements in the user's session.
-
-        A session may put a tenant's schema in place of that of the tables, by
-        ``schema_translate_map`` or by PostgreSQL's ``search_path``. The rows go where the engine,
-        and so the relay, finds them.
-        """
-        options = self.engine.get_execution_options()
-        return {SCHEMA_MAP: options.get(SCHEMA_MAP) or self._schema}
-
     def _keep_schema(self, connection: sa.Connection, table: sa.Table) -> None:
         """Name the schema in which an engine's connections look first, if the table is there."""
         name = connection.dialect.default_schema_name
@@ -135,6 +124,25 @@ class Binds:
             return
         if sa.inspect(connection).has_table(table.name, schema=name):
             self._schema = {None: name}
+
+    @contextmanager
+    def in_place(self, session: orm.Session, table: sa.Table) -> Iterator[sa.Connection]:
+        """Yield ``connection`` with the tables where the engine, and so the relay, finds them.
+
+        A session may put a tenant's schema in place of theirs, by ``schema_translate_map`` or by
+        PostgreSQL's ``search_path``.
+        """
+        connection = self.connection(session, table)
+        before = connection.get_execution_options().get(SCHEMA_MAP)
+        ours = self.engine.get_execution_options().get(SCHEMA_MAP) or self._schema
+        if before == ours:
+            yield connection
+            return
+        connection.execution_options(**{SCHEMA_MAP: ours})
+        try:
+            yield connection
+        finally:
+            connection.execution_options(**{SCHEMA_MAP: before})
 
     def connection(self, session: orm.Session, table: sa.Table) -> sa.Connection:
         """Return the connection of the session's transaction on which a table is read and written.

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sa
@@ -65,17 +64,10 @@ def _now_mysql(element: object, compiler: object, **options: object) -> str:
     return "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6)) / 1e6)"
 
 
-def insert_new(
-    connection: sa.Connection,
-    table: sa.Table,
-    values: Mapping[str, Any],
-    options: Mapping[str, Any] = MappingProxyType({}),
-) -> bool:
+def insert_new(connection: sa.Connection, table: sa.Table, values: Mapping[str, Any]) -> bool:
     """Insert a row unless its key is there already; returns whether it was inserted.
 
     Waits for a transaction that has inserted the same key and has not ended yet.
-
-    :param options: execution options.
     """
     dialect = connection.dialect.name
     statement: sa.Insert
@@ -86,7 +78,7 @@ def insert_new(
     else:
         statement = sa.insert(table).values(**values).prefix_with("IGNORE")
     # Drivers count the rows of an INSERT, but SQLAlchemy keeps the count only if asked to.
-    result = connection.execute(statement, execution_options={**options, "preserve_rowcount": True})
+    result = connection.execute(statement, execution_options={"preserve_rowcount": True})
     return result.rowcount == 1
 
 

@@ -31,7 +31,7 @@ class Statement:
 
     def execute(self, connection: sa.Connection, **values: Any) -> sa.CursorResult[Any]:
         """Execute it; the rows have the names of the columns."""
-        if SCHEMA_MAP in connection.get_execution_options():
+        if connection.get_execution_options().get(SCHEMA_MAP):
             return connection.execute(self._clause, values)
         dialect = connection.dialect
         known = self._compiled.get(dialect.name)

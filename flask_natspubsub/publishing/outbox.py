@@ -219,15 +219,15 @@ class OutboxWriter:
         self, session: orm.Session, rows: Sequence[dict[str, Any]], *, or_leave: bool
     ) -> None:
         table = self._tables.outbox
-        connection = self._database.connection(session, table)
-        statement, options = sa.insert(table), self._database.in_place
-        if or_leave:
-            statement = insert_or_leave(connection.dialect, table, table.c.event_id)
-        if any(isinstance(row["available_at"], sa.ClauseElement) for row in rows):
-            for row in rows:  # an expression: one by one
-                connection.execute(statement.values(**row), execution_options=options)
-        elif rows:
-            connection.execute(statement, rows, execution_options=options)
+        with self._database.in_place(session, table) as connection:
+            statement = sa.insert(table)
+            if or_leave:
+                statement = insert_or_leave(connection.dialect, table, table.c.event_id)
+            if any(isinstance(row["available_at"], sa.ClauseElement) for row in rows):
+                for row in rows:  # an expression: one by one
+                    connection.execute(statement.values(**row))
+            elif rows:
+                connection.execute(statement, rows)
 
     def _existing(self, session: orm.Session, event_ids: set[str]) -> set[str]:
         """Return those event ids that the session or the table has already."""
@@ -236,10 +236,10 @@ class OutboxWriter:
         rows: list[Any] = [row for row in session.new if isinstance(row, self._tables.row)]
         found = event_ids & {row.event_id for row in rows}
         left, column = sorted(event_ids - found), self._tables.outbox.c.event_id
-        connection = self._database.connection(session, column.table)
-        for start in range(0, len(left), ID_CHUNK):
-            query = sa.select(column).where(column.in_(left[start : start + ID_CHUNK]))
-            found.update(connection.scalars(query, execution_options=self._database.in_place))
+        with self._database.in_place(session, column.table) as connection:
+            for start in range(0, len(left), ID_CHUNK):
+                query = sa.select(column).where(column.in_(left[start : start + ID_CHUNK]))
+                found.update(connection.scalars(query))
         return found
 
     def _values(self, item: Prepared) -> dict[str, Any]:

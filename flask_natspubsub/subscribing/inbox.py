@@ -90,27 +90,24 @@ class Inbox:
 
     def claim(self, session: orm.Session, handling: Handling) -> bool:
         """Insert the row in the session's transaction; False if it is there already."""
-        connection = self._connection(session)
-        connection.info.pop(_FAILED, None)
-        values = {**_key(handling), "processed_at": database_now()}
-        new = insert_new(connection, self.table, values)
-        return new and self._takeover.claim(connection, handling)
+        with self._database.in_place(session, self.table) as connection:
+            connection.info.pop(_FAILED, None)
+            values = {**_key(handling), "processed_at": database_now()}
+            new = insert_new(connection, self.table, values)
+            return new and self._takeover.claim(connection, handling)
 
     def unclaim(self, session: orm.Session, handling: Handling) -> None:
         """Delete the row in the session's transaction."""
-        connection = self._connection(session)
-        connection.execute(self._forget, _key(handling))
-        self._takeover.unclaim(connection, handling)
+        with self._database.in_place(session, self.table) as connection:
+            connection.execute(self._forget, _key(handling))
+            self._takeover.unclaim(connection, handling)
 
     def has(self, session: orm.Session, handling: Handling) -> bool:
         """Whether the session's transaction still has the row; looks after an error only."""
-        connection = self._connection(session)
-        if _FAILED not in connection.info:
-            return True
-        return connection.execute(self._find, _key(handling)).first() is not None
-
-    def _connection(self, session: orm.Session) -> sa.Connection:
-        return self._database.connection(session, self.table)
+        with self._database.in_place(session, self.table) as connection:
+            if _FAILED not in connection.info:
+                return True
+            return connection.execute(self._find, _key(handling)).first() is not None
 
     def warn_of_commit(self, subscriber: str) -> None:
         """Name, once, a handler that does not leave the commit to the worker."""
