@@ -88,7 +88,8 @@ class ChangeFeed:
         if not isinstance(mapper, orm.Mapper):
             raise ConfigurationError(f"{model!r} is not a mapped class.", "Pass a model.")
         normalize_topic(f"{topic}.created")
-        columns = {attribute.key: attribute.columns[0] for attribute in mapper.column_attrs}
+        # Not its attributes: models that it refers to may not have been imported yet.
+        columns = dict(mapper.columns.items())
         chosen = [
             name
             for name, column in columns.items()

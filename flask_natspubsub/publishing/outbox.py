@@ -210,8 +210,9 @@ class OutboxWriter:
         meanwhile.
         """
         rows = [row for row in session.new if isinstance(row, self._tables.row)]
-        named = any(row.named for row in rows)
-        self._insert(session, [row.values for row in rows], or_leave=named)
+        if rows:  # none, if their savepoint was rolled back
+            named = any(row.named for row in rows)
+            self._insert(session, [row.values for row in rows], or_leave=named)
         for row in rows:
             session.expunge(row)
 

@@ -451,6 +451,27 @@ def test_binary_column_is_refused_when_named(sqlite_shop: OutboxShop, name: str)
         sqlite_shop.pubsub.publish_changes(thing, "thing", fields=("id", name))
 
 
+def test_model_that_refers_to_one_that_is_not_there_yet(sqlite_shop: OutboxShop) -> None:
+    shop = sqlite_shop
+
+    class Toy(shop.db.Model):  # type: ignore[name-defined,misc]
+        id = sa.Column(sa.Integer, primary_key=True)
+        label = sa.Column("name_of_it", sa.String(20))
+        box_id = sa.Column(sa.ForeignKey("box.id"))
+        box = shop.db.relationship("Box")
+
+    shop.pubsub.publish_changes(Toy, "toy")
+
+    class Box(shop.db.Model):  # type: ignore[name-defined,misc]
+        id = sa.Column(sa.Integer, primary_key=True)
+
+    with shop.app.app_context():
+        shop.db.create_all()
+        shop.session.add(Toy(label="a", box=Box()))
+        shop.session.commit()
+    assert published(shop) == [("toy.created", {"id": 1, "label": "a", "box_id": 1})]
+
+
 def test_bad_topic_is_refused_when_registered(sqlite_shop: OutboxShop) -> None:
     with pytest.raises(InvalidTopic):
         sqlite_shop.pubsub.publish_changes(sqlite_shop.Product, "product.*")
