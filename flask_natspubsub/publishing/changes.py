@@ -89,7 +89,7 @@ class ChangeFeed:
             raise ConfigurationError(f"{model!r} is not a mapped class.", "Pass a model.")
         normalize_topic(f"{topic}.created")
         # Not its attributes: models that it refers to may not have been imported yet.
-        columns = dict(mapper.columns.items())
+        columns: dict[str, Any] = dict(mapper.columns.items())
         chosen = [
             name
             for name, column in columns.items()
