@@ -67,11 +67,12 @@ class Binds:
 
         One that was made when the others had been removed already, by a teardown function.
         """
-        session = self._db.session
+        session = vars(self._db).get("session")  # what is made when asked for is made anew
         if not isinstance(session, orm.scoped_session):
             return
-        if not isinstance(session.registry, ThreadLocalRegistry) and session.registry.has():
-            end_of_scope(session())
+        with suppress(RuntimeError):  # the session may be that of a request
+            if not isinstance(session.registry, ThreadLocalRegistry) and session.registry.has():
+                end_of_scope(session())
 
     @property
     def engine(self) -> sa.Engine:

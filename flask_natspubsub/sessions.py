@@ -151,8 +151,10 @@ def _on_transaction_end(session: orm.Session, transaction: orm.SessionTransactio
     session.info.pop(_FLUSHED, None)
     session.info.pop(_PLACES, None)
     writer: Writer | None = session.info.pop(_WRITER, None)
-    # An error on its way is reason enough for the end.
-    if place is not None and writer is not None and sys.exc_info()[0] is None:
+    # An error on its way is reason enough for the end; whoever has bound the session to a
+    # connection may still commit that.
+    meant = sys.exc_info()[0] is not None or isinstance(session.bind, sa.Connection)
+    if place is not None and writer is not None and not meant:
         writer.forgotten(place)
 
 

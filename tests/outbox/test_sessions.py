@@ -210,6 +210,19 @@ def test_publish_when_the_session_of_the_context_was_removed_already(
     assert len(warnings_of(caplog)) == (0 if commits else 1)
 
 
+def test_session_whose_connection_is_committed(
+    sqlite_shop: OutboxShop, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop = sqlite_shop
+    with shop.app.app_context(), shop.db.engine.begin() as connection:
+        shop.db.session = sa.orm.scoped_session(sa.orm.sessionmaker(connection))
+        shop.publish(1)
+        shop.session.flush()
+        shop.session.remove()
+    assert shop.numbers == [1]
+    assert not warnings_of(caplog)
+
+
 def rolled_back(shop: OutboxShop) -> None:
     shop.publish(1)
     shop.session.rollback()
