@@ -250,7 +250,9 @@ class NatsPubsub:
         seen.
 
         :param fields: the columns in the message; default: all but those that look like
-            secrets, such as password hashes and tokens.
+            secrets, such as password hashes and tokens, and those that are binary.
+        :raises ConfigurationError: not a model, or a field that is no column of it or binary.
+        :raises InvalidTopic: the topic cannot be addressed.
         """
         if self._changes is None:
             from .publishing.changes import ChangeFeed  # SQLAlchemy is an optional dependency

@@ -8,6 +8,7 @@ when a model is registered, or left out: it never makes the user's commit fail.
 from __future__ import annotations
 
 import datetime as dt
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -138,7 +139,9 @@ class ChangeFeed:
         plain = {}
         for name, value in message.items():
             try:
-                plain[name] = plain_value(_as_stored(value, is_key=name in model.keys))
+                if name in model.keys and isinstance(value, bytes):
+                    value = value.hex()
+                plain[name] = plain_value(_as_stored(value))
             except EncodingError as error:
                 if (model.cls, name) not in self._left_out:
                     self._left_out.add((model.cls, name))
@@ -181,11 +184,17 @@ def _is_derived(column: Any) -> bool:
     return not isinstance(column, sa.Column) or column.computed is not None
 
 
-def _as_stored(value: Any, *, is_key: bool) -> Any:
-    """Return what stands for a value: a time without a zone is told as the row has it."""
+def _as_stored(value: Any) -> Any:
+    """Return what the row has: a time without a zone, and of a JSON column the keys as text."""
     if isinstance(value, dt.datetime) and value.utcoffset() is None:
         return value.isoformat()
-    return value.hex() if is_key and isinstance(value, bytes) else value
+    if isinstance(value, dict):
+        return {_key(key): _as_stored(item) for key, item in value.items()}
+    return [_as_stored(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _key(key: Any) -> Any:
+    return json.dumps(key) if key is None or isinstance(key, (bool, int, float)) else key
 
 
 #: All that there are: a listener cannot be taken away, and must not keep an extension alive.

@@ -394,7 +394,7 @@ def test_values_of_all_kinds(new_shop: OutboxShop, caplog: pytest.LogCaptureFixt
             colour=Colour.BLUE,
             price=Decimal("1.50"),
             weight=0.5,
-            extra={"tags": ["a", None]},
+            extra={"tags": ["a", None], 1: {None: True}},
             upper="up",
         )
         shop.session.add(one)
@@ -407,7 +407,7 @@ def test_values_of_all_kinds(new_shop: OutboxShop, caplog: pytest.LogCaptureFixt
     assert created == {
         "id": key, "naive": "2026-01-02T12:00:05", "aware": "2026-01-02T12:00:05Z",
         "day": "2026-01-02", "hour": "12:00:05", "span": "PT120S", "colour": "blue",
-        "price": "1.50", "weight": 0.5, "extra": {"tags": ["a", None]},
+        "price": "1.50", "weight": 0.5, "extra": {"tags": ["a", None], "1": {"null": True}},
     }  # fmt: skip
     assert updated["naive"] == created["naive"]
     assert updated["changed"] == ["weight"]
