@@ -277,6 +277,13 @@ class Leases:
             rows = connection.execute(query.where(table.c.owner != ""))
             return [dict(row) for row in rows.mappings()]
 
+    def held(self) -> list[str]:
+        """Return the names of the leases that somebody has now."""
+        columns = self.table.c
+        held = sa.select(columns.name).where(columns.expires_at >= database_now())
+        with self._database.begin() as connection:
+            return list(connection.execute(held).scalars())
+
     def _is(self, lease: Lease) -> sa.ColumnElement[bool]:
         columns = self.table.c
         return sa.and_(

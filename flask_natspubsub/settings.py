@@ -149,6 +149,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         "How the main stream is created: max_msgs, max_bytes, max_age, storage, replicas, "
         "duplicate_window, discard. An existing stream is never changed by it.",
     )
+    dlq_stream_config: Mapping[str, Any] = setting(
+        {},
+        values.stream_config,
+        "The same for the dead letter stream; its storage and replicas are else the main stream's.",
+    )
+    jetstream_domain: str | None = setting(
+        None,
+        values.optional(values.token),
+        "The JetStream domain that has the streams, where it is not that of the server connected "
+        "to: over a leaf node, say.",
+    )
+    jetstream_api_prefix: str | None = setting(
+        None,
+        values.optional(values.api_prefix),
+        "First tokens of the subjects of JetStream's API, where they are not `$JS.API`: streams "
+        "that another account shares are imported under a prefix.",
+    )
     auto_setup: bool = setting(
         True, values.boolean, "Create missing streams and add missing subjects on first connect."
     )
@@ -303,6 +320,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
             )
         if self.use_outbox and self.stream_config.get("storage") == "memory":
             self._refuse_memory()
+        if self.jetstream_domain and self.jetstream_api_prefix:
+            raise ConfigurationError(
+                "NATSPUBSUB_JETSTREAM_DOMAIN and NATSPUBSUB_JETSTREAM_API_PREFIX are both set.",
+                "A domain is short for the prefix $JS.{domain}.API: set one of them.",
+            )
         if self.user and self.token:
             raise ConfigurationError(
                 "NATSPUBSUB_USER and NATSPUBSUB_TOKEN are both set.", "Use one way to sign in."
@@ -320,6 +342,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     def stream(self) -> str:
         """Name of the main stream."""
         return self.stream_name or f"{self.env}-events-stream"
+
+    @property
+    def api_prefix(self) -> str:
+        """First tokens of the subjects of JetStream's API."""
+        domain = f"$JS.{self.jetstream_domain}.API" if self.jetstream_domain else "$JS.API"
+        return self.jetstream_api_prefix or domain
 
     @property
     def dead_letter_stream(self) -> str:

@@ -129,7 +129,12 @@ class AppState:
 
     def streams(self) -> list[StreamConfig]:
         """Return the streams that the app needs for what it publishes and subscribes to."""
-        filters = [name for one in self.subscriptions() for name in one.filter_subjects]
+        filters = [
+            name
+            for one in self.subscriptions()
+            if one.stream in (None, self.settings.stream)
+            for name in one.filter_subjects
+        ]
         return wanted_streams(self.settings, filters)
 
     # --- the database

@@ -106,6 +106,14 @@ def subject_prefix(value: Any) -> str:
     return value
 
 
+def api_prefix(value: Any) -> str:
+    """Take the prefix of an API, such as ``$JS.hub.API``; a last dot is dropped."""
+    prefix = value.removesuffix(".") if isinstance(value, str) else value
+    if not isinstance(prefix, str) or not re.fullmatch(r"[$\w-]+(\.[$\w-]+)*", prefix, re.ASCII):
+        raise Invalid("tokens of letters, digits, '$', '_' and '-', joined by dots")
+    return prefix
+
+
 def app_name(value: Any) -> str:
     """Take a token that the streams do not use themselves."""
     name = token(value)

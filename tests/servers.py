@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -129,6 +130,11 @@ class NatsServer(Managed):
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+    def leafnode_port(self) -> int:
+        """The port for leaf nodes, if ``config`` has one."""
+        pattern = r"Listening for leafnode connections on \S+:(\d+)"
+        return int(eventually(lambda: re.search(pattern, self.log), START_TIMEOUT)[1])
 
     def _config_text(self) -> str:
         lines = [f"listen: 127.0.0.1:{self.port}", f"server_name: {self.name}", self.config]

@@ -7,6 +7,7 @@ Whatever runs behind it (an event loop, a dict and a lock) is the broker's own a
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +15,13 @@ from typing import Literal
 
 import msgspec
 
-from ..errors import PublishError
+from ..errors import BrokerError, PublishError
 
 DeliverPolicy = Literal["all", "new", "last"]
+
+
+class RequestDenied(BrokerError):
+    """The server does not let this user send such a request."""
 
 
 class OutgoingMessage(msgspec.Struct, frozen=True, gc=False):
@@ -145,6 +150,9 @@ class ConsumerConfig(msgspec.Struct, frozen=True, kw_only=True):
     :param app: the app of its subscriber; with ``subscriber`` it says whose the consumer is, since
         two pairs may make one durable name: ``shop-eu`` and ``new``, ``shop`` and ``eu-new``.
     :param start_after: the sequence of the stream behind which a new consumer begins.
+    :param elsewhere: where ``stream`` stores none of the subjects, the one that does is meant, and
+        this is the consumer's name there; empty: only ``stream`` is meant.
+    :param metadata: what is written on it, for people and other processes.
     """
 
     stream: str
@@ -156,6 +164,8 @@ class ConsumerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ack_wait: float = 30.0
     deliver_policy: DeliverPolicy = "all"
     max_ack_pending: int = 1000
+    elsewhere: str = ""
+    metadata: Mapping[str, str] = {}
 
 
 class StreamConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,7 +184,11 @@ class StreamConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A stream as the broker reports it."""
+    """A stream as the broker reports it.
+
+    :param origins: the streams that it copies from.
+    :param is_mirror: whether it is but a copy, and takes no messages itself.
+    """
 
     config: StreamConfig
     messages: int = 0
@@ -184,6 +198,8 @@ class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
     created: str = ""
     persist_mode: str = "default"
     max_msgs_per_subject: int = -1
+    origins: tuple[str, ...] = ()
+    is_mirror: bool = False
 
 
 class ConsumerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -258,6 +274,16 @@ class Consumption(ABC):
     @abstractmethod
     def stop(self, timeout: float = 5.0) -> None:
         """Stop pulling. Afterwards nothing is delivered; what was on its way is handed back."""
+
+    @property
+    def consumer(self) -> tuple[str, str] | None:
+        """Stream and durable that it pulls from; None if it is those that it was asked for."""
+        return None
+
+    @property
+    def ack_wait(self) -> float:
+        """Seconds after which the server delivers again; infinite if it is what was asked for."""
+        return math.inf
 
     def nudge(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` in the thread that pulls; never, if that hangs. Does not wait."""
@@ -380,6 +406,13 @@ class Broker(ABC):
     @abstractmethod
     def consumer_info(self, stream: str, durable: str) -> ConsumerInfo | None:
         """Report on a consumer; None if there is none."""
+
+    @abstractmethod
+    def place(self, config: ConsumerConfig) -> ConsumerConfig:
+        """Return the config with the stream and the name that count; see its ``elsewhere``.
+
+        :raises TopologyError: several streams store some of its subjects.
+        """
 
     @abstractmethod
     def consumers(self, stream: str) -> list[ConsumerInfo]:

@@ -132,6 +132,8 @@ class MemoryBroker(Broker):
         self, config: ConsumerConfig, deliver: Callable[[Delivery], None]
     ) -> MemoryConsumption:
         """Create or update the durable consumer and start a pull on it."""
+        with self._lock:
+            config = self._exchange.placed(config)
         pull = MemoryConsumption(self._exchange, config, deliver)
         self._exchange.add_pull(pull)
         return pull
@@ -148,7 +150,7 @@ class MemoryBroker(Broker):
         :raises TopologyError: the stream is missing, or does not cover a filter subject.
         """
         with self._lock:
-            self._exchange.add_consumer(config)
+            self._exchange.add_consumer(self._exchange.placed(config))
 
     def fetch(self, stream: str, durable: str, count: int = 1) -> list[MemoryDelivery]:
         """Take up to ``count`` messages that can be delivered now; never waits.
@@ -220,6 +222,11 @@ class MemoryBroker(Broker):
             found = self._stream(stream)
             consumer = found.consumers.get(durable) if found else None
             return consumer.info(self._exchange.waiting(stream, durable)) if consumer else None
+
+    def place(self, config: ConsumerConfig) -> ConsumerConfig:
+        """Return the config with the stream and the name that count; see its ``elsewhere``."""
+        with self._lock:
+            return self._exchange.placed(config)
 
     def consumers(self, stream: str) -> list[ConsumerInfo]:
         """Report on all durable consumers of a stream, by name; none if there is no stream."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+import msgspec
 
 from ..errors import NoStreamForSubject, NotConnected, PublishError, TopologyError
+from ..messages.headers import Headers
 from ..messages.subjects import matches
+from .agreement import Needs
 from .base import (
     ConsumerConfig,
     Consumption,
@@ -21,6 +25,9 @@ from .base import (
 from .clock import Clock, VirtualClock
 from .memory_stream import MemoryConsumer, MemoryStream
 from .memory_threads import Alarm, HandOver
+
+#: Seconds after which a message comes again that one version of the application does not know.
+HAND_BACK = 1.0
 
 
 class MemoryDelivery(Delivery):
@@ -71,6 +78,7 @@ class MemoryConsumption(Consumption):
         self, exchange: Exchange, config: ConsumerConfig, deliver: Callable[[Delivery], None]
     ) -> None:
         self.config = config
+        self.needs = Needs.of(config)
         self.key = (config.stream, config.durable)
         self.deliver = deliver
         #: How many more messages it may be given.
@@ -81,6 +89,16 @@ class MemoryConsumption(Consumption):
     def request(self, count: int) -> None:
         """Ask for ``count`` more messages."""
         self._exchange.request(self, count)
+
+    @property
+    def consumer(self) -> tuple[str, str]:
+        """Stream and durable that it pulls from."""
+        return self.key
+
+    @property
+    def ack_wait(self) -> float:
+        """Seconds after which what nothing is heard of is delivered again."""
+        return self._exchange.ack_wait(self)
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop; waits up to ``timeout`` seconds for a delivery that is being handed over."""
@@ -152,7 +170,7 @@ class Exchange:
         """Give a message to listeners and its stream (lock held; ``deliver`` is to follow)."""
         for listener in self._listeners:
             if matches(listener.subject, message.subject):
-                core = CoreMessage(message.subject, dict(message.headers), message.payload)
+                core = CoreMessage(message.subject, Headers(message.headers), message.payload)
                 self._hand_over.add(listener, listener.callback, core)
         for stream in self.streams.values():
             if stream.stores(message.subject):
@@ -178,15 +196,33 @@ class Exchange:
             return
         consumer = self.streams[key[0]].consumers[key[1]]
         while any(pull.credits for pull in pulls):
-            pull = pulls[0]
-            if pull.credits:
+            if pulls[0].credits:
                 delivery = self.take(consumer)
                 if delivery is None:
                     self._set_alarm(consumer)
                     return
-                pull.credits -= 1
-                self._hand_over.add(pull, pull.deliver, delivery)
+                self._give(delivery, consumer, pulls)
             pulls.rotate(-1)
+
+    def _give(
+        self, delivery: MemoryDelivery, consumer: MemoryConsumer, pulls: Iterable[MemoryConsumption]
+    ) -> None:
+        """Hand a message to a pull that subscribes to it, now or when one may have it.
+
+        Where several versions of an application share the consumer, some do not; what none
+        subscribes to any more is settled.
+        """
+        takers = [pull for pull in pulls if pull.needs.wants(delivery.subject)]
+        pull = next((one for one in takers if one.credits), None)
+        if pull is not None:
+            pull.credits -= 1
+            self._hand_over.add(pull, pull.deliver, delivery)
+            return
+        delivery.settled = True
+        if takers:
+            consumer.nak(delivery.sequence, self.clock.now(), HAND_BACK)
+        else:
+            consumer.ack(delivery.sequence)
 
     def _set_alarm(self, consumer: MemoryConsumer) -> None:
         due = consumer.next_due(self.clock.now()) if self._alarm else None
@@ -236,8 +272,31 @@ class Exchange:
         found = self.streams.get(stream)
         return found.consumers.get(durable) if found else None
 
+    def placed(self, config: ConsumerConfig) -> ConsumerConfig:
+        """Return the config with the stream that its consumer belongs on (lock held)."""
+        own = self.streams.get(config.stream)
+        if not config.elsewhere or (own is not None and own.stores_one_of(config.filter_subjects)):
+            return config
+        for name, stream in self.streams.items():
+            if stream.stores_one_of(config.filter_subjects):
+                return msgspec.structs.replace(config, stream=name, durable=config.elsewhere)
+        return config
+
+    def ack_wait(self, pull: MemoryConsumption) -> float:
+        """Return the ack_wait of the consumer of ``pull``."""
+        with self.lock:
+            consumer = self.consumer(*pull.key)
+            return consumer.config.ack_wait if consumer else pull.config.ack_wait
+
     def add_consumer(self, config: ConsumerConfig) -> MemoryConsumer:
-        """Create or update a consumer (lock held); TopologyError if its stream is missing."""
+        """Create or update a consumer (lock held); TopologyError if its stream is missing.
+
+        Other versions of the application that pull on it keep what they need.
+        """
+        needs = Needs.of(config)
+        for pull in self._pulls.get((config.stream, config.durable), ()):
+            needs = needs.joined(pull.needs)
+        config = msgspec.structs.replace(config, **msgspec.structs.asdict(needs))
         stream = self.streams.get(config.stream)
         if stream is None:
             raise TopologyError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ..errors import PublishError, TopologyError
+from ..messages.headers import Headers
 from ..messages.subjects import matches, overlaps
 from .base import (
     ConsumerConfig,
@@ -62,6 +63,10 @@ class MemoryStream:
         """Whether messages to ``subject`` belong in this stream."""
         return any(matches(pattern, subject) for pattern in self.config.subjects)
 
+    def stores_one_of(self, filters: tuple[str, ...]) -> bool:
+        """Whether some of what ``filters`` select belongs in this stream."""
+        return any(overlaps(own, one) for own in self.config.subjects for one in filters)
+
     # --- storing
 
     def publish(self, message: OutgoingMessage, now: float) -> StoredAck | PublishError:
@@ -97,7 +102,7 @@ class MemoryStream:
             self.config.name,
             self.last_sequence,
             message.subject,
-            dict(message.headers),
+            Headers(message.headers),
             message.payload,
             now,
         )
@@ -356,7 +361,7 @@ class MemoryConsumer:
             ack_floor=self.floor,
             created=_timestamp(self._created),
             last_active=_timestamp(self._active) if self._active is not None else "",
-            metadata=owner_metadata(self.config),
+            metadata={**self.config.metadata, **owner_metadata(self.config)},
             pending=sum(1 for _ in new),
             ack_pending=len(self._pending),
             redelivered=sum(1 for pending in self._pending.values() if pending.attempts > 1),

@@ -24,6 +24,7 @@ from nats.aio.msg import Msg
 from ..errors import BrokerError, ConfigurationError
 from ..settings import Settings
 from ..text import get_logger, printable
+from .base import RequestDenied
 from .connection import ConnectionRefused
 from .session import JetStreamBroker
 from .tls import tls_problem
@@ -39,6 +40,7 @@ UNANSWERED_PINGS = 2
 CLOSE_TIMEOUT = 1.0
 #: How long the server may take to do what it is told, when there is a connection; seconds.
 ROUND_TRIP_TIMEOUT = 3.0
+_NOT_ALLOWED = "the server does not let this user send to it"
 _DENIED = re.compile(
     r"permissions violation(?: for (?P<kind>publish|subscription) to [\"'](?P<subject>[^\"']+))?",
     re.I,
@@ -94,7 +96,7 @@ class _Client(Client):
             self._on_denied("", _text_of(error))
         elif denied:
             subject = (denied["subject"] or "").lower()
-            self._end_requests("the server does not let this user send to it", subject)
+            self._end_requests(_NOT_ALLOWED, subject)
             self._on_denied(subject, _text_of(error))
 
     def check_listens(self, subject: str) -> None:
@@ -228,7 +230,9 @@ class _Connection:
             await asyncio.wait((answer, early_end), return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return answer.result().data
-            raise BrokerError(f"No answer from {subject}: {early_end.result()}.")
+            why = early_end.result()
+            kind = RequestDenied if why == _NOT_ALLOWED else BrokerError
+            raise kind(f"No answer from {subject}: {why}.")
         except nats.errors.NoRespondersError:
             raise LookupError(subject) from None
         except nats.errors.TimeoutError:

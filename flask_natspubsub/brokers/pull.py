@@ -17,8 +17,12 @@ from typing import Any, Protocol
 from ..errors import NatsPubsubError
 from ..messages.codec import encode_value
 from ..text import get_logger
+from .agreement import Needs
 from .base import ConsumerConfig, Consumption, Delivery
-from .jetstream import Floor, JetStreamApi
+from .consumers import ConsumerApi, Floor, PullLimits, Standing, needs_of
+from .missed import Puller
+from .presence import Presence
+from .strangers import ASK_AGAIN, Strangers
 from .wire import DESCRIPTION, STATUS, Route, ack_frame, frame, parse_ack_subject
 
 _log = get_logger("flask_natspubsub.broker")
@@ -29,7 +33,12 @@ EXPIRES = 30.0
 HEARTBEAT = 2.5
 #: Seconds for which acks are collected while they keep coming.
 LINGER = 0.001
-FLOOR_INTERVAL = 30.0
+#: How often it is looked how far the consumer is, and whether it is still as it should be.
+LOOK_INTERVAL = 10.0
+#: How soon after it was opened: another process that has just begun may have changed it.
+FIRST_LOOK = 3.0
+#: Where the server allows small pulls only, so many of them are open at a time.
+OPEN_PULLS = 8
 NANO = 1_000_000_000
 PENDING = "Nats-Pending-Messages"
 
@@ -155,16 +164,18 @@ class Pull(Consumption):
     def __init__(
         self,
         link: PullLink,
-        api: JetStreamApi,
+        api: ConsumerApi,
         writer: ReplyWriter,
         config: ConsumerConfig,
         deliver: Callable[[Delivery], None],
+        presence: Presence | None = None,
     ) -> None:
         self.config = config
+        self.needs = Needs.of(config)
         self._link = link
         self._api = api
         self._writer = writer
-        self._deliver = deliver
+        self.deliver = deliver
         self._wanted = 0
         self._outstanding = 0
         self._floor = Floor()
@@ -173,13 +184,33 @@ class Pull(Consumption):
         self._heard = time.monotonic()
         self._floor_seen = 0.0
         self._misses = 0
+        self._presence = presence
+        #: Told which subjects were taken away since which message, and no subjects at the start.
+        self.on_missed: Callable[[Pull, tuple[str, ...], int], None] = lambda *_: None
+        #: Another pull into the same hands, which ends with this one.
+        self.companion: Puller | None = None
+        #: The last message delivered while the consumer gave all that it should.
+        self._complete_until = 0
+        #: What keeps it from getting what it should; empty if nothing does.
+        self._problem = ""
+        self._is_owned = True
+        self._shared_since: float | None = None
+        self._was_opened = False
+        self._noted: set[str] = set()
+        #: How many were handed back that others are still to be asked for in place of.
+        self._replaced = 0
+        self._strangers = Strangers(self.needs, config.durable)
+        #: When it was last asked what the consumer is.
+        self._looked = 0.0
+        self._limits = PullLimits(0, int(EXPIRES * NANO), int(HEARTBEAT * NANO))
+        self._gives = self.needs
         self._stopped = False
         self._late: list[Delivery] = []
         self._stale = True
         self._opening = asyncio.Lock()
         self._reopening: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{config.stream}.{config.durable}"
+        self._next = ""
 
     # --- any thread
 
@@ -189,27 +220,82 @@ class Pull(Consumption):
     @property
     def is_healthy(self) -> bool:  # noqa: D102
         quiet = time.monotonic() - self._heard
-        return self._link.is_up and (self._outstanding == 0 or quiet < 2 * HEARTBEAT + 1)
+        fits = not self._problem and self._link.is_up
+        return fits and (self._outstanding == 0 or quiet < 2 * HEARTBEAT + 1)
+
+    @property
+    def ack_wait(self) -> float:  # noqa: D102
+        return self._gives.ack_wait
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it pulls no more."""
+        return self._stopped
+
+    @property
+    def consumer(self) -> tuple[str, str]:  # noqa: D102
+        return self.config.stream, self.config.durable
 
     def stop(self, timeout: float = 5.0) -> None:  # noqa: D102
         self._link.run(self.close(), timeout)
 
     # --- the loop's thread
 
-    async def open(self) -> None:
-        """Make the consumer and start pulling; the errors of ``Broker.consume``."""
+    async def open(self, after: Floor | None = None) -> None:
+        """Make the consumer and start pulling; the errors of ``Broker.consume``.
+
+        :param after: where a consumer begins that is not there yet.
+        """
         async with self._opening:
             if not self._stale:
                 return
-            report = await self._api.ensure_consumer(self.config, after=self._floor)
-            self._note_floor(report)
+            self._floor = after or self._floor
+            await self._ensure()
             await self._new_inbox()
         if self._watching is None:
             self._watching = self._link.spawn(self._watch())
+            self.on_missed(self, (), 0)
+
+    async def _ensure(self) -> None:
+        """Make the consumer what it should be, and note what it is."""
+        self.config = await self._api.place(self.config)
+        self._next = f"{self._api.prefix}.CONSUMER.MSG.NEXT.{'.'.join(self.consumer)}"
+        since = self._shared_since
+        report = await self._api.ensure_consumer(
+            self.config,
+            standing=Standing(
+                after=self._floor,
+                others=self._ask_others if self._presence is not None else None,
+                starting=not self._was_opened,
+                unneeded=0.0 if since is None else time.monotonic() - since,
+            ),
+        )
+        self._was_opened = True
+        self._is_owned = not report.get("foreign")
+        self._problem = ""
+        self._note(report)
+        if self.needs.covers(self._gives):
+            self._shared_since = None
+        self._floor_seen -= LOOK_INTERVAL - FIRST_LOOK
+        for note in report.get("notes", ()):
+            if note not in self._noted:
+                self._noted.add(note)
+                _log.warning("%s: %s", self.config.durable, note)
+
+    async def _ask_others(self, offer: Needs) -> bool | None:
+        assert self._presence is not None
+        needed = await self._presence.is_more_needed(self, offer)
+        if needed:
+            self._shared_since = None
+        elif self._shared_since is None:
+            self._shared_since = time.monotonic()
+        return needed
 
     async def close(self) -> None:
         """Stop pulling, and hand back what was on its way."""
         self._stopped = True
+        if self.companion is not None:
+            await self.companion.close()
         for task in (self._watching, self._reopening):
             if task is not None:
                 task.cancel()
@@ -234,14 +320,17 @@ class Pull(Consumption):
             return
         if not self._outstanding:
             self._heard = time.monotonic()
-        body = {
-            "batch": self._wanted,
-            "expires": int(EXPIRES * NANO),
-            "idle_heartbeat": int(HEARTBEAT * NANO),
-        }
-        self._outstanding += self._wanted
-        self._wanted = 0
-        self._link.send([frame(self._next, encode_value(body), self._inbox)])
+        limits, most = self._limits, self._limits.batch
+        while self._wanted:
+            count = self._wanted
+            if most:
+                count = min(count, most, OPEN_PULLS * most - self._outstanding)
+                if count <= 0:
+                    return  # the rest is asked for when some of it has come
+            body = {"batch": count, "expires": limits.expires, "idle_heartbeat": limits.heartbeat}
+            self._outstanding += count
+            self._wanted -= count
+            self._link.send([frame(self._next, encode_value(body), self._inbox)])
 
     def _on_message(
         self, subject: str, reply: str, headers: Mapping[str, str], data: bytes
@@ -253,11 +342,26 @@ class Pull(Consumption):
             return
         if self._outstanding:
             self._outstanding -= 1
+        if self._wanted:
+            self._pump()
         delivery = NatsDelivery(subject, reply, headers, data, self._writer)
         if self._stopped:
             self._late.append(delivery)
+        elif subject in self._strangers.known or self._strangers.is_ours(subject):
+            self.deliver(delivery)
         else:
-            self._deliver(delivery)
+            self._hand_back(delivery)
+
+    def _hand_back(self, delivery: Delivery) -> None:
+        if self._strangers.hand_back(delivery, self._gives, self._looked):
+            self._floor_seen = 0.0  # look soon
+        if not self._replaced:
+            self._link.later(ASK_AGAIN, self._ask_again)
+        self._replaced += 1
+
+    def _ask_again(self) -> None:
+        count, self._replaced = self._replaced, 0
+        self._want(count)
 
     def _on_status(self, headers: Mapping[str, str]) -> None:
         status, why = headers[STATUS], headers.get(DESCRIPTION, "")
@@ -285,6 +389,7 @@ class Pull(Consumption):
             try:
                 await self.open()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+                self._problem = str(error)
                 _log.warning("cannot pull for %s yet: %s", self.config.durable, error)
                 delay = min(max(delay * 2, 0.25), 5.0)
                 continue
@@ -321,8 +426,8 @@ class Pull(Consumption):
         silent = time.monotonic() - self._heard > 2 * HEARTBEAT
         if self._outstanding and silent:
             await self._on_silence()
-        elif time.monotonic() - self._floor_seen > FLOOR_INTERVAL:
-            await self._refresh_floor()
+        elif time.monotonic() - self._floor_seen > LOOK_INTERVAL:
+            await self._look_at_consumer()
 
     async def _on_silence(self) -> None:
         self._misses += 1
@@ -334,18 +439,56 @@ class Pull(Consumption):
         else:
             self._reopen("it was silent", 0.0)
 
-    async def _refresh_floor(self) -> None:
-        """Keep the ack floor, from which a consumer that somebody deletes is made anew."""
+    async def _look_at_consumer(self) -> None:
+        """Keep how far it is, should it be deleted, and mend what others have changed."""
+        asked = time.monotonic()
         try:
             report = await self._api.consumer(self.config.stream, self.config.durable)
         except NatsPubsubError:
             return
         if report is None:
             self._reopen("the consumer is gone", 0.0)
+            return
+        self._note(report)
+        self._looked = asked
+        lacking = self._gives.missing(self.needs) if self._is_owned else self._not_given()
+        if lacking:
+            self._complain(f"its consumer is not as declared, it lacks {', '.join(lacking)}")
         else:
-            self._note_floor(report)
+            self._problem = ""
+        if self._is_owned and (lacking or self.needs.missing(self._gives)):
+            await self._mend()
 
-    def _note_floor(self, report: Mapping[str, Any]) -> None:
+    def _not_given(self) -> tuple[str, ...]:
+        return tuple(one for one in self.needs.filter_subjects if not self._gives.wants(one))
+
+    def _complain(self, problem: str) -> None:
+        if problem != self._problem:
+            self._problem = problem
+            _log.warning("%s: %s", self.config.durable, problem)
+
+    async def _mend(self) -> None:
+        """Give the consumer back what it lacks, or take away what nobody needs any more."""
+        was, since = self._problem, self._complete_until
+        missing = self._not_given()
+        try:
+            async with self._opening:
+                await self._ensure()
+        except NatsPubsubError as error:
+            self._complain(str(error))
+        else:
+            if was:
+                _log.warning("%s: its consumer is as declared again", self.config.durable)
+            if missing:
+                self.on_missed(self, missing, since)
+
+    def _note(self, report: Mapping[str, Any]) -> None:
+        """Take in how far the consumer is, and what it gives."""
         self._floor_seen = time.monotonic()
         sequence = int(report.get("ack_floor", {}).get("stream_seq", 0))
         self._floor = Floor(report.get("stream_created", self._floor.stream_created), sequence)
+        config = report.get("config") or {}
+        self._gives = needs_of(config) if config else self.needs
+        self._limits = PullLimits.of(config, EXPIRES, HEARTBEAT)
+        if not self._gives.missing(self.needs):
+            self._complete_until = int((report.get("delivered") or {}).get("stream_seq", 0))

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ..errors import NatsPubsubError, NotConnected
 from ..settings import Settings
 from ..text import get_logger
+from . import missed
 from .base import (
     Broker,
     Change,
@@ -33,11 +34,14 @@ from .base import (
     Ticket,
 )
 from .connection import Dial
-from .jetstream import Floor, JetStreamApi, consumer_info, stream_info
+from .consumers import consumer_info
+from .jetstream import JetStreamApi, stream_info
 from .link import DEFAULT_MAX_PAYLOAD, Link
 from .loop import BackgroundLoop, bind_to_process
 from .outbound import PublishWindow
+from .presence import Presence
 from .pull import Pull, ReplyWriter
+from .topology import presence_subject
 from .wire import frame
 
 _log = get_logger("flask_natspubsub.broker")
@@ -60,11 +64,12 @@ class _Session:
     def __init__(self, settings: Settings, dial: Dial, wanted: Sequence[StreamConfig]) -> None:
         self.loop = BackgroundLoop(f"natspubsub-{settings.app_name}")
         self.link = Link(settings, self.loop, dial)
-        self.api = JetStreamApi(self._request)
+        self.api = JetStreamApi(self._request, settings.api_prefix)
         self.writer = ReplyWriter(self.link)
         inbox = self.link.new_inbox()
         self.window = PublishWindow(self.link, inbox, settings)
         self.pulls: set[Pull] = set()
+        self.presence = Presence(self.link, presence_subject(settings), lambda: list(self.pulls))
         self.link.listeners.append(self)
         self.link.on_denied = self.window.on_denied
         self.wanted = wanted
@@ -118,6 +123,26 @@ class _Session:
                 size,
                 name,
             )
+
+    def make_pull(self, config: ConsumerConfig, deliver: Callable[[Delivery], None]) -> Pull:
+        """Make a pull that starts over on each new connection, once it was opened."""
+        pull = Pull(self.link, self.api, self.writer, config, deliver, self.presence)
+        self.pulls.add(pull)
+        return pull
+
+    def catch_up(self, pull: Pull, filters: tuple[str, ...], after: int) -> None:
+        """Have delivered what the consumer of ``pull`` has passed over; see ``missed``."""
+        if filters:
+            task = missed.catch_up(self.api, pull, filters, after, self.make_pull)
+        else:
+            task = missed.go_on(self.api, pull, self.make_pull)
+        self.link.spawn(self._catch_up(task))
+
+    async def _catch_up(self, task: Coroutine[Any, Any, None]) -> None:
+        try:
+            await task
+        finally:
+            self.pulls -= {pull for pull in self.pulls if pull.is_closed}
 
     def on_up(self) -> None:
         self.writer.flush()
@@ -182,6 +207,14 @@ class _PullHandle(Consumption):
 
     def request(self, count: int) -> None:
         self._pull.request(count)
+
+    @property
+    def consumer(self) -> tuple[str, str]:
+        return self._pull.consumer
+
+    @property
+    def ack_wait(self) -> float:
+        return self._pull.ack_wait
 
     @property
     def is_healthy(self) -> bool:
@@ -302,8 +335,8 @@ class JetStreamBroker(Broker):
         self, config: ConsumerConfig, deliver: Callable[[Delivery], None]
     ) -> Consumption:
         session = self._live()
-        pull = Pull(session.link, session.api, session.writer, config, deliver)
-        session.pulls.add(pull)
+        pull = session.make_pull(config, deliver)
+        pull.on_missed = session.catch_up
         try:
             session.link.run(self._open(session, pull), API_TIMEOUT * 3)
         except BaseException:
@@ -315,10 +348,11 @@ class JetStreamBroker(Broker):
         """Open now if there is a server; else the link opens it when there is one."""
         with contextlib.suppress(NotConnected):
             await session.link.wait_up(self._settings.connect_timeout)
+            await session.presence.listen()
             await pull.open()
 
     def add_consumer(self, config: ConsumerConfig) -> None:  # noqa: D102
-        self._ask(lambda api: api.ensure_consumer(config, after=Floor()), API_TIMEOUT * 3)
+        self._ask(lambda api: api.ensure_consumer(config), API_TIMEOUT * 3)
 
     def listen(  # noqa: D102
         self, subject: str, callback: Callable[[CoreMessage], None]
@@ -353,6 +387,9 @@ class JetStreamBroker(Broker):
     def consumer_info(self, stream: str, durable: str) -> ConsumerInfo | None:  # noqa: D102
         report = self._ask(lambda api: api.consumer(stream, durable), API_TIMEOUT + 1)
         return consumer_info(report) if report else None
+
+    def place(self, config: ConsumerConfig) -> ConsumerConfig:  # noqa: D102
+        return self._ask(lambda api: api.place(config), API_TIMEOUT * 3)
 
     def consumers(self, stream: str) -> list[ConsumerInfo]:  # noqa: D102
         reports = self._ask(lambda api: api.consumers(stream), API_TIMEOUT * 6)

@@ -36,15 +36,14 @@ def wanted_streams(settings: Settings, filters: Iterable[str] = ()) -> list[Stre
     )
     streams = [msgspec.structs.replace(main, **settings.stream_config)]
     if settings.use_dlq:
-        streams.append(
-            StreamConfig(
-                name=settings.dead_letter_stream,
-                subjects=(f"{settings.env}.dlq.>",),
-                max_age=30 * _DAY,
-                storage=streams[0].storage,
-                replicas=streams[0].replicas,
-            )
+        letters = StreamConfig(
+            name=settings.dead_letter_stream,
+            subjects=(f"{settings.env}.dlq.>",),
+            max_age=30 * _DAY,
+            storage=streams[0].storage,
+            replicas=streams[0].replicas,
         )
+        streams.append(msgspec.structs.replace(letters, **settings.dlq_stream_config))
     return streams
 
 
@@ -103,6 +102,11 @@ def wakeup_subject(settings: Settings) -> str:
     return f"natspubsub.wakeup.{settings.env}.{settings.app_name}"
 
 
+def presence_subject(settings: Settings) -> str:
+    """Return the subject on which workers ask each other what they need of a consumer."""
+    return f"natspubsub.consumers.{settings.env}.{settings.app_name}"
+
+
 def plan(wanted: Sequence[StreamConfig], existing: Sequence[StreamInfo]) -> list[Change]:
     """Compare what is wanted with what the server has.
 
@@ -113,6 +117,7 @@ def plan(wanted: Sequence[StreamConfig], existing: Sequence[StreamInfo]) -> list
     :raises TopologyError: a stream that is not ours has one of the subjects.
     """
     configs = {info.config.name: info.config for info in existing}
+    mirrors = {info.config.name: info.origins for info in existing if info.is_mirror}
     names = {stream.name for stream in wanted}
     changes: list[Change] = []
     for stream in wanted:
@@ -122,6 +127,9 @@ def plan(wanted: Sequence[StreamConfig], existing: Sequence[StreamInfo]) -> list
         host = _host(stream, [other for other in others if other.name in names])
         if current is None and host is not None:
             changes.append(Change("ok", host.name, f"keeps {', '.join(stream.subjects)} as well"))
+            continue
+        if stream.name in mirrors:
+            changes.append(Change("ok", stream.name, f"mirrors {', '.join(mirrors[stream.name])}"))
             continue
         _refuse_overlap(stream.name, missing, others)
         changes += _changes_for(stream, current, missing)

@@ -14,6 +14,7 @@ import click
 
 from ..errors import DecodingError, NatsPubsubError, NotConnected
 from ..messages.codec import decode_value
+from ..messages.headers import for_json, pairs_of
 from ..state import AppState
 from ..subscribing.deadletters import ANY_APP, DeadLetterRecord, DeadLetters, checked_id
 from ..text import printable
@@ -166,12 +167,12 @@ def show_command(state: AppState, record_id: str, raw: bool, as_json: bool) -> N
     if raw:
         sys.stdout.buffer.write(body)
     elif as_json:
-        headers = dict(record.headers)
+        headers = for_json(record.headers)
         print_json({**_summary(record), "headers": headers, **_json_body(body)})
     else:
         print_fields((name.replace("_", " "), value) for name, value in _summary(record).items())
         click.echo("\nheaders")
-        print_fields(sorted(record.headers.items()), indent="  ")
+        print_fields(sorted(pairs_of(record.headers)), indent="  ")
         click.echo(f"\nbody\n{_readable(body)}")
 
 

@@ -16,6 +16,7 @@ import msgspec
 from ..brokers.base import CoreMessage
 from ..errors import DecodingError
 from ..messages.codec import decode_object, encode_value
+from ..messages.headers import for_json
 from ..messages.received import Received, read
 from ..messages.subjects import filter_for, topic_of
 from ..state import AppState
@@ -174,7 +175,7 @@ def _print_line(message: CoreMessage) -> None:
 
 def _print_json_line(message: CoreMessage) -> None:
     known = _read(message)
-    fields: dict[str, Any] = {"subject": message.subject, "headers": dict(message.headers)}
+    fields: dict[str, Any] = {"subject": message.subject, "headers": for_json(message.headers)}
     if known is None:
         fields |= {"topic": topic_of(message.subject), "message": None}
         fields["raw_base64"] = base64.b64encode(message.data).decode()

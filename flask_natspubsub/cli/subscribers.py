@@ -49,12 +49,15 @@ def subscribers(state: AppState, offline: bool, as_json: bool) -> None:
 
 
 def _describe(subscription: Subscription, broker: Broker | None, stream: str) -> dict[str, Any]:
-    info = broker.consumer_info(stream, subscription.durable) if broker else None
+    place = subscription.consumer_config(stream)
+    place = broker.place(place) if broker else place
+    info = broker.consumer_info(place.stream, place.durable) if broker else None
     return {
         "name": subscription.name,
         "topics": list(subscription.topics),
         "filter_subjects": list(subscription.filter_subjects),
-        "durable": subscription.durable,
+        "durable": place.durable,
+        "stream": place.stream,
         "concurrency": subscription.concurrency,
         "max_deliver": subscription.max_deliver,
         **{name: getattr(info, name) if info else None for name in _COUNTS},

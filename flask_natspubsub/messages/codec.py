@@ -70,16 +70,17 @@ def is_surely_shallow(data: bytes) -> bool:
     return data.count(b"{") + data.count(b"[") <= MAX_DEPTH
 
 
-def build_decoder(annotation: Any) -> Callable[[Any], Any]:
+def build_decoder(annotation: Any, *, plain: bool = False) -> Callable[[Any], Any]:
     """Return the function that turns a decoded message into the type a handler asks for.
 
     That function raises ``DecodingError`` (reason ``"schema"``) for a message that does not
     fit. Without a type, and for ``dict``, ``Mapping`` and ``Any``, it returns the message.
 
     :param annotation: of the handler's first parameter, with names resolved.
+    :param plain: whether messages may be other JSON than objects, or bytes.
     :raises RegistrationError: messages cannot be decoded into this type.
     """
-    if annotation in (inspect.Parameter.empty, Any, object):
+    if annotation in (inspect.Parameter.empty, Any, object) or (plain and annotation is bytes):
         return _identity
     kind = typing.get_origin(annotation) or annotation
     if not isinstance(kind, type):
@@ -90,9 +91,13 @@ def build_decoder(annotation: Any) -> Callable[[Any], Any]:
         return _pydantic_decoder(kind)
     if issubclass(kind, msgspec.Struct) or dataclasses.is_dataclass(kind):
         return _msgspec_decoder(annotation)
-    if typing.is_typeddict(kind):
+    if typing.is_typeddict(kind) or (plain and kind in _PLAIN_TYPES):
         return _msgspec_decoder(annotation)
     raise _unsupported(annotation)
+
+
+#: What JSON may be beside an object.
+_PLAIN_TYPES = (list, tuple, set, frozenset, str, int, float, bool)
 
 
 def _identity(message: Any) -> Any:

@@ -30,7 +30,7 @@ class Received(msgspec.Struct, frozen=True, gc=False):
 
     event_id: str
     topic: str
-    message: dict[str, Any]
+    message: Any
     message_type: str | None
     producer: str | None
     trace_id: str | None
@@ -49,8 +49,8 @@ class Received(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def envelope(self) -> dict[str, Any]:
-        """Every key around the message, known or not, as received."""
-        return decode_object(self.data)
+        """Every key around the message, known or not, as received; none without an envelope."""
+        return decode_object(self.data) if self.data else {}
 
 
 def read(
@@ -76,6 +76,26 @@ def read(
         fields.causation_id,
         fields.occurred_at,
         data,
+        event_id is not None,
+    )
+
+
+def read_plain(
+    message: Any, headers: Mapping[str, str], subject: str, stream: str, sequence: int
+) -> Received:
+    """Take a message of another system, which has no envelope: its headers say what is known."""
+    event_id = _header_id(headers)
+    return Received(
+        event_id or f"{stream}:{sequence}",
+        printable(subject),
+        message,
+        None,
+        None,
+        _text(headers.get("trace_id")),
+        None,
+        None,
+        None,
+        b"",
         event_id is not None,
     )
 

@@ -246,7 +246,14 @@ def _check_consumers(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "consumer-differs", "warning",
                 f"The consumer of {one.name!r} does not get {', '.join(one.missing_subjects)}.",
-                "Restart the worker: it updates its consumers.",
+                "A worker that runs this code changes it back within seconds: look at its log.",
+            )  # fmt: skip
+        if one.extra_subjects:
+            yield Finding(
+                "consumer-shared", "info",
+                f"The consumer of {one.name!r} also gets {', '.join(one.extra_subjects)}, which "
+                "another version of the application subscribes to, or did.",
+                "A worker that runs the newest code takes that away once nobody needs it.",
             )  # fmt: skip
         if one.ack_wait < 3:
             yield Finding(
@@ -261,6 +268,19 @@ def _check_consumers(facts: Facts) -> Iterator[Finding]:
                 f"The subscriber {one.name!r} has no inbox: what is sent again is handled again.",
                 "Set inbox=True or NATSPUBSUB_USE_INBOX, unless it does not matter.",
             )  # fmt: skip
+
+
+def _check_orphans(facts: Facts) -> Iterator[Finding]:
+    for one in facts.orphans:
+        kept = f", and the stream keeps {one.waiting:,} messages for it" if one.retains else ""
+        whose = f"for the subscriber {one.subscriber!r} " if one.subscriber else ""
+        since = f"last used {one.last_active}" if one.last_active else "never used"
+        yield Finding(
+            "consumer-orphaned", "warning" if one.retains or one.subscriber else "info",
+            f"The consumer {one.durable!r} on {one.stream!r}, made {whose}at {one.created} and "
+            f"{since}, has no subscriber in this code and no worker{kept}.",
+            f"If it is not needed any more: nats consumer rm {one.stream} {one.durable}.",
+        )  # fmt: skip
 
 
 def _check_retention(facts: Facts) -> Iterator[Finding]:
@@ -340,6 +360,7 @@ CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _check_streams,
     _check_drift,
     _check_consumers,
+    _check_orphans,
     _check_retention,
     _check_rows,
 )

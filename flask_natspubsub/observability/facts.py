@@ -27,14 +27,34 @@ class ConsumerFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     :param exists: whether a worker has made its consumer.
     :param missing_subjects: what the subscriber wants and the consumer does not get.
+    :param extra_subjects: what the consumer gets and the subscriber does not want.
     """
 
     name: str
     exists: bool = False
     missing_subjects: tuple[str, ...] = ()
+    extra_subjects: tuple[str, ...] = ()
     ack_wait: float = 30.0
     timeout: float = 60.0
     inbox: bool = True
+
+
+class OrphanFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A consumer of this application that no subscriber has and no worker pulls from.
+
+    :param subscriber: the name that it was made for; empty if nobody has written that on it.
+    :param waiting: how many messages it has not settled, which an interest or work queue stream
+        keeps for it.
+    :param retains: whether the stream keeps them for it.
+    """
+
+    stream: str
+    durable: str
+    subscriber: str = ""
+    created: str = ""
+    last_active: str = ""
+    waiting: int = 0
+    retains: bool = False
 
 
 class OutboxFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +92,7 @@ class ServerFacts(msgspec.Struct, frozen=True, kw_only=True):
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """All that the checks go by.
 
+    :param orphans: consumers of subscribers that the code has no more.
     :param outbox: None if the application has none.
     :param setup: what ``setup`` would do: what, of which stream, in words.
     :param setup_problem: why it could not be told, such as subjects of another's stream.
@@ -81,6 +102,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     server: ServerFacts
     streams: tuple[StreamFacts, ...] = ()
     consumers: tuple[ConsumerFacts, ...] = ()
+    orphans: tuple[OrphanFacts, ...] = ()
     outbox: OutboxFacts | None = None
     setup: tuple[tuple[str, str, str], ...] = ()
     setup_problem: str = ""

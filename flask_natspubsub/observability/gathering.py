@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ..brokers.base import Broker, StreamConfig, StreamInfo
+from ..brokers.base import (
+    Broker,
+    ConsumerConfig,
+    ConsumerInfo,
+    RequestDenied,
+    StreamConfig,
+    StreamInfo,
+)
+from ..brokers.topology import OWNER_SUBSCRIBER
 from ..errors import ConfigurationError, TopologyError
 from ..messages.subjects import covers
 from ..settings import Settings
-from .facts import ConsumerFacts, Facts, OutboxFacts, ServerFacts, StreamFacts
+from ..subscribing.consumers import orphans
+from .facts import ConsumerFacts, Facts, OrphanFacts, OutboxFacts, ServerFacts, StreamFacts
 
 if TYPE_CHECKING:
     from ..publishing.store import OutboxStore
@@ -39,14 +48,20 @@ def gather(
     """
     infos = {stream.name: broker.stream_info(stream.name) for stream in wanted}
     setup, problem = _setup(broker, wanted)
+    places = [broker.place(one.consumer_config(settings.stream)) for one in subscriptions]
+    found = [broker.consumer_info(place.stream, place.durable) for place in places]
     return Facts(
         server=_server(broker, monitor_url),
         streams=tuple(_stream(name, infos[name], settings) for name in infos),
-        consumers=tuple(_consumer(broker, settings, one) for one in subscriptions),
+        consumers=tuple(map(_consumer, places, found, subscriptions)),
+        orphans=_orphans(broker, settings, subscriptions),
         outbox=None if store is None else _outbox(store, settings),
         setup=setup,
         setup_problem=problem,
-        unbound=_unbound(infos.get(settings.stream), subscriptions),
+        unbound=_unbound(
+            infos.get(settings.stream),
+            [place for place in places if place.stream == settings.stream],
+        ),
         allow_volatile=settings.allow_volatile_streams,
     )
 
@@ -70,32 +85,57 @@ def _stream(name: str, info: StreamInfo | None, settings: Settings) -> StreamFac
     return StreamFacts(name=name, is_main=is_main, persist_mode=info.persist_mode, **values)
 
 
-def _consumer(broker: Broker, settings: Settings, one: Subscription) -> ConsumerFacts:
-    info = broker.consumer_info(settings.stream, one.durable)
-    got = info.filter_subjects if info else one.filter_subjects
-    missing = [
-        subject
-        for subject in one.filter_subjects
-        if not any(covers(pattern, subject) for pattern in got)
-    ]
+def _consumer(place: ConsumerConfig, info: ConsumerInfo | None, one: Subscription) -> ConsumerFacts:
+    got = info.filter_subjects if info else place.filter_subjects
     return ConsumerFacts(
         name=one.name,
         exists=info is not None,
-        missing_subjects=tuple(missing),
+        missing_subjects=_uncovered(place.filter_subjects, got),
+        extra_subjects=_uncovered(got, place.filter_subjects),
         ack_wait=one.ack_wait,
         timeout=one.timeout,
         inbox=one.inbox,
     )
 
 
-def _unbound(info: StreamInfo | None, subscriptions: Sequence[Subscription]) -> tuple[str, ...]:
+def _uncovered(subjects: Iterable[str], by: Sequence[str]) -> tuple[str, ...]:
+    return tuple(one for one in subjects if not any(covers(pattern, one) for pattern in by))
+
+
+def _orphan(info: ConsumerInfo, retention: str) -> OrphanFacts:
+    return OrphanFacts(
+        stream=info.stream,
+        durable=info.durable,
+        subscriber=info.metadata.get(OWNER_SUBSCRIBER, ""),
+        created=info.created,
+        last_active=info.last_active,
+        waiting=info.pending + info.ack_pending,
+        retains=retention != "limits",
+    )
+
+
+def _orphans(
+    broker: Broker, settings: Settings, subscriptions: Sequence[Subscription]
+) -> tuple[OrphanFacts, ...]:
+    try:
+        found = orphans(broker, settings, subscriptions)
+    except RequestDenied:
+        return ()  # who may not see them needs no word about them
+    # One that a worker pulls from is known to an older or newer version of the code.
+    found = [info for info in found if not info.waiting]
+    streams = {info.stream: broker.stream_info(info.stream) for info in found}
+    retention = {name: info.config.retention if info else "" for name, info in streams.items()}
+    return tuple(_orphan(info, retention[info.stream]) for info in found)
+
+
+def _unbound(info: StreamInfo | None, consumers: Sequence[ConsumerConfig]) -> tuple[str, ...]:
     """Return what subscribers want and the stream, if there is one, has no room for."""
-    if info is None:
+    if info is None or info.origins:  # what it copies, it does not say
         return ()
     subjects = info.config.subjects
     return tuple(
         wanted
-        for one in subscriptions
+        for one in consumers
         for wanted in one.filter_subjects
         if not any(covers(own, wanted) or covers(wanted, own) for own in subjects)
     )

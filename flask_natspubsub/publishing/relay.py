@@ -29,7 +29,16 @@ from ..text import get_logger
 from .outbox import SENT
 from .publisher import STUCK
 from .rewind import StreamWatch
-from .store import CLEAN_BATCH, LEASE_SECONDS, DueRow, Failure, OutboxStore, Published, runs
+from .store import (
+    CLEAN_BATCH,
+    LEASE_SECONDS,
+    PARTITION,
+    DueRow,
+    Failure,
+    OutboxStore,
+    Published,
+    runs,
+)
 
 if TYPE_CHECKING:
     from ..database import Lease
@@ -97,6 +106,7 @@ class Relay:
         self._held: dict[int, _Held] = {}
         self._next_poll = 0.0
         self._next_try = 0.0
+        self._next_adoption = 0.0
         self._next_clean = time.monotonic() + CLEAN_INTERVAL
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -131,6 +141,7 @@ class Relay:
         self._wake.clear()
         try:
             self._take_leases()
+            self._adopt()
             if woken or time.monotonic() >= self._next_poll:
                 self._next_poll = time.monotonic() + self._settings.outbox_poll_interval
                 if self._send_batches():
@@ -152,7 +163,7 @@ class Relay:
         if len(self._held) < self._settings.outbox_partitions:
             times.append(self._next_try)
         if 0 in self._held:
-            times += (self._next_clean, self._next_check)
+            times += (self._next_clean, self._next_check, self._next_adoption)
         return min(times)
 
     def stop(self) -> None:
@@ -178,6 +189,7 @@ class Relay:
         before = self.sent
         try:
             self._take_leases()
+            self._adopt()
             self._watch_streams()
             more = True
             while more and not self._stopping.is_set():
@@ -246,7 +258,7 @@ class Relay:
 
     def _take_lease(self, partition: int) -> None:
         started = time.monotonic()
-        lease = self._store.leases.acquire(f"outbox/{partition}", self._owner)
+        lease = self._store.leases.acquire(f"{PARTITION}{partition}", self._owner)
         if lease is None:
             return
         self._held[partition] = _Held(partition, lease, started + LEASE_SECONDS)
@@ -254,7 +266,7 @@ class Relay:
         self._watch.load()
         _log.info("relaying partition %d of the outbox", partition)
         if partition == 0:
-            self._store.adopt(self._settings.outbox_partitions)
+            self._next_adoption = 0.0
 
     def _renew(self, held: _Held) -> bool:
         started = time.monotonic()
@@ -390,11 +402,21 @@ class Relay:
         retention = self._settings.outbox_retention  # not of what may have to be sent again
         counts = (
             0 if self._watch.rewound else self._store.purge(SENT, retention),
-            self._store.adopt(self._settings.outbox_partitions),
             self._also_clean(),
         )
         more = max(counts) >= CLEAN_BATCH
         self._next_clean = time.monotonic() + (CLEAN_PAUSE if more else CLEAN_INTERVAL)
+
+    def _adopt(self) -> None:
+        """Take over rows of partitions that are none of ours and nobody else's."""
+        now = time.monotonic()
+        if now < self._next_adoption or 0 not in self._held:
+            return
+        self._next_adoption = now + STAND_BY_INTERVAL
+        if moved := self._store.adopt(self._settings.outbox_partitions):
+            self._next_poll = 0.0
+            if moved >= CLEAN_BATCH:
+                self._next_adoption = now
 
     def _complain(self, what: str) -> None:
         """Log, one line per interval however often it fails."""

@@ -20,6 +20,8 @@ from .streams import StreamRecords
 
 LEASE_SECONDS = 10.0
 CLEAN_BATCH = 1000
+#: The lease of a partition is called this and its number.
+PARTITION = "outbox/"
 _OF_ROW = "id", "event_id", "subject", "payload", "headers", "ordering_key", "attempts"
 
 
@@ -212,16 +214,25 @@ class OutboxStore:
             return [_message(*row) for row in connection.execute(query)]
 
     def adopt(self, partitions: int) -> int:
-        """Move pending rows out of partitions that there are no more; returns how many.
+        """Move pending rows out of partitions that nobody relays; returns how many.
 
-        They were written when NATSPUBSUB_OUTBOX_PARTITIONS was higher.
+        They were written by a process that has a higher NATSPUBSUB_OUTBOX_PARTITIONS: one that
+        has not learnt of a lower one, or the first of a deploy that raises it.
         """
         columns = self.table.c
-        stray = sa.select(columns.id).where(
-            _is_pending_by_index(self.table), columns.partition >= partitions
-        )
+        stray = _is_pending_by_index(self.table), columns.partition >= partitions
         with self.database.begin() as connection:
-            ids = [row.id for row in connection.execute(stray.limit(CLEAN_BATCH))]
+            found = connection.execute(sa.select(columns.partition).where(*stray).limit(1)).first()
+        if found is None:
+            return 0
+        relayed = [
+            int(name.removeprefix(PARTITION))
+            for name in self.leases.held()
+            if name.startswith(PARTITION)
+        ]
+        rows = sa.select(columns.id).where(*stray, columns.partition.not_in(relayed))
+        with self.database.begin() as connection:
+            ids = [row.id for row in connection.execute(rows.limit(CLEAN_BATCH))]
             if not ids:
                 return 0
             move = sa.update(self.table).where(columns.id.in_(ids), columns.status == PENDING)

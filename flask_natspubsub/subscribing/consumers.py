@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from ..brokers.base import Broker, ConsumerInfo
+from ..brokers.agreement import UNTIL
+from ..brokers.base import Broker, ConsumerConfig, ConsumerInfo
 from ..brokers.topology import OWNER_APP, OWNER_SUBSCRIBER
 from ..errors import BrokerError, TopologyError
 from ..messages.subjects import overlaps, slug
@@ -43,21 +44,40 @@ def orphans(
 
     :param subscriptions: all that the app has, not only those of one worker.
     """
-    return _orphans(broker.consumers(settings.stream), settings.app_name, subscriptions)
+    return _orphans(*_look(broker, settings, subscriptions), settings)
+
+
+def _look(
+    broker: Broker, settings: Settings, subscriptions: Sequence[Subscription]
+) -> tuple[list[ConsumerInfo], list[ConsumerConfig]]:
+    """Return the consumers of the streams that the app receives from, and those it needs."""
+    places = [broker.place(one.consumer_config(settings.stream)) for one in subscriptions]
+    streams = dict.fromkeys((settings.stream, *(place.stream for place in places)))
+    return [info for stream in streams for info in broker.consumers(stream)], places
 
 
 def _orphans(
-    found: Sequence[ConsumerInfo], app: str, subscriptions: Sequence[Subscription]
+    found: Sequence[ConsumerInfo], places: Sequence[ConsumerConfig], settings: Settings
 ) -> list[ConsumerInfo]:
-    declared = {one.durable for one in subscriptions}
-    return [info for info in found if info.durable not in declared and _is_of(info, app)]
+    declared = {(place.stream, place.durable) for place in places}
+    return [
+        info
+        for info in found
+        if (info.stream, info.durable) not in declared and _is_of(info, settings)
+    ]
 
 
-def _is_of(info: ConsumerInfo, app: str) -> bool:
+def _is_of(info: ConsumerInfo, settings: Settings) -> bool:
+    """Whether a consumer is the app's own; on a stream of others, this environment's."""
+    if UNTIL in info.metadata:
+        return False  # it is deleted by who made it
+    elsewhere = f"{settings.env}-{settings.app_name}-"
+    if info.stream != settings.stream and not info.durable.startswith(elsewhere):
+        return False
     owner = info.metadata.get(OWNER_APP)
     if owner is not None:
-        return owner == app
-    return info.is_pull and info.durable.startswith(f"{app}-")
+        return owner == settings.app_name
+    return info.is_pull and info.durable.startswith((f"{settings.app_name}-", elsewhere))
 
 
 def name_of(info: ConsumerInfo, app: str) -> str:
@@ -72,25 +92,28 @@ def complaints(
 
     :param subscriptions: all that the app has.
     """
-    found, app = broker.consumers(settings.stream), settings.app_name
-    left, known = _orphans(found, app, subscriptions), {info.durable for info in found}
-    newcomers = [one for one in subscriptions if one.durable not in known]
+    found, places = _look(broker, settings, subscriptions)
+    app, known = settings.app_name, {(info.stream, info.durable) for info in found}
+    left = _orphans(found, places, settings)
+    newcomers = [
+        one
+        for one, place in zip(subscriptions, places, strict=True)
+        if (place.stream, place.durable) not in known
+        and one.deliver_policy == "all"
+        and _has_stored(broker, place)
+    ]
     return [
         *(_of_orphan(info, app) for info in left),
-        *(
-            _of_newcomer(one, left, app)
-            for one in newcomers
-            if one.deliver_policy == "all" and _has_stored(broker, settings.stream, one)
-        ),
+        *(_of_newcomer(one, left, app) for one in newcomers),
     ]
 
 
-def _has_stored(broker: Broker, stream: str, one: Subscription) -> bool:
+def _has_stored(broker: Broker, place: ConsumerConfig) -> bool:
     """Whether messages are stored that a new consumer begins with; True if nobody may look."""
     try:
         return any(
-            next(iter(broker.messages(stream, subject)), None) is not None
-            for subject in one.filter_subjects
+            next(iter(broker.messages(place.stream, subject)), None) is not None
+            for subject in place.filter_subjects
         )
     except BrokerError:
         return True
@@ -165,7 +188,7 @@ def _stopped_consumer(broker: Broker, settings: Settings, name: str) -> Consumer
     """Return the consumer of a subscriber that no worker pulls for."""
     durable = f"{settings.app_name}-{slug(name)}"
     info = broker.consumer_info(settings.stream, durable)
-    if info is None or not _is_of(info, settings.app_name):
+    if info is None or not _is_of(info, settings):
         raise TopologyError(
             f"The app {settings.app_name!r} has no consumer of a subscriber {name!r} on the "
             f"stream {settings.stream!r}.",

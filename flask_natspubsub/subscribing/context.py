@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from werkzeug.local import LocalProxy
 
+from ..messages.headers import Headers
+
 if TYPE_CHECKING:
     from ..brokers.base import Delivery
     from ..messages.received import Received
@@ -28,6 +30,8 @@ class MessageContext:
     :param occurred_at: when it happened, as the publisher says; aware, UTC.
     :param published_at: when the stream stored it; aware, UTC.
     :param attempt: how often it has been delivered to this subscriber; 1 is the first time.
+    :param headers: a dict; of a header sent more than once it has the first value, and
+        ``headers.getlist(name)`` has all.
     :param raw: the bytes received; ``envelope`` is the JSON object in them.
     :param subscriber: the name of the subscriber that handles it.
     """
@@ -44,7 +48,7 @@ class MessageContext:
     occurred_at: dt.datetime
     published_at: dt.datetime
     attempt: int
-    headers: Mapping[str, str]
+    headers: Headers
     raw: bytes
     envelope: Mapping[str, Any]
     subscriber: str
@@ -69,7 +73,7 @@ _SOURCES: dict[str, _Source] = {
     "occurred_at": lambda delivery, received, name: received.occurred_at or _published(delivery),
     "published_at": lambda delivery, received, name: _published(delivery),
     "attempt": lambda delivery, received, name: delivery.attempt,
-    "headers": lambda delivery, received, name: dict(delivery.headers),
+    "headers": lambda delivery, received, name: Headers(delivery.headers),
     "raw": lambda delivery, received, name: delivery.data,
     "envelope": lambda delivery, received, name: received.envelope,
     "subscriber": lambda delivery, received, name: name,

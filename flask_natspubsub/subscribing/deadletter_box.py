@@ -14,7 +14,8 @@ from ..messages.identity import place_key
 from ..messages.ids import now_timestamp
 from ..messages.subjects import dead_letter_subject
 from ..settings import Settings
-from .deadletter_shapes import BODY_OMITTED, try_read
+from .deadletter_shapes import BODY_OMITTED
+from .reading import try_read
 from .replays import kept
 from .retry import GiveUpReason, error_text
 from .subscription import Subscription
@@ -63,7 +64,7 @@ class DeadLetterBox:
         error: BaseException,
     ) -> dict[str, str]:
         place = place_key(delivery.stream, delivery.sequence, delivery.timestamp)
-        received = try_read(delivery, delivery.subject)
+        received = try_read(subscription.read, delivery)
         ids = {
             "x-event-id": received.event_id if received else None,
             "x-trace-id": received.trace_id if received else None,

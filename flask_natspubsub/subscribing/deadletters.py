@@ -267,22 +267,28 @@ class DeadLetters:
         return is_subject(subject) and is_event
 
     def _stored_original(self, record: DeadLetterRecord) -> StoredMessage:
-        """Return the original out of the app's own stream, if that has it still.
+        """Return the original out of a stream that the app receives from, if that has it still.
 
         :raises BrokerError: it has not.
         """
         stored = None
-        main = self._settings.stream
-        if record.original_sequence and record.original_stream == main:
-            stored = self._broker.get_message(main, record.original_sequence)
+        stream = record.original_stream
+        if record.original_sequence and stream in self._streams():
+            stored = self._broker.get_message(stream, record.original_sequence)
         if stored is None or stored.subject != record.original_subject:
             why = "too large to be kept with it" if record.body_omitted else "another app's"
             raise BrokerError(
                 f"The body of dead letter {record.id} was {why}, and the original is no longer in "
-                f"{main!r}.",
+                f"{stream!r}.",
                 "Have the app that published it publish it again, and discard this one.",
             )
         return stored
+
+    def _streams(self) -> set[str]:
+        """Return the streams that the app receives from."""
+        main = self._settings.stream
+        configs = [one.consumer_config(main) for one in (self._subscriptions or list)()]
+        return {main, *(self._broker.place(config).stream for config in configs)}
 
     # --- where they are
 

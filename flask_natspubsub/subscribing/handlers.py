@@ -90,15 +90,24 @@ def with_context(who: str, handler: AnyHandler) -> Handler:
     return lambda message, _context: handler(message)
 
 
-def message_decoder(who: str, handler: AnyHandler) -> Callable[[Any], Any]:
+def message_annotation(who: str, handler: AnyHandler) -> Any:
+    """Return the annotation of the handler's first parameter; Any where there is none.
+
+    :raises RegistrationError: it names something that cannot be found.
+    """
+    return _annotation(who, handler, _positional(who, handler)[0])
+
+
+def message_decoder(who: str, handler: AnyHandler, *, plain: bool = False) -> Callable[[Any], Any]:
     """Build the decoder for the type in the annotation of the handler's first parameter.
 
+    :param plain: whether its messages need not be JSON objects.
     :raises RegistrationError: the annotation names something that cannot be found, or is
         no type that a message can be decoded into.
     """
-    annotation = _annotation(who, handler, _positional(who, handler)[0])
+    annotation = message_annotation(who, handler)
     try:
-        return build_decoder(annotation)
+        return build_decoder(annotation, plain=plain)
     except RegistrationError as error:
         raise RegistrationError(f"{who}: {error.message}", error.fix) from error
 

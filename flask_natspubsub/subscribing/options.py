@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
 from ..brokers.base import DeliverPolicy
 from ..errors import RegistrationError
-from ..values import Parser, backoff, boolean, integer, positive_seconds
+from ..values import Parser, backoff, boolean, integer, positive_seconds, token
 from .middleware import Middleware
 
 _parsers: list[Parser] = []
@@ -53,6 +53,22 @@ def _middleware(value: Any) -> tuple[Middleware, ...]:
     return functions
 
 
+def _stream(value: Any) -> str:
+    try:
+        return token(value)
+    except ValueError:
+        raise ValueError("the name of a stream (letters, digits, '_' and '-')") from None
+
+
+def _envelope(value: Any) -> Any:
+    if not isinstance(value, bool) and not callable(value):
+        raise ValueError(
+            "True, False (the message is the JSON value or the bytes as they are), or a function "
+            "that makes the message of the bytes"
+        )
+    return value
+
+
 class SubscriberOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a subscriber may set for itself; ``None`` is the application's setting.
 
@@ -68,6 +84,9 @@ class SubscriberOptions(msgspec.Struct, frozen=True, kw_only=True):
     :param ordered: one message at a time, in the order of the stream.
     :param deliver_policy: where a new consumer starts: ``"all"``, ``"new"`` or ``"last"``.
     :param dead_letter: whether messages given up on are kept.
+    :param stream: the stream to receive from, if not the application's.
+    :param envelope: False for messages of other systems: the JSON value, or bytes, as they are; a
+        function ``(data)`` or ``(data, headers)`` decodes them.
     :param middleware: functions around the handler, the first outermost.
     """
 
@@ -83,6 +102,8 @@ class SubscriberOptions(msgspec.Struct, frozen=True, kw_only=True):
     ordered: bool | None = _option(boolean)
     deliver_policy: DeliverPolicy | None = _option(_deliver_policy)
     dead_letter: bool | None = _option(boolean)
+    stream: str | None = _option(_stream)
+    envelope: bool | Callable[..., Any] | None = _option(_envelope)
     middleware: tuple[Middleware, ...] = _option(_middleware, ())
 
     @classmethod

@@ -21,7 +21,7 @@ from ..brokers.base import Delivery
 from ..errors import DecodingError, NatsPubsubError
 from ..messages import lineage
 from ..messages.identity import Handling, handling, unnamed_handling
-from ..messages.received import Received, read
+from ..messages.received import Received
 from ..messages.subjects import topic_of
 from ..signals import (
     message_dead_lettered,
@@ -34,6 +34,7 @@ from . import context as message_context
 from .context import DeliveryContext, MessageContext
 from .deadletter_box import DeadLetterBox
 from .middleware import compose
+from .reading import try_read
 from .replays import forced_id, is_for
 from .retry import Drop, GiveUp, GiveUpReason, RetryLater, backoff_delay, classify, error_text
 from .subscription import Subscription
@@ -132,7 +133,7 @@ class Processor:
         started = time.perf_counter()
         received: Received | None = None
         try:
-            received = _read(delivery)
+            received = self.subscription.read(delivery)
             if not is_for(delivery.headers, self.subscription):
                 delivery.ack()
                 result: Result = "skipped"
@@ -258,7 +259,7 @@ class Processor:
     def time_out(self, delivery: Delivery) -> None:
         """Hand a delivery back that was taken over: its handler is still running."""
         subscription = self.subscription
-        received = _try_read(delivery)
+        received = try_read(self.subscription.read, delivery)
         limit = HandlerTimeout(f"The handler ran longer than {subscription.timeout:g} s.")
         if delivery.attempt >= subscription.max_deliver:
             self.give_up(delivery, received, self._reason(delivery), limit)
@@ -338,7 +339,9 @@ class Processor:
             f"{delivery.attempt} deliveries, and each time the worker died or was stopped; "
             "the last time this message was the only one it had in hand."
         )
-        return self.give_up(delivery, _try_read(delivery), "max_deliver_exceeded", error)
+        return self.give_up(
+            delivery, try_read(self.subscription.read, delivery), "max_deliver_exceeded", error
+        )
 
     def _end_trial(self, delivery: Delivery) -> None:
         with contextlib.suppress(NatsPubsubError):  # a marker left behind does no harm
@@ -353,16 +356,3 @@ class Processor:
             0.0,
             detail,
         )
-
-
-def _read(delivery: Delivery) -> Received:
-    return read(
-        delivery.data, delivery.headers, delivery.subject, delivery.stream, delivery.sequence
-    )
-
-
-def _try_read(delivery: Delivery) -> Received | None:
-    try:
-        return _read(delivery)
-    except DecodingError:
-        return None

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from ..brokers.storing import MESSAGE_ID, REPLAY_OF
+from ..messages.headers import Headers, pairs_of
 from ..messages.subjects import slug
 from ..text import printable
 from .subscription import Subscription
@@ -21,15 +22,15 @@ _OF_DEAD_LETTERS = re.compile(
 _HEADER_NAME = re.compile(r"[!-9;-~]+")
 
 
-def kept(headers: Mapping[str, str]) -> dict[str, str]:
+def kept(headers: Mapping[str, str]) -> Headers:
     """Return the original headers: those of dead letters and what makes the server act are gone."""
-    return {
-        name: printable(value)
-        for name, value in headers.items()
+    return Headers(
+        (name, printable(value))
+        for name, value in pairs_of(headers)
         if _HEADER_NAME.fullmatch(name)
         and not name.lower().startswith("nats-")
         and not _OF_DEAD_LETTERS.match(name)
-    }
+    )
 
 
 def replay_headers(
@@ -47,7 +48,9 @@ def replay_headers(
     :param addressee: the app and the subscriber that it is for; None: all that receive it.
     """
     count = number(original.get(REPLAY_COUNT)) + 1
-    headers = {k: v for k, v in kept(original).items() if k.lower() not in _OF_REPLAYS}
+    headers = kept(original)
+    for name in [name for name in headers if name.lower() in _OF_REPLAYS]:
+        del headers[name]
     headers |= {MESSAGE_ID: message_id, REPLAY_COUNT: str(count), REPLAY_OF: letter}
     if addressee is not None:
         headers[REPLAY_APP], headers[REPLAY_FOR] = addressee

@@ -66,6 +66,8 @@ class Subscriber:
     ordered: ClassVar[bool | None] = None
     deliver_policy: ClassVar[DeliverPolicy | None] = None
     dead_letter: ClassVar[bool | None] = None
+    stream: ClassVar[str | None] = None
+    envelope: ClassVar[Any] = None
     middleware: ClassVar[Any] = ()
 
     _pubsub: ClassVar[Any] = None

@@ -14,6 +14,8 @@ from ..settings import Settings
 from . import handlers
 from .handlers import AnyHandler, Handler
 from .middleware import Middleware, is_async
+from .options import SubscriberOptions
+from .reading import Read, in_envelope, reader
 from .subscriber import Declaration
 
 T = TypeVar("T")
@@ -31,6 +33,10 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     :param decode: turns the envelope's message into the type the handler asks for.
     :param is_async: whether calling the handler in its middleware gives an awaitable.
     :param middleware: all of it: global, the group's, its own; the first is outermost.
+    :param stream: where it receives from, if not the application's stream.
+    :param elsewhere: the name of its consumer if another stream turns out to have its subjects;
+        empty if that is not looked for.
+    :param read: makes of a delivery what was received.
     """
 
     name: str
@@ -51,6 +57,9 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     deliver_policy: DeliverPolicy
     dead_letter: bool
     middleware: tuple[Middleware, ...]
+    stream: str | None = None
+    elsewhere: str = ""
+    read: Read = in_envelope
 
     @property
     def key(self) -> str:
@@ -68,9 +77,13 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
         return 1 if self.ordered else max(1000, 200 * self.concurrency)
 
     def consumer_config(self, stream: str) -> ConsumerConfig:
-        """Return what its consumer on ``stream`` should be."""
+        """Return what its consumer should be.
+
+        :param stream: the application's.
+        """
         return ConsumerConfig(
-            stream=stream,
+            stream=self.stream or stream,
+            elsewhere=self.elsewhere,
             durable=self.durable,
             filter_subjects=self.filter_subjects,
             app=self.app,
@@ -93,14 +106,18 @@ def resolve(
     options, who = declaration.options, declaration.who
     handler = _handler(declaration)
     middleware = (*around, *options.middleware)
+    is_foreign = _is_foreign(declaration, settings)
+    durable = declaration.durable(settings.app_name)
+    # The stream of somebody else serves all environments, and each has a consumer of its own.
+    elsewhere = f"{settings.env}-{durable}"
     return Subscription(
         name=declaration.name,
         app=settings.app_name,
-        durable=declaration.durable(settings.app_name),
+        durable=elsewhere if _has_other_stream(options, settings) else durable,
         topics=declaration.topics,
         filter_subjects=_filter_subjects(declaration, settings),
         handler=handlers.with_context(who, handler),
-        decode=handlers.message_decoder(who, handler),
+        decode=handlers.message_decoder(who, handler, plain=is_foreign or not _enveloped(options)),
         is_async=is_async(handler) or any(map(is_async, middleware)),
         max_deliver=_or(options.max_deliver, settings.max_deliver),
         ack_wait=_or(options.ack_wait, settings.ack_wait),
@@ -112,7 +129,28 @@ def resolve(
         deliver_policy=_or(options.deliver_policy, "all"),
         dead_letter=_or(options.dead_letter, settings.use_dlq),
         middleware=middleware,
+        stream=options.stream,
+        elsewhere=elsewhere if is_foreign and options.stream is None else "",
+        read=reader(
+            options.envelope,
+            is_foreign=is_foreign,
+            annotation=handlers.message_annotation(who, handler),
+        ),
     )
+
+
+def _has_other_stream(options: SubscriberOptions, settings: Settings) -> bool:
+    return options.stream is not None and options.stream != settings.stream
+
+
+def _enveloped(options: SubscriberOptions) -> bool:
+    return options.envelope in (None, True)
+
+
+def _is_foreign(declaration: Declaration, settings: Settings) -> bool:
+    """Whether it subscribes to a raw subject outside those of the environment."""
+    subject = declaration.options.subject
+    return subject is not None and not subjects.overlaps(subject, f"{settings.env}.>")
 
 
 def _handler(declaration: Declaration) -> AnyHandler:

@@ -6,7 +6,7 @@ decoded, retried and dead-lettered, by the same code, in the calling thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
@@ -14,22 +14,27 @@ from typing import Any, Self
 import msgspec
 from flask import Flask
 
-from ..brokers.base import OutgoingMessage, StoredMessage
+from ..brokers.base import ConsumerConfig, OutgoingMessage, StoredMessage, StreamConfig
 from ..brokers.clock import VirtualClock
 from ..brokers.memory import MemoryBroker
 from ..brokers.topology import wanted_streams
 from ..errors import DecodingError, PublishError
+from ..messages.codec import encode_value
+from ..messages.headers import Headers
 from ..messages.lineage import current_lineage
 from ..messages.received import read
-from ..messages.subjects import matches, normalize_topic, subject_for, topic_of
+from ..messages.subjects import matches, normalize_topic, overlaps, subject_for, topic_of
 from ..publishing.draft import Draft, prepare
 from ..state import EXTENSION, AppState
 from ..subscribing.deadletter_box import DeadLetterBox
 from ..subscribing.deadletters import DeadLetterRecord, DeadLetters
 from ..subscribing.processor import Outcome, Processor
+from ..subscribing.subscription import Subscription
 from ..worker.asynchronous import AsyncHandlers
 
 MOST_DELIVERIES = 10_000
+#: Stands for the streams of others that a raw subject is looked for in.
+ELSEWHERE = "elsewhere"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +176,29 @@ class TestBroker:
         )
         if isinstance(message, bytes):
             subject = subject_for(settings.env, settings.app_name, topic)
-            outgoing = OutgoingMessage(subject, message, dict(headers or {}))
+            outgoing = OutgoingMessage(subject, message, Headers(headers or {}))
         else:
             draft = Draft(topic, message, headers=headers or {}, **envelope)
             outgoing = prepare(draft, settings, current_lineage()).outgoing
         with self._connected():
             self._broker.want(wanted_streams(settings))
+            (result,) = self._broker.submit([outgoing], 1.0).results
+        if isinstance(result, Exception):
+            raise result
+        return self.drain()
+
+    def deliver_raw(
+        self, subject: str, data: Any, *, headers: Mapping[str, str] | None = None
+    ) -> int:
+        """Let a message of another system arrive on a NATS subject, and ``drain``.
+
+        :param data: bytes as they are, or what is sent as JSON, without an envelope.
+        :returns: the number of deliveries made.
+        """
+        self._prepare()  # which makes the streams of others that subscribers name
+        payload = data if isinstance(data, bytes) else encode_value(data)
+        outgoing = OutgoingMessage(subject, payload, Headers(headers or {}))
+        with self._connected():
             (result,) = self._broker.submit([outgoing], 1.0).results
         if isinstance(result, Exception):
             raise result
@@ -193,8 +215,7 @@ class TestBroker:
         """
         if not self._broker.is_connected:
             return 0
-        processors = self._prepare()
-        stream, count = self._state.settings.stream, 0
+        processors, count = self._prepare(), 0
         while self._broker.is_connected:
             relayed = self._relay()
             round_count = sum(self._step(processor) for processor in processors)
@@ -207,11 +228,17 @@ class TestBroker:
                     "makes them run again?"
                 )
             if not round_count:
-                due = self._broker.next_due(stream)
+                due = self._next_due(processors)
                 if due is None:
                     break
                 self._broker.advance(max(0.0, due - self._broker.now()) + 1e-6)
         return count
+
+    def _next_due(self, processors: Iterable[Processor]) -> float | None:
+        """Return when the next redelivery can happen in any of the streams."""
+        streams = {self._consumer(processor.subscription).stream for processor in processors}
+        found = [self._broker.next_due(stream) for stream in streams]
+        return min((due for due in found if due is not None), default=None)
 
     def advance(self, seconds: float) -> None:
         """Move the clock, by which retries, delays and acknowledgement deadlines are kept."""
@@ -228,7 +255,7 @@ class TestBroker:
         box = DeadLetterBox(self._broker, self._state.settings)
         processors = []
         for subscription in self._state.subscriptions():
-            self._broker.add_consumer(subscription.consumer_config(self._state.settings.stream))
+            self._broker.add_consumer(self._consumer(subscription))
             processors.append(
                 Processor(
                     subscription,
@@ -253,6 +280,18 @@ class TestBroker:
         with isolated, self._app.app_context():
             yield
 
+    def _consumer(self, subscription: Subscription) -> ConsumerConfig:
+        """Return its consumer; the stream of somebody else is made here, where nobody else is."""
+        main = self._state.settings.stream
+        config = subscription.consumer_config(main)
+        stream = self._broker.stream_info(main)
+        own = stream.config.subjects if stream else ()
+        if any(overlaps(mine, one) for mine in own for one in config.filter_subjects):
+            return msgspec.structs.replace(config, stream=main)
+        name = subscription.stream or ELSEWHERE
+        self._broker.setup([StreamConfig(name=name, subjects=config.filter_subjects)])
+        return msgspec.structs.replace(config, stream=name)
+
     def _relay(self) -> int:
         """Send what is due in the outbox; a publish that a fault makes fail is tried again."""
         if self._state.persistence is None:
@@ -264,8 +303,8 @@ class TestBroker:
 
     def _step(self, processor: Processor) -> int:
         """Process one delivery if there is one."""
-        durable = processor.subscription.durable
-        for delivery in self._broker.fetch(self._state.settings.stream, durable):
+        config = self._consumer(processor.subscription)
+        for delivery in self._broker.fetch(config.stream, config.durable):
             alone = processor.is_over_limit(delivery)
             outcome = (processor.process_alone if alone else processor.process)(delivery)
             self.outcomes.append(outcome)

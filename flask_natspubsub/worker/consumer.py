@@ -138,6 +138,12 @@ class SubscriberConsumer:
         """Whether the pull is alive."""
         return self._consumption is not None and self._consumption.is_healthy
 
+    @property
+    def ack_wait(self) -> float:
+        """Seconds after which the server delivers again what it hears nothing of."""
+        own = self.subscription.ack_wait
+        return own if self._consumption is None else min(own, self._consumption.ack_wait)
+
     def nudge(self, saw: Callable[[], None]) -> None:
         """Have ``saw`` called by the loop that pulls; at once while the pull is being made."""
         if self._consumption is None:
@@ -149,7 +155,9 @@ class SubscriberConsumer:
         """Whether nothing is in hand here, and nothing is pending or unsettled at the server."""
         if self._jobs:
             return False
-        info = self._broker.consumer_info(self._stream, self.subscription.durable)
+        found = None if self._consumption is None else self._consumption.consumer
+        stream, durable = found or (self._stream, self.subscription.durable)
+        info = self._broker.consumer_info(stream, durable)
         return info is not None and not info.pending and not info.ack_pending
 
     # --- the broker's thread
@@ -254,7 +262,7 @@ class SubscriberConsumer:
         """Return how many may be in hand, by the handler times measured so far."""
         if self.subscription.ordered or not self._average:
             return self.concurrency
-        seconds = self.concurrency * min(HAND, self.subscription.ack_wait / 6)
+        seconds = self.concurrency * min(HAND, self.ack_wait / 6)
         wanted = min(int(seconds / max(self._average, 1e-6)), self._limit * 2, self.most_in_hand)
         return max(self.concurrency, wanted)
 
@@ -270,8 +278,9 @@ class SubscriberConsumer:
         late = [job for job in list(self._jobs) if self._is_late(job, now)]
         for job in late:
             self._expire(job)
+        renew_after = self.ack_wait / 3
         for job in list(self._jobs):
-            if now - job.renewed >= self.subscription.ack_wait / 3:
+            if now - job.renewed >= renew_after:
                 job.renewed = now
                 job.delivery.in_progress()
         return late

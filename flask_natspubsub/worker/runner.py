@@ -371,14 +371,13 @@ class Worker:
     # --- the monitor
 
     def _watch(self) -> None:
-        waits = [consumer.subscription.ack_wait for consumer in self._consumers]
-        tick = min([TICK, *(wait / 6 for wait in waits)])
         while self._state != "stopped":
             try:
                 self._look_after_all()
             except Exception:  # noqa: BLE001 - without renewals messages would come twice
                 _log.exception("looking after the handlers failed")
-            self._wake_monitor.wait(tick)
+            waits = (consumer.ack_wait / 6 for consumer in self._consumers)
+            self._wake_monitor.wait(min([TICK, *waits]))
 
     def _look_after_all(self) -> None:
         now = time.monotonic()

@@ -7,7 +7,9 @@ import threading
 
 import pytest
 
+from flask_natspubsub.brokers.base import OutgoingMessage
 from flask_natspubsub.errors import TopologyError
+from flask_natspubsub.messages.headers import Headers
 from tests.waiting import eventually
 
 from .helpers import Inbox, Place, ack
@@ -306,6 +308,58 @@ def test_new_filters_update_the_consumer_in_place(place: Place) -> None:
     second.wait(1)
     assert second.payloads == [b"2"]
     assert set(place.consumer_info().filter_subjects) == set(filters)
+
+
+def test_two_versions_share_a_consumer_and_each_gets_its_own(place: Place) -> None:
+    orders, users = place.subject("order.*"), place.subject("user.*")
+    new, _ = place.consume(filters=(orders, users), then=ack, credits=50)
+    old, consumption = place.consume(filters=(orders,), then=ack, credits=50)
+    assert set(place.consumer_info().filter_subjects) == {orders, users}
+
+    place.publish(*(str(n).encode() for n in range(6)), topic="order.created")
+    place.publish(*(str(n).encode() for n in range(6, 12)), topic="user.created")
+
+    eventually(lambda: {*new.payloads} >= {str(n).encode() for n in range(6, 12)}, 30)
+    place.wait_until_settled()
+    assert {delivery.subject for delivery in old.received} <= {place.subject("order.created")}
+    assert len(new.received) + len(old.received) == 12
+    consumption.stop()
+    place.publish(b"12", topic="user.created")
+    new.wait_for(b"12")
+
+
+def test_a_subject_that_the_stream_does_not_store_is_found_elsewhere(place: Place) -> None:
+    foreign = f"{place.env}-orders"
+    place.broker.setup([place.config(name=foreign, subjects=(f"{foreign}.>",))])
+    config = place.consumer(filters=(f"{foreign}.new",), elsewhere="there")
+
+    placed = place.broker.place(config)
+    inbox = Inbox(ack)
+    consumption = place.broker.consume(config, inbox)
+    consumption.request(5)
+    place.submit(OutgoingMessage(f"{foreign}.new", b"1", {}))
+
+    assert (placed.stream, placed.durable) == (foreign, "there")
+    assert consumption.consumer == (foreign, "there")
+    inbox.wait(1)
+    assert place.broker.consumer_info(foreign, "there") is not None
+    assert place.broker.consumer_info(place.stream, "mailer") is None
+    own = place.consumer(elsewhere="there")
+    assert place.broker.place(own) == own
+
+
+def test_a_header_sent_twice_arrives_with_both_values(place: Place) -> None:
+    inbox, _ = place.consume(then=ack, credits=5)
+    headers = Headers([("Accept", "a"), ("Accept", "b"), ("Other", "c")])
+
+    place.submit(OutgoingMessage(place.subject("order.created"), b"1", headers))
+
+    (delivery,) = inbox.wait(1)
+    assert Headers(delivery.headers).getlist("Accept") == ["a", "b"]
+    assert delivery.headers["Accept"] == "a"
+    stored = place.broker.get_message(place.stream, 1)
+    assert stored is not None
+    assert Headers(stored.headers).getlist("Accept") == ["a", "b"]
 
 
 def test_a_missing_stream_is_a_topology_error_that_names_it(empty_place: Place) -> None:

@@ -121,7 +121,8 @@ def test_a_report_on_a_consumer_counts_what_it_has_to_do(place: Place) -> None:
 def test_the_consumers_of_a_stream_are_listed_by_name(place: Place) -> None:
     place.publish(b"1", b"2")
     inbox, _ = place.consume("mailer", then=ack, credits=1)
-    place.consume("audit", filters=(place.subject("user.*"), place.subject("order.paid")))
+    filters = (place.subject("user.*"), place.subject("order.paid"))
+    place.consume("audit", filters=filters, metadata={"team": "books"})
     inbox.wait(1)
     eventually(lambda: place.consumer_info().ack_pending == 0)
 
@@ -129,11 +130,11 @@ def test_the_consumers_of_a_stream_are_listed_by_name(place: Place) -> None:
 
     assert (audit.durable, mailer.durable) == ("audit", "mailer")
     assert mailer == place.consumer_info("mailer")
-    assert set(audit.filter_subjects) == {place.subject("user.*"), place.subject("order.paid")}
+    assert set(audit.filter_subjects) == set(filters)
     assert (mailer.delivered, mailer.ack_floor, mailer.pending) == (1, 1, 1)
     assert (audit.delivered, audit.last_active) == (0, "")
     assert mailer.last_active >= mailer.created > ""
-    assert (audit.is_pull, audit.metadata) == (True, {})
+    assert (audit.is_pull, audit.metadata["team"]) == (True, "books")
 
 
 def test_a_stream_that_is_not_there_has_no_consumers(place: Place) -> None:

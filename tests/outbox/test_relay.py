@@ -16,7 +16,7 @@ from flask_natspubsub.brokers.base import StoredAck
 from flask_natspubsub.brokers.memory import MemoryBroker
 from flask_natspubsub.errors import DatabaseError, NotConnected, PublishDenied
 from flask_natspubsub.publishing import relay as relay_module
-from flask_natspubsub.publishing.relay import Relay
+from flask_natspubsub.publishing.relay import STAND_BY_INTERVAL, Relay
 from flask_natspubsub.publishing.store import CLEAN_BATCH
 
 from ..waiting import eventually, for_seconds
@@ -243,6 +243,39 @@ def test_rows_of_partitions_that_are_no_more(make_shop: MakeShop, url: str) -> N
     assert sorted(fewer.sent) == list(range(60))
     for key in range(5):
         assert is_subsequence(range(key, 60, 5), fewer.sent)
+
+
+def test_rows_of_partitions_that_the_relay_does_not_know_yet_take_seconds(
+    make_shop: MakeShop, url: str
+) -> None:
+    """The web processes of a deploy that raises the number are there before the workers."""
+    before = make_shop(url, outbox_partitions=1)
+    before.commit(0)
+    before.start_relay()
+    before.wait_for_sent(1)
+    shop = make_shop(url, env=before.state.settings.env, outbox_partitions=4)
+    write(shop, *((n, f"key-{n % 5}") for n in range(1, 21)))
+    before.wait_for_sent(21, 3 * STAND_BY_INTERVAL)
+    for key in range(5):
+        assert is_subsequence(range(key or 5, 21, 5), before.sent)
+
+
+def test_rows_of_a_partition_that_another_relay_has_are_left_to_it(
+    make_shop: MakeShop, url: str
+) -> None:
+    shop = make_shop(url, outbox_partitions=4)
+    write(shop, *((n, f"key-{n % 5}") for n in range(20)))
+    partitions = {row["partition"] for row in shop.rows}
+    theirs = max(partitions)
+    assert theirs > 0
+    lease = shop.store.leases.acquire(f"outbox/{theirs}", "a process of the new version")
+    fewer = make_shop(url, env=shop.state.settings.env, outbox_partitions=1)
+    fewer.relay().run_once()
+    left = [row["partition"] for row in shop.rows if row["status"] == "pending"]
+    assert set(left) == {theirs}
+    shop.store.leases.release(lease)
+    fewer.relay().run_once()
+    assert sorted(fewer.sent) == list(range(20))
 
 
 def test_key_waits_for_its_rows_in_another_partition(make_shop: MakeShop, url: str) -> None:

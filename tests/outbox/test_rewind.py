@@ -15,7 +15,8 @@ import pytest
 
 from flask_natspubsub import ConfigurationError
 from flask_natspubsub.brokers.base import ConsumerConfig, StoredAck
-from flask_natspubsub.brokers.jetstream import CONSUMER_NOT_FOUND, Floor, JetStreamApi
+from flask_natspubsub.brokers.consumers import CONSUMER_NOT_FOUND, Floor, Standing
+from flask_natspubsub.brokers.jetstream import JetStreamApi
 from flask_natspubsub.cli import natspubsub
 from flask_natspubsub.publishing import relay as relay_module
 from flask_natspubsub.publishing import verification
@@ -246,7 +247,7 @@ def test_a_consumer_made_anew_leaves_out_none_of_the_numbers_given_again(
         return b"{}"
 
     config = ConsumerConfig(stream="main", durable="reader", filter_subjects=("a.b",))
-    asyncio.run(JetStreamApi(request).ensure_consumer(config, after=Floor("then", 13)))
+    asyncio.run(JetStreamApi(request).ensure_consumer(config, Standing(Floor("then", 13))))
     assert made[0].get("opt_start_seq") == start
 
 

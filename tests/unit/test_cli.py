@@ -209,6 +209,7 @@ def test_subscribers_lists_what_waits(app, state):
         "topics": ["order.created"],
         "filter_subjects": ["development.shop.order.created"],
         "durable": "shop-mailer",
+        "stream": "development-events-stream",
         "concurrency": 10,
         "max_deliver": 3,
         "pending": 1,

@@ -70,14 +70,19 @@ class FakeLink:
 
 
 class FakeApi:
+    prefix = "$JS.API"
+
     def __init__(self):
         self.errors = []
         self.asked_after = []
         self.floor = 0
 
-    async def ensure_consumer(self, config, *, after):
+    async def place(self, config):
+        return config
+
+    async def ensure_consumer(self, config, standing):
         await asyncio.sleep(0)
-        self.asked_after.append(after.sequence)
+        self.asked_after.append(standing.after.sequence)
         if self.errors:
             raise self.errors.pop(0)
         return {"ack_floor": {"stream_seq": self.floor}, "stream_created": "then"}

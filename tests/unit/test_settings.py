@@ -82,6 +82,19 @@ TABLE: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any], str]] = {
         ],
         "",
     ),
+    "dlq_stream_config": (
+        {},
+        [({"max_bytes": 5}, {"max_bytes": 5})],
+        [5, {"max_message": 1}, {"replicas": 0}],
+        "",
+    ),
+    "jetstream_domain": (None, [("hub", "hub")], ["", "a.b", "a b", "*", 5], "letters"),
+    "jetstream_api_prefix": (
+        None,
+        [("$JS.hub.API", "$JS.hub.API"), ("JS.shared.", "JS.shared")],
+        ["", ".", "a..b", "a b", "a.>", "a.*", 5, ["a"]],
+        "joined by dots",
+    ),
     "auto_setup": (True, [(False, False)], FLAG, "True or False"),
     "concurrency": (10, [(1, 1)], [0, -1, 1.5, "4", True], "whole number, 1 or more"),
     "prefetch": (1_000, [(1, 1)], [0, -1, "4", True], "whole number, 1 or more"),
@@ -182,6 +195,14 @@ def test_the_error_of_a_stream_option_names_the_option() -> None:
 
 
 # --- values that belong together
+
+
+def test_a_domain_is_short_for_a_prefix() -> None:
+    assert read().api_prefix == "$JS.API"
+    assert read(jetstream_domain="hub").api_prefix == "$JS.hub.API"
+    assert read(jetstream_api_prefix="JS.shared").api_prefix == "JS.shared"
+    with pytest.raises(ConfigurationError, match="both set"):
+        read(jetstream_domain="hub", jetstream_api_prefix="JS.shared")
 
 
 def test_a_client_certificate_needs_its_key() -> None:
