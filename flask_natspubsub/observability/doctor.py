@@ -273,13 +273,17 @@ def _check_consumers(facts: Facts) -> Iterator[Finding]:
 def _check_orphans(facts: Facts) -> Iterator[Finding]:
     for one in facts.orphans:
         kept = f", and the stream keeps {one.waiting:,} messages for it" if one.retains else ""
-        whose = f"for the subscriber {one.subscriber!r} " if one.subscriber else ""
+        unsure = "" if one.is_certain else " (unless it is another app's)"
         since = f"last used {one.last_active}" if one.last_active else "never used"
+        delete = f"nats consumer rm {one.stream} {one.durable}"
+        if one.is_main:
+            delete = f"flask natspubsub subscribers delete {one.subscriber}"
         yield Finding(
-            "consumer-orphaned", "warning" if one.retains or one.subscriber else "info",
-            f"The consumer {one.durable!r} on {one.stream!r}, made {whose}at {one.created} and "
-            f"{since}, has no subscriber in this code and no worker{kept}.",
-            f"If it is not needed any more: nats consumer rm {one.stream} {one.durable}.",
+            "consumer-orphaned", "warning" if one.is_certain else "info",
+            f"The consumer {one.durable!r} on {one.stream!r} has no subscriber in this code any "
+            f"more{unsure} and no worker; it was made {one.created}, {since}{kept}.",
+            f"If it is gone: {delete}. If it was renamed: flask natspubsub subscribers rename "
+            f"{one.subscriber} NEW.",
         )  # fmt: skip
 
 

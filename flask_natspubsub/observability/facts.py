@@ -42,7 +42,9 @@ class ConsumerFacts(msgspec.Struct, frozen=True, kw_only=True):
 class OrphanFacts(msgspec.Struct, frozen=True, kw_only=True):
     """A consumer of this application that no subscriber has and no worker pulls from.
 
-    :param subscriber: the name that it was made for; empty if nobody has written that on it.
+    :param subscriber: the name that it was made for.
+    :param is_certain: whether it says so itself; else another app with a longer name may own it.
+    :param is_main: whether it is on the application's stream.
     :param waiting: how many messages it has not settled, which an interest or work queue stream
         keeps for it.
     :param retains: whether the stream keeps them for it.
@@ -50,7 +52,9 @@ class OrphanFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     stream: str
     durable: str
-    subscriber: str = ""
+    subscriber: str
+    is_certain: bool = True
+    is_main: bool = True
     created: str = ""
     last_active: str = ""
     waiting: int = 0

@@ -16,11 +16,11 @@ from ..brokers.base import (
     StreamConfig,
     StreamInfo,
 )
-from ..brokers.topology import OWNER_SUBSCRIBER
+from ..brokers.topology import OWNER_APP
 from ..errors import ConfigurationError, TopologyError
 from ..messages.subjects import covers
 from ..settings import Settings
-from ..subscribing.consumers import orphans
+from ..subscribing.consumers import name_of, orphans
 from .facts import ConsumerFacts, Facts, OrphanFacts, OutboxFacts, ServerFacts, StreamFacts
 
 if TYPE_CHECKING:
@@ -102,15 +102,17 @@ def _uncovered(subjects: Iterable[str], by: Sequence[str]) -> tuple[str, ...]:
     return tuple(one for one in subjects if not any(covers(pattern, one) for pattern in by))
 
 
-def _orphan(info: ConsumerInfo, retention: str) -> OrphanFacts:
+def _orphan(info: ConsumerInfo, retention: str, settings: Settings) -> OrphanFacts:
     return OrphanFacts(
         stream=info.stream,
         durable=info.durable,
-        subscriber=info.metadata.get(OWNER_SUBSCRIBER, ""),
+        subscriber=name_of(info, settings.app_name),
+        is_certain=OWNER_APP in info.metadata,
+        is_main=info.stream == settings.stream,
         created=info.created,
         last_active=info.last_active,
         waiting=info.pending + info.ack_pending,
-        retains=retention != "limits",
+        retains=retention not in ("", "limits"),
     )
 
 
@@ -125,7 +127,7 @@ def _orphans(
     found = [info for info in found if not info.waiting]
     streams = {info.stream: broker.stream_info(info.stream) for info in found}
     retention = {name: info.config.retention if info else "" for name, info in streams.items()}
-    return tuple(_orphan(info, retention[info.stream]) for info in found)
+    return tuple(_orphan(info, retention[info.stream], settings) for info in found)
 
 
 def _unbound(info: StreamInfo | None, consumers: Sequence[ConsumerConfig]) -> tuple[str, ...]:

@@ -69,7 +69,12 @@ FAULTS = [
         "A",
     ),
     (
-        but("facts", orphans=(OrphanFacts(stream="main", durable="shop-x"),)),
+        but(
+            "facts",
+            orphans=(
+                OrphanFacts(stream="main", durable="shop-x", subscriber="x", is_certain=False),
+            ),
+        ),
         "consumer-orphaned",
         "info",
         "A",
