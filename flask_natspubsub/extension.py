@@ -196,11 +196,11 @@ class NatsPubsub:
         self, topic: str, message: Any, *, timeout: float | None = None, **options: Any
     ) -> PublishReceipt:
         """Publish from an async view: waits without blocking the view's event loop."""
-        import asyncio  # costs as much as Flask itself; whoever awaits has it already
+        from .publishing.coroutines import answer_to  # brings asyncio; whoever awaits has it
 
-        return await asyncio.wrap_future(
-            self.publish_nowait(topic, message, timeout=timeout, **options)
-        )
+        _check_options(options)
+        draft, publisher = Draft(topic, message, **options), self.state().publisher
+        return await answer_to(lambda done: publisher.start(draft, timeout, done))
 
     def publish_middleware(self, function: F) -> F:
         """Register ``function(draft, call_next)`` around every publish; a decorator.

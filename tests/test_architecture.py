@@ -60,7 +60,7 @@ IMPORTS_IN_FUNCTIONS = {
     ("brokers/loop.py", "uvloop"): "optional",
     ("publishing/publisher.py", "concurrent.futures"): "for publish_nowait only",
     ("publishing/publisher.py", "brokers.threads"): "brings asyncio; for publish_nowait only",
-    ("extension.py", "asyncio"): "costs as much as Flask; whoever awaits has it already",
+    ("extension.py", "publishing.coroutines"): "brings asyncio; whoever awaits has it already",
     ("extension.py", "worker.runner"): "brings asyncio",
     ("extension.py", "subscribing.deadletters"): "rarely used",
     ("extension.py", "publishing.changes"): "SQLAlchemy is optional",

@@ -116,28 +116,51 @@ class Publisher:
         """Publish and return a future of the receipt."""
         from concurrent.futures import Future  # not for everybody: it takes a hundredth of Flask
 
-        from ..brokers.threads import start_thread  # brings asyncio
-
-        prepared = self.prepare_all([draft])
         future: Future[PublishReceipt] = Future()
         future.set_running_or_notify_cancel()
+
+        def done(result: PublishReceipt | Exception) -> None:
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+        self.start(draft, timeout, done)
+        return future
+
+    def start(
+        self,
+        draft: Draft,
+        timeout: float | None,
+        done: Callable[[PublishReceipt | Exception], None],
+    ) -> None:
+        """Publish, and have ``done`` called with the receipt or the error, in any thread.
+
+        It is called before this returns if the message is written to the outbox. What is known
+        before anything was sent is raised.
+        """
+        prepared = self.prepare_all([draft])
         if prepared[0].outbox:
-            future.set_result(self._write(prepared)[0])
-            return future
+            done(self._write(prepared)[0])
+            return
 
         def settle(results: Sequence[Result]) -> None:
             try:
-                future.set_result(self._receipts(prepared, results)[0])
+                receipt = self._receipts(prepared, results)[0]
             except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
                 # Without the frames of the loop's thread: through them it would keep itself alive.
-                future.set_exception(error.with_traceback(None))
+                done(error.with_traceback(None))
+            else:
+                done(receipt)
 
-        def look() -> None:
-            settle(checked([prepared[0].outgoing], ticket.results, broker, seconds))
-
-        def done(ticket: Ticket) -> None:
+        def answered(ticket: Ticket) -> None:
             result = ticket.results[0]
             if isinstance(result, StoredAck) and result.duplicate and not broker.reads_denied:
+                from ..brokers.threads import start_thread  # brings asyncio
+
+                def look() -> None:
+                    settle(checked([prepared[0].outgoing], ticket.results, broker, seconds))
+
                 # The broker's thread must not wait for what it is asked itself.
                 start_thread(look, "natspubsub-duplicate")
             else:
@@ -148,9 +171,7 @@ class Publisher:
         seconds = self._settings.publish_timeout if timeout is None else timeout
         self._calls_back = True
         broker = self._broker()
-        ticket = broker.submit([prepared[0].outgoing], seconds)
-        ticket.on_done(done)
-        return future
+        broker.submit([prepared[0].outgoing], seconds).on_done(answered)
 
     def prepare_all(self, drafts: Iterable[Draft]) -> list[Prepared]:
         """Run drafts through the middleware and encode them."""
