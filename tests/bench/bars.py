@@ -1,6 +1,7 @@
 """What was measured as a picture of bars and as tables, for the documentation.
 
-Both are made from the rows of ``results.json``; a row may lack ``part`` and ``at_most``.
+Both are made from the rows of ``results.json``; a row may lack ``part``, ``at_most`` and
+``differs``.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ _PAGE = """.. This is written by ``make bench``.
 
 {text}
 {tables}"""
-_COLUMNS = ("ours", "median", "against", "median", "ratio", "must be")
-_WIDTHS = "30 11 30 11 9 9"
+_COLUMNS = ("ours", "median", "against", "median", "ratio", "must be", "as people run it?")
+_WIDTHS = "24 9 24 9 8 8 18"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Row:
     at_most: bool
     ours_results: Sequence[float]
     against_results: Sequence[float]
+    differs: str = ""
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Row:
@@ -64,6 +66,7 @@ class Row:
             at_most=bool(row.get("at_most")),
             ours_results=row.get("ours_per_second") or [],
             against_results=row.get("against_per_second") or [],
+            differs=row.get("differs") or "",
         )
 
     @property
@@ -128,6 +131,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _median(row.against_results),
         f"**{ratio}**" if row.is_missed else ratio,
         row.limit.replace("at least", "\u2265").replace("at most", "\u2264"),
+        f"no: {_literal(row.differs)}" if row.differs else "yes",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,15 +26,18 @@ from .peers import NatsPy, RawSocket, per_second
 from .peers_dramatiq import dramatiq_worker
 from .peers_faststream import faststream_pull
 
-COUNT = 30_000
-#: Handled before the clock starts: by then the worker asks for as much as it ever does.
-WARM = 3_000
+COUNT = 100_000
 FETCHED = 6_000
 FASTSTREAM = 2_000
 WRITTEN = 1_500
+#: How often the server is asked how much is left; seconds.
+LOOK = 0.05
+EIGHT = ("--concurrency", "8")
+NO_OP = "the handler does nothing"
+SILENT = "few switch the log off; the handler does nothing"
 STREAM = "bench-events-stream"
 SUBJECT = "bench.shop.order.created"
-PROCESS = Path(__file__).with_name("process.py")
+SITE = Path(__file__).with_name("site.py")
 
 
 def comparisons(url: str, rounds: int) -> list[Comparison]:
@@ -73,23 +77,29 @@ def _pairs(url: str, naive: NatsPy, folder: Path) -> Iterator[Comparison]:
             socket.close()
 
     def framework() -> float:
-        return faststream_pull(url, SUBJECT, STREAM, durable(), FASTSTREAM)
+        return faststream_pull(url, SUBJECT, STREAM, durable(), FASTSTREAM, folder)
 
-    threads8 = Variant("worker, 8 threads, no-op", lambda: _worker(url))
-    yield Comparison(threads8, Variant("nats-py fetch(100) + ack", fetch), 2)
-    yield Comparison(threads8, Variant("FastStream pull 100, sync handler", framework), 12)
+    logged = Variant("worker, log into a file", lambda: _command(url, folder, *EIGHT))
+    silent = Variant("worker, log off", lambda: _command(url, folder, *EIGHT, log=False))
+    fetched = Variant("nats-py fetch(100) + ack", fetch)
+    yield Comparison(logged, fetched, 1.8, differs=NO_OP)
+    yield Comparison(silent, fetched, 2.3, differs=SILENT)
+    yield Comparison(silent, Variant("raw pull(500), acks in one write", raw), 0.30, differs=SILENT)
+    peer = Variant("FastStream pull 100, sync handler, its log", framework)
+    yield Comparison(logged, peer, 12, differs=NO_OP)
     tasks = Variant("dramatiq on redis, 8 threads", lambda: dramatiq_worker(FASTSTREAM))
-    yield Comparison(threads8, tasks, 15)
-    yield Comparison(threads8, Variant("raw pull(500), acks in one write", raw), 0.18)
+    yield Comparison(logged, tasks, 15, differs=NO_OP)
     yield Comparison(
-        Variant("2 worker processes", lambda: _processes(url, 2)),
-        Variant("1 worker process", lambda: _processes(url, 1)),
-        1.2,
+        Variant("--processes 2, log into a file", lambda: _processes(url, folder, 2)),
+        Variant("--processes 1, log into a file", lambda: _processes(url, folder, 1)),
+        1.4,
+        differs=NO_OP,
     )
     yield Comparison(
         Variant("handler that writes, with inbox", lambda: _writing(url, folder, inbox=True)),
         Variant("without inbox, one more INSERT", lambda: _writing(url, folder, inbox=False)),
         0.8,
+        differs="SQLite, and a worker in threads of another process",
     )
 
 
@@ -125,8 +135,6 @@ def _run(app: Flask, pubsub: NatsPubsub, watch: _Stopwatch) -> float:
     with app.app_context(), pubsub.run_worker():
         if not watch.done.wait(120):
             raise TimeoutError("the worker did not finish")
-        if watch._total == COUNT:
-            eventually(lambda: _all_acked(pubsub), interval=0.002)
         rate = watch.rate()
     pubsub.shutdown()
     return rate
@@ -137,25 +145,7 @@ def _info(pubsub: NatsPubsub) -> Any:
     return state.broker().consumer_info(STREAM, state.subscriptions()[0].durable)
 
 
-def _all_acked(pubsub: NatsPubsub) -> bool:
-    info = _info(pubsub)
-    return not (info.pending or info.ack_pending)
-
-
 _numbers = itertools.count()
-
-
-def _worker(url: str) -> float:
-    """Decode, push an application context, call a handler that does nothing, acknowledge."""
-    app, pubsub = _app(url)
-    watch = _Stopwatch(WARM, COUNT)
-    name = f"ours{next(_numbers)}"
-
-    @pubsub.subscriber("order.created", name=name)
-    def handle(message: dict[str, object]) -> None:
-        watch.tick()
-
-    return _run(app, pubsub, watch)
 
 
 def _writing(url: str, folder: Path, *, inbox: bool) -> float:
@@ -197,24 +187,36 @@ def _writing(url: str, folder: Path, *, inbox: bool) -> float:
             db.engine.dispose()
 
 
-def _processes(url: str, number: int) -> float:
-    """Let so many processes of 4 threads share one consumer."""
-    name = f"shared{next(_numbers)}"
+def _command(url: str, folder: Path, *options: str, log: bool = True) -> float:
+    """Run the command as people start it, its log into a file, and measure a part of its work."""
+    name = f"command{next(_numbers)}"
     app, pubsub = _app(url)
     pubsub.subscriber("order.created", name=name)(lambda message: None)
-    command = [sys.executable, str(PROCESS), url, name]
-    workers = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(number)]
-    try:
-        with app.app_context():
-            return _share(lambda: _info(pubsub))
-    finally:
-        for worker in workers:
-            worker.communicate()
-        pubsub.shutdown()
+    command = [sys.executable, "-m", "flask", "--app", str(SITE), "natspubsub", "worker", *options]
+    environment = os.environ | {
+        "FLASK_NATSPUBSUB_URLS": url,
+        "FLASK_NATSPUBSUB_ENV": "bench",
+        "BENCH_SUBSCRIBER": name,
+        "BENCH_LOG": "on" if log else "off",
+    }
+    with (folder / f"{name}.log").open("wb") as stderr:
+        worker = subprocess.Popen(command, stderr=stderr, env=environment)
+        try:
+            with app.app_context():
+                return _share(lambda: _info(pubsub))
+        finally:
+            worker.terminate()
+            worker.wait(30)
+            pubsub.shutdown()
+
+
+def _processes(url: str, folder: Path, number: int) -> float:
+    """Let so many processes of 4 threads share one consumer."""
+    return _command(url, folder, "--concurrency", "4", "--processes", str(number))
 
 
 def _share(info: Callable[[], Any]) -> float:
-    """Return the rate between two looks at the consumer: both processes up, and nearly done."""
+    """Return the rate between two looks at the consumer: all processes up, and nearly done."""
     seen: list[tuple[float, int]] = []
 
     def reached(pending: int) -> bool:
@@ -224,7 +226,7 @@ def _share(info: Callable[[], Any]) -> float:
         seen.append((time.perf_counter(), now.pending))
         return True
 
-    eventually(lambda: reached(COUNT * 8 // 10), 60, interval=0.002)
-    eventually(lambda: reached(COUNT // 10), 60, interval=0.002)
+    eventually(lambda: reached(COUNT // 2), 60, interval=LOOK)
+    eventually(lambda: reached(COUNT // 10), 60, interval=LOOK)
     (began, first), (ended, last) = seen
     return (first - last) / (ended - began)

@@ -30,12 +30,14 @@ class Comparison:
     """One of ours, what it is measured against, and the ratio it has to reach.
 
     :param at_most: the ratio may not be above ``must``: of times and sizes, not of rates.
+    :param differs: how it differs from what people run; empty if it does not.
     """
 
     ours: Variant
     reference: Variant
     must: float | None = None
     at_most: bool = False
+    differs: str = ""
 
     @property
     def ratio(self) -> float:
@@ -110,6 +112,7 @@ def write_json(path: Path, part: str, comparisons: Iterable[Comparison]) -> list
             "ratio": round(one.ratio, 3),
             "must": one.must,
             "at_most": one.at_most,
+            "differs": one.differs,
             "ours_per_second": [round(value, 3) for value in one.ours.results],
             "against_per_second": [round(value, 3) for value in one.reference.results],
         }

@@ -56,6 +56,18 @@ class NatsPy:
         """Publish a row of an outbox, as one would relay it by hand."""
         self.call(self.js.publish(subject, payload, headers={"Nats-Msg-Id": event_id}))
 
+    def publish_gather_messages(self, subject: str, messages: Sequence[dict[str, Any]]) -> None:
+        """The same as ``publish_gather`` with what this package publishes."""
+
+        async def one(message: dict[str, Any]) -> None:
+            payload, headers = _written_out(message)
+            await self.js.publish(subject, payload, headers=headers)
+
+        async def run() -> None:
+            await asyncio.gather(*map(one, messages))
+
+        self.call(run())
+
     def publish_gather(self, subject: str, count: int) -> None:
         async def run() -> None:
             await asyncio.gather(*(self.js.publish(subject, PAYLOAD) for _ in range(count)))
@@ -143,7 +155,13 @@ class RawSocket:
         """Publish ``count`` messages, one to each subject and again."""
         size = len(PAYLOAD)
         each = [b"PUB %b _INBOX.raw %d\r\n%b\r\n" % (s.encode(), size, PAYLOAD) for s in subjects]
-        frames = b"".join(itertools.islice(itertools.cycle(each), count))
+        self._send(b"".join(itertools.islice(itertools.cycle(each), count)), count)
+
+    def publish_frames(self, frames: Sequence[bytes]) -> None:
+        """Publish what ``frames_of`` has made."""
+        self._send(b"".join(frames), len(frames))
+
+    def _send(self, frames: bytes, count: int) -> None:
         reader = threading.Thread(target=self._count, args=(count,))
         reader.start()
         self._socket.sendall(frames)
@@ -187,6 +205,18 @@ class RawSocket:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def frames_of(subject: str, message: dict[str, Any], count: int) -> list[bytes]:
+    """Make the frames of what this package publishes: envelope, headers, an id for each."""
+    frames = []
+    for _ in range(count):
+        payload, headers = _written_out(message)
+        block = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"NATS/1.0\r\n{block}\r\n".encode()
+        line = f"HPUB {subject} _INBOX.raw {len(head)} {len(head) + len(payload)}\r\n"
+        frames.append(b"".join((line.encode(), head, payload, b"\r\n")))
+    return frames
 
 
 def _replies(data: bytes) -> tuple[list[bytes], bytes]:
