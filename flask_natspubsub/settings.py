@@ -7,6 +7,7 @@ config are not seen. The documentation's configuration page is generated from th
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -167,7 +168,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         "that another account shares are imported under a prefix.",
     )
     auto_setup: bool = setting(
-        True, values.boolean, "Create missing streams and add missing subjects on first connect."
+        True, values.flag, "Create missing streams and add missing subjects on first connect."
     )
     concurrency: int = setting(
         10, values.integer(1), "Handler threads of a worker; at most so many messages at once."
@@ -204,17 +205,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         "loop hangs for so long, is killed and replaced.",
     )
     use_dlq: bool = setting(
-        True, values.boolean, "Keep messages given up on in the dead letter stream."
+        True, values.flag, "Keep messages given up on in the dead letter stream."
     )
     use_outbox: bool = setting(
         False,
-        values.boolean,
+        values.flag,
         "Publish through the outbox: a row in the caller's transaction, sent after its commit. "
         "Needs a database.",
     )
     use_inbox: bool = setting(
         False,
-        values.boolean,
+        values.flag,
         "Handlers' database effects happen once, for all subscribers. Needs a database.",
     )
     outbox_retention: float = setting(
@@ -237,13 +238,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     )
     outbox_resend_on_rewind: bool = setting(
         False,
-        values.boolean,
+        values.flag,
         "When a stream is found to have lost messages that it had acknowledged, send them again "
         "without being asked. Off: it is logged and shown by health and `doctor`.",
     )
     allow_volatile_streams: bool = setting(
         False,
-        values.boolean,
+        values.flag,
         "Let the outbox send to streams that keep messages in memory only, or acknowledge them "
         "before they are written.",
     )
@@ -292,6 +293,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
             is allowed.
         """
         _warn_unknown_keys(config)
+        _warn_unread_environment(config)
         preset_name = _parse_one("preset", config.get(PREFIX + "PRESET"))
         preset = _PRESETS.get(preset_name or "", {})
         found: dict[str, Any] = {}
@@ -422,3 +424,19 @@ def _warn_unknown_keys(config: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         warnings.warn(f"unknown setting {key}{hint}", stacklevel=5)
+
+
+def _warn_unread_environment(config: Mapping[str, Any]) -> None:
+    """Warn of settings in the environment that the application did not take from there."""
+    names = {name: name.removeprefix("FLASK_").partition("__")[0] for name in os.environ}
+    unread = [
+        name
+        for name, key in names.items()
+        if name.startswith(f"FLASK_{PREFIX}") and key not in config
+    ]
+    if unread:
+        warnings.warn(
+            f"{', '.join(sorted(unread))}: set in the environment, and not in app.config. Call "
+            "app.config.from_prefixed_env() before init_app.",
+            stacklevel=5,
+        )

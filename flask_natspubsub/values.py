@@ -33,6 +33,23 @@ def boolean(value: Any) -> bool:
     return value
 
 
+_SPELLED = {"true": True, "1": True, "yes": True, "on": True} | {
+    "false": False, "0": False, "no": False, "off": False
+}  # fmt: skip
+
+
+def flag(value: Any) -> bool:
+    """Take True or False, or one of the words that stand for them in an environment variable.
+
+    ``app.config.from_prefixed_env`` makes 0 and 1 numbers, and leaves ``False`` a text.
+    """
+    if isinstance(value, (bool, int, str)) and str(value).strip().lower() in _SPELLED:
+        return _SPELLED[str(value).strip().lower()]
+    raise Invalid(
+        "True or False (in an environment variable: true or false, yes or no, on or off, 1 or 0)"
+    )
+
+
 def integer(minimum: int) -> Parser:
     """Make a parser of whole numbers from ``minimum`` on."""
 

@@ -16,7 +16,11 @@ from tests.secrets import SECRET
 SECONDS = ["soon", -1, True, float("nan"), float("inf"), dt.timedelta(seconds=-1)]
 POSITIVE_SECONDS = [*SECONDS, 0, dt.timedelta(0)]
 TEXT = ["", 5, ["a"]]
-FLAG = ["yes", 1, 0]
+FLAG = ["maybe", 2, -1, 0.0, ""]
+SPELLED = [
+    *((value, True) for value in (True, "true", "True", "TRUE", "yes", "on", "1", 1)),
+    *((value, False) for value in (False, "false", "False", "no", "Off", "0", 0, " no ")),
+]
 
 # key: default, values that are taken (given, then as it is kept), values that are refused,
 # and words of the error.
@@ -95,7 +99,7 @@ TABLE: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any], str]] = {
         ["", ".", "a..b", "a b", "a.>", "a.*", 5, ["a"]],
         "joined by dots",
     ),
-    "auto_setup": (True, [(False, False)], FLAG, "True or False"),
+    "auto_setup": (True, SPELLED, FLAG, "True or False"),
     "concurrency": (10, [(1, 1)], [0, -1, 1.5, "4", True], "whole number, 1 or more"),
     "prefetch": (1_000, [(1, 1)], [0, -1, "4", True], "whole number, 1 or more"),
     "max_deliver": (5, [(1, 1)], [0, "5", 2.0], "whole number"),
@@ -109,16 +113,16 @@ TABLE: dict[str, tuple[Any, list[tuple[Any, Any]], list[Any], str]] = {
     "handler_timeout": (60.0, [(1, 1.0)], POSITIVE_SECONDS, "seconds"),
     "heartbeat_timeout": (30.0, [(3, 3.0)], POSITIVE_SECONDS, "seconds"),
     "shutdown_timeout": (30.0, [(0, 0.0)], SECONDS, "seconds"),
-    "use_dlq": (True, [(False, False)], FLAG, "True or False"),
-    "use_outbox": (False, [(True, True)], FLAG, "True or False"),
-    "use_inbox": (False, [(True, True)], FLAG, "True or False"),
+    "use_dlq": (True, SPELLED, FLAG, "True or False"),
+    "use_outbox": (False, SPELLED, FLAG, "True or False"),
+    "use_inbox": (False, SPELLED, FLAG, "True or False"),
     "outbox_retention": (86400.0, [(dt.timedelta(days=2), 172800.0)], SECONDS, "seconds"),
     "outbox_batch_size": (500, [(1, 1)], [0, "5"], "whole number"),
     "outbox_poll_interval": (1.0, [(0.1, 0.1)], POSITIVE_SECONDS, "seconds"),
     "outbox_partitions": (1, [(8, 8)], [0, "5"], "whole number"),
     "outbox_max_attempts": (10, [(1, 1)], [0, "5"], "whole number"),
-    "outbox_resend_on_rewind": (False, [(True, True)], FLAG, "True or False"),
-    "allow_volatile_streams": (False, [(True, True)], FLAG, "True or False"),
+    "outbox_resend_on_rewind": (False, SPELLED, FLAG, "True or False"),
+    "allow_volatile_streams": (False, SPELLED, FLAG, "True or False"),
     "inbox_retention": (604800.0, [(60, 60.0)], SECONDS, "seconds"),
     "bind_key": (None, [("events", "events")], TEXT, "text"),
     "monitor_url": (None, [("http://a:8222", "http://a:8222")], TEXT, "text"),
@@ -421,3 +425,35 @@ def test_a_bad_value_fails_in_init_app_and_leaves_the_app_as_it_was() -> None:
     assert "natspubsub" not in app.extensions
     app.config["NATSPUBSUB_CONCURRENCY"] = 1
     NatsPubsub(app)
+
+
+# --- the environment
+
+
+def test_what_is_set_in_the_environment_and_not_read_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FLASK_NATSPUBSUB_URLS", f"nats://a:{SECRET}@b")
+    monkeypatch.setenv("FLASK_NATSPUBSUB_STREAM_CONFIG__max_age", "60")
+    app = Flask("shop")
+
+    with pytest.warns(UserWarning, match="from_prefixed_env") as caught:
+        NatsPubsub(app)
+
+    (warning,) = caught
+    assert "FLASK_NATSPUBSUB_STREAM_CONFIG__max_age, FLASK_NATSPUBSUB_URLS" in str(warning.message)
+    assert SECRET not in str(warning.message)
+    assert warning.filename == __file__
+
+
+def test_what_is_read_from_the_environment_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASK_NATSPUBSUB_ENV", "live")
+    monkeypatch.setenv("FLASK_NATSPUBSUB_STREAM_CONFIG__max_age", "60")
+    monkeypatch.setenv("FLASK_NATSPUBSUB_USE_DLQ", "False")
+    app = Flask("shop")
+    app.config.from_prefixed_env()
+    app.config["NATSPUBSUB_ENV"] = "other"
+
+    found = NatsPubsub(app).state(app).settings
+
+    assert (found.env, found.use_dlq, found.stream_config) == ("other", False, {"max_age": 60.0})
