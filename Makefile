@@ -13,10 +13,11 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
+LOWEST := .venv-lowest
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint audit bench torture docs clean
+.PHONY: help demo test lowest lint audit bench torture docs clean
 
 help:  ## show this list
 	@sed -En 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -26,6 +27,9 @@ demo: $(VENV)/.stamp-example  ## run the example shop on a real nats-server unti
 
 test: $(VENV)/.stamp-dev  ## run the tests
 	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+lowest: $(LOWEST)/.stamp  ## run the unit and contract tests on the lowest versions that are allowed
+	@$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile tests/unit tests/contract $(ARGS)
 
 lint: $(VENV)/.stamp-dev $(VENV)/.stamp-lint  ## check style and types
 	@$(RUN) -m ruff check .
@@ -47,7 +51,7 @@ docs: $(VENV)/.stamp-dev $(VENV)/.stamp-docs  ## build the documentation into do
 	@echo "docs/_build/html/index.html"
 
 clean:  ## remove what the other targets made, .venv too
-	@rm -rf $(VENV) docs/_build dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(LOWEST) docs/_build dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the environment: one stamp a group, made anew when pyproject.toml changes
@@ -68,4 +72,13 @@ $(VENV)/.stamp-base: pyproject.toml
 $(VENV)/.stamp-%: pyproject.toml $(VENV)/.stamp-base
 	@echo "installing the group $* ..."
 	@$(PIP) install --group $*
+	@touch $@
+
+$(LOWEST)/.stamp: pyproject.toml tests/lowest.py $(VENV)/.stamp-base
+	@echo "making $(LOWEST) ..."
+	@$(PYTHON) -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	@$(RUN) -m tests.lowest > $(LOWEST)/constraints.txt
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint $(LOWEST)/constraints.txt -e '.[all]' --group lowest
 	@touch $@

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import configparser
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -26,6 +28,50 @@ def wheel(tmp_path_factory):
     (path,) = folder.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         yield archive
+
+
+def pythons() -> list[str]:
+    """The Pythons that this package may be installed for here, one of each minor version."""
+    found = [shutil.which(f"python3.{minor}") for minor in range(11, 20)]
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found += [sys.executable, *map(str, sorted(pyenv.glob("versions/3.*/bin/python")))]
+    say = "import sys; print(sys.version_info >= (3, 11) and '%d.%d' % sys.version_info[:2] or '')"
+    starts: dict[str, str] = {}
+    for path in filter(None, found):
+        done = subprocess.run([path, "-c", say], capture_output=True, text=True, check=False)
+        if not done.returncode and done.stdout.strip():
+            starts.setdefault(done.stdout.strip(), path)
+    return [starts[version] for version in sorted(starts)]
+
+
+SMOKE = """
+from flask import Flask
+from flask_natspubsub import NatsPubsub
+from flask_natspubsub.testing import TestBroker
+
+app, seen = Flask("shop"), []
+pubsub = NatsPubsub(app)
+pubsub.subscriber("order.created", name="see")(lambda message: seen.append(message))
+with TestBroker(app) as broker, app.app_context():
+    pubsub.publish("order.created", {"n": 1})
+    assert broker.drain() == 1
+assert seen == [{"n": 1}]
+"""
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_the_wheel_works_on_each_python_at_hand(wheel, python, tmp_path):
+    """In an environment of its own, with what the wheel itself asks for and no more."""
+    env, pip = tmp_path / "env", ["-m", "pip", "install", "--quiet"]
+    inside = env / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    for command in (
+        [python, "-m", "venv", env],
+        [inside, *pip, wheel.filename],
+        [inside, "-W", "error", "-c", SMOKE],
+        [inside, "-m", "flask", "natspubsub", "--help"],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def info(wheel, name):

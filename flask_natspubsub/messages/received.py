@@ -131,7 +131,7 @@ def _usual_fields(data: bytes) -> _Fields | None:
         return None
     try:
         fields = _FIELDS.decode(data)
-    except (ValueError, RecursionError):  # of which msgspec.DecodeError is one
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
     texts = (
         fields.event_id, fields.topic, fields.message_type, fields.producer,
