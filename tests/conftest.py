@@ -14,6 +14,7 @@ from flask import Flask
 
 from flask_natspubsub import NatsPubsub
 
+from . import ordinary_signals
 from .secrets import SECRET
 from .servers import NatsServer
 from .waiting import eventually
@@ -31,6 +32,11 @@ hypothesis.settings.register_profile(
     "shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("shared")
+
+
+def pytest_configure() -> None:
+    """Have signals end what the tests start, also where the tests run in the background."""
+    ordinary_signals.restore()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -159,5 +159,5 @@ def _is_identifier(value: object) -> bool:
 
 
 def resource_id_of(message: Mapping[str, Any]) -> Any:
-    """Return the ``resource_id`` of an event: the message's ``id``, None if it has none."""
-    return message.get("id") or None
+    """Return the ``resource_id`` of an event: the message's ``id`` or ``ID``; None without."""
+    return message.get("id") or message.get("ID") or None

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import ExitStack
 
+from .. import ordinary_signals
 from ..databases import PostgresServer
 from .kept import REPORT, STATE, Kept, commit
 from .ledger import HEADER, Result
@@ -20,6 +21,7 @@ SEED = 1
 def main(arguments: list[str] | None = None) -> int:
     """Run scenarios and print a line for each; 1 if something was lost or happened twice."""
     options = _parse(arguments)
+    ordinary_signals.restore()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: end the processes
     chosen = [one for one in SCENARIOS if not options.names or one.name in options.names]
     with ExitStack() as stack:
