@@ -52,6 +52,8 @@ class _Printable(logging.Filter):
     """Makes the arguments of a record printable, and the traceback that goes with it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if getattr(record, "is_printable", False):
+            return True
         if isinstance(record.args, tuple):
             record.args = tuple(map(_fit, record.args))
         if record.exc_info and record.exc_info[0] is not None and not record.exc_text:

@@ -371,6 +371,12 @@ class Broker(ABC):
         :raises TopologyError: the stream is missing, or does not cover a filter subject.
         """
 
+    def before_replies(self, callback: Callable[[], None]) -> None:  # noqa: B027 - none are sent
+        """Have ``callback`` called in the broker's thread before acknowledgements are sent.
+
+        It must be quick and not raise. A broker within the process sends none.
+        """
+
     @abstractmethod
     def add_consumer(self, config: ConsumerConfig) -> None:
         """Create or update a durable consumer without a pull.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import secrets
 import time
@@ -34,6 +35,8 @@ REFUSED_PAUSE = 30.0
 LOG_INTERVAL = 10.0
 MEND_INTERVAL = 1.0
 DEFAULT_MAX_PAYLOAD = 1024 * 1024
+#: Said where pytest runs: the usual test needs no server.
+IN_A_TEST = "In a test, the fixture pubsub_broker takes the place of a server."
 
 T = TypeVar("T")
 
@@ -96,7 +99,8 @@ class Link:
 
     def describe_down(self) -> str:
         """Say why there is no connection, without secrets."""
-        return self.refused or f"No connection to {self._settings.safe_urls}: {self._last_error}."
+        down = self.refused or f"No connection to {self._settings.safe_urls}: {self._last_error}."
+        return f"{down} {IN_A_TEST}" if "PYTEST_CURRENT_TEST" in os.environ else down
 
     # --- for those who send and pull
 

@@ -33,6 +33,8 @@ EXPIRES = 30.0
 HEARTBEAT = 2.5
 #: Seconds for which acks are collected while they keep coming.
 LINGER = 0.001
+#: So long if there were at least so many the last time: then each write has more to share.
+LINGER_BUSY, BUSY = 0.002, 16
 #: How often it is looked how far the consumer is, and whether it is still as it should be.
 LOOK_INTERVAL = 10.0
 #: How soon after it was opened: another process that has just begun may have changed it.
@@ -81,10 +83,13 @@ class ReplyWriter:
 
     The first one after a pause is sent at once; what follows within ``LINGER`` goes together,
     since each wake-up of the loop and each write costs more than handling a message may.
+
+    :param before: called before they are sent; must not raise.
     """
 
-    def __init__(self, link: PullLink) -> None:
+    def __init__(self, link: PullLink, before: Callable[[], None] = lambda: None) -> None:
         self._link = link
+        self._before = before
         self._replies: deque[bytes] = deque()
         self._scheduled = False
 
@@ -96,8 +101,8 @@ class ReplyWriter:
             self._link.wake(self._send_on)
 
     def _send_on(self) -> None:
-        self.flush()
-        self._link.later(LINGER, self._look_again)
+        sent = self.flush()
+        self._link.later(LINGER if sent < BUSY else LINGER_BUSY, self._look_again)
 
     def _look_again(self) -> None:
         self._scheduled = False  # before the look: a reply put after it schedules itself
@@ -105,15 +110,17 @@ class ReplyWriter:
             self._scheduled = True
             self._send_on()
 
-    def flush(self) -> None:
-        """Send what is queued; keep it while there is no connection."""
+    def flush(self) -> int:
+        """Send what is queued, and say how many; keep it while there is no connection."""
         if not self._link.is_up:
-            return
+            return 0
         out = []
         while self._replies:
             out.append(self._replies.popleft())
         if out:
+            self._before()
             self._link.send(out)
+        return len(out)
 
 
 class NatsDelivery(Delivery):

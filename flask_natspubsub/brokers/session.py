@@ -61,11 +61,17 @@ _abandoned: list[object] = []
 class _Session:
     """The thread and the link of one process."""
 
-    def __init__(self, settings: Settings, dial: Dial, wanted: Sequence[StreamConfig]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        dial: Dial,
+        wanted: Sequence[StreamConfig],
+        before_replies: Callable[[], None],
+    ) -> None:
         self.loop = BackgroundLoop(f"natspubsub-{settings.app_name}")
         self.link = Link(settings, self.loop, dial)
         self.api = JetStreamApi(self._request, settings.api_prefix)
-        self.writer = ReplyWriter(self.link)
+        self.writer = ReplyWriter(self.link, before_replies)
         inbox = self.link.new_inbox()
         self.window = PublishWindow(self.link, inbox, settings)
         self.pulls: set[Pull] = set()
@@ -248,6 +254,7 @@ class JetStreamBroker(Broker):
         self._lock = threading.Lock()
         self._session: _Session | None = None
         self._wanted: Sequence[StreamConfig] = ()
+        self._before_replies: Callable[[], None] = lambda: None
         self._pid = os.getpid()
         self._closed = False
         bind_to_process(self)
@@ -265,7 +272,9 @@ class JetStreamBroker(Broker):
                 self._session.close(0)
                 self._session = None
             if self._session is None:
-                self._session = _Session(self._settings, self._dial, self._wanted)
+                self._session = _Session(
+                    self._settings, self._dial, self._wanted, lambda: self._before_replies()
+                )
             return self._session
 
     def abandon(self) -> None:
@@ -353,6 +362,9 @@ class JetStreamBroker(Broker):
 
     def add_consumer(self, config: ConsumerConfig) -> None:  # noqa: D102
         self._ask(lambda api: api.ensure_consumer(config), API_TIMEOUT * 3)
+
+    def before_replies(self, callback: Callable[[], None]) -> None:  # noqa: D102
+        self._before_replies = callback
 
     def listen(  # noqa: D102
         self, subject: str, callback: Callable[[CoreMessage], None]

@@ -37,6 +37,7 @@ _FIELDS = (
     "topic",
     "reason",
     "error",
+    "traceback",
     "deliveries",
     "event_id",
     "trace_id",

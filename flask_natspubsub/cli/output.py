@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import sys
@@ -18,7 +17,6 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)", re.ASCII)
-_LEVEL_COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 
 
 def duration(text: str) -> float:
@@ -69,28 +67,3 @@ def print_fields(fields: Iterable[tuple[str, object]], indent: str = "") -> None
     for name, value in pairs:
         text = "-" if value is None else printable(value)
         click.echo(f"{indent}{name.ljust(longest)}  {text}".rstrip())
-
-
-def log_to_stderr(level: int, *, with_pid: bool = False) -> None:
-    """Show the logs of this package, unless the application has configured logging itself.
-
-    :param with_pid: with the process id, where several processes write to one stderr.
-    """
-    logger = logging.getLogger("flask_natspubsub")
-    if logger.hasHandlers():
-        return
-    handler = logging.StreamHandler()
-    pid = "[%(process)d] " if with_pid else ""
-    handler.setFormatter(_LineFormatter(f"%(asctime)s %(levelname)-7s {pid}%(message)s"))
-    logger.addHandler(handler)
-    if logger.level == logging.NOTSET:
-        logger.setLevel(level)
-
-
-class _LineFormatter(logging.Formatter):
-    default_msec_format = "%s.%03d"
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        line = super().formatMessage(record)
-        colour = _LEVEL_COLOURS.get(record.levelname)
-        return click.style(line, fg=colour) if colour and is_terminal(sys.stderr) else line

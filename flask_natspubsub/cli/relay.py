@@ -11,7 +11,8 @@ from ..state import AppState
 from ..text import printable
 from ..worker.process import RelayProcess
 from .group import Misused, end, natspubsub
-from .output import log_to_stderr, print_json
+from .log import log_to_stderr
+from .output import print_json
 
 
 @natspubsub.command(

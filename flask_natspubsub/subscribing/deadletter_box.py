@@ -19,6 +19,7 @@ from .reading import try_read
 from .replays import kept
 from .retry import GiveUpReason, error_text
 from .subscription import Subscription
+from .tracebacks import frames_of
 
 #: The token behind a subscriber's dead letters under which its trials are noted.
 TRIAL = "trial"
@@ -68,6 +69,7 @@ class DeadLetterBox:
         ids = {
             "x-event-id": received.event_id if received else None,
             "x-trace-id": received.trace_id if received else None,
+            "x-dlq-traceback": frames_of(error),
         }
         return {
             "x-dead-letter": "true",

@@ -48,6 +48,7 @@ def values_of(stored: StoredMessage) -> dict[str, Any]:
         "subscriber": headers.get("x-subscriber"),
         "reason": headers.get("x-dlq-reason"),
         "error": headers.get("x-dlq-error"),
+        "traceback": headers.get("x-dlq-traceback"),
         "deliveries": number(headers.get("x-deliveries")),
         "event_id": headers.get("x-event-id"),
         "trace_id": headers.get("x-trace-id"),

@@ -42,6 +42,7 @@ class DeadLetterRecord:
 
     :param id: names it in ``show``, ``replay`` and ``discard``.
     :param app: the app that gave it up, by the subject it was stored under.
+    :param traceback: where the handler failed: the innermost frames, the last one raised.
     :param data: the original bytes; empty if ``body_omitted``.
     :param shape: who wrote it: ``"python"``, ``"javascript"`` or ``"ruby"``.
     """
@@ -66,6 +67,7 @@ class DeadLetterRecord:
     data: bytes
     body_omitted: bool
     shape: str
+    traceback: str = ""
 
 
 class DeadLetters:
@@ -382,6 +384,7 @@ class DeadLetters:
             topic=known.topic if known else topic_of(original_subject),
             reason=str(values.get("reason") or UNKNOWN),
             error=str(values.get("error") or ""),
+            traceback=str(values.get("traceback") or ""),
             deliveries=int(values.get("deliveries") or 0),
             event_id=str(values.get("event_id") or (known.event_id if known else "")),
             trace_id=str(values.get("trace_id") or (known and known.trace_id) or "") or None,

@@ -13,12 +13,10 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
-
-import msgspec
+from typing import Any, Protocol
 
 from ..brokers.base import Delivery
-from ..errors import DecodingError, NatsPubsubError
+from ..errors import DeadLetter, Discard, NatsPubsubError, Retry
 from ..messages import lineage
 from ..messages.identity import Handling, handling, unnamed_handling
 from ..messages.received import Received
@@ -29,19 +27,19 @@ from ..signals import (
     message_received,
     message_retried,
 )
-from ..text import get_logger
 from . import context as message_context
 from .context import DeliveryContext, MessageContext
 from .deadletter_box import DeadLetterBox
 from .middleware import compose
+from .outcome import Outcome, Result, report
 from .reading import try_read
 from .replays import forced_id, is_for
 from .retry import Drop, GiveUp, GiveUpReason, RetryLater, backoff_delay, classify, error_text
 from .subscription import Subscription
+from .tracebacks import of_application, place_of_error
 
-_log = get_logger("flask_natspubsub.worker")
-
-Result = Literal["handled", "retried", "discarded", "dead_lettered", "skipped", "timed_out"]
+#: What a handler raises to say what is to become of the message; it is no failure.
+_DELIBERATE = (Discard, DeadLetter, Retry)
 #: Sends a signal of this package for the application.
 Emit = Callable[..., None]
 
@@ -56,21 +54,6 @@ class NeverFinished(NatsPubsubError):
     """A message was delivered too often without any handler ending: the process died."""
 
     code = "never-finished"
-
-
-class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """What became of a delivery; one log line's worth.
-
-    :param seconds: from receiving the delivery to its end.
-    :param detail: the error or reason, in one line; empty when handled.
-    """
-
-    result: Result
-    topic: str
-    event_id: str
-    attempt: int
-    seconds: float
-    detail: str = ""
 
 
 class Work(Protocol):
@@ -135,27 +118,16 @@ class Processor:
         try:
             received = self.subscription.read(delivery)
             if not is_for(delivery.headers, self.subscription):
-                delivery.ack()
-                result: Result = "skipped"
-            else:
-                result = self._handle(delivery, received, started)
-            detail = ""
+                return self._settle(delivery, received, "skipped", started)
+            return self._handle(delivery, received, started)
         except BaseException as error:  # noqa: BLE001 - sys.exit() in a handler is a failure too
             if failed is not None:
                 failed()
-            result, detail = self._on_error(delivery, received, error)
+            return self._failed(delivery, received, error, started)
         finally:
             self._deciders.pop(delivery, None)
-        return Outcome(
-            result,
-            received.topic if received else topic_of(delivery.subject),
-            received.event_id if received else f"{delivery.stream}:{delivery.sequence}",
-            delivery.attempt,
-            time.perf_counter() - started,
-            detail,
-        )
 
-    def _handle(self, delivery: Delivery, received: Received, started: float) -> Result:
+    def _handle(self, delivery: Delivery, received: Received, started: float) -> Outcome:
         context = self._context(delivery, received)
         own = lineage.Lineage(
             received.trace_id,
@@ -170,11 +142,27 @@ class Processor:
         finally:
             message_context.leave(before)
             lineage.leave(outer)
-        delivery.ack()
         if not committed:
-            return "skipped"
-        self._emit(message_handled, context=context, seconds=time.perf_counter() - started)
-        return "handled"
+            return self._settle(delivery, received, "skipped", started)
+        outcome = self._settle(delivery, received, "handled", started)
+        self._emit(message_handled, context=context, seconds=outcome.seconds)
+        return outcome
+
+    def _settle(
+        self, delivery: Delivery, received: Received, result: Result, started: float
+    ) -> Outcome:
+        """Acknowledge, after the log has the line: it must not lack what will not come again."""
+        outcome = Outcome(
+            result,
+            received.topic,
+            received.event_id,
+            delivery.attempt,
+            time.perf_counter() - started,
+            subscriber=self.subscription.name,
+        )
+        report(outcome)
+        delivery.ack()
+        return outcome
 
     def _work(self, delivery: Delivery, received: Received, context: MessageContext) -> bool:
         """Run the handler in its transaction; False if another delivery was or is quicker."""
@@ -218,6 +206,18 @@ class Processor:
 
     # --- errors
 
+    def _failed(
+        self, delivery: Delivery, received: Received | None, error: BaseException, started: float
+    ) -> Outcome:
+        result, detail = self._on_error(delivery, received, error)
+        shown = _is_worth_a_traceback(error, delivery.attempt, result)
+        if not shown:
+            detail = _with_place(detail, error)
+        seconds = time.perf_counter() - started
+        outcome = self._outcome(delivery, received, result, detail, seconds, error)
+        report(outcome, with_traceback=shown)
+        return outcome
+
     def _on_error(
         self, delivery: Delivery, received: Received | None, error: BaseException
     ) -> tuple[Result, str]:
@@ -233,8 +233,6 @@ class Processor:
         if isinstance(verdict, Drop):
             delivery.ack()
             return "discarded", verdict.reason
-        if not isinstance(error, DecodingError):
-            _log.debug("handler %s failed", self.subscription.name, exc_info=error)
         if isinstance(verdict, GiveUp):
             failed = verdict.reason == "handler_error"
             reason = self._reason(delivery) if failed else verdict.reason
@@ -324,9 +322,9 @@ class Processor:
                 box.start_trial(delivery, subscription)
         except NatsPubsubError as error:
             delivery.nak(1.0)
-            return self._outcome(delivery, "retried", str(error))
+            return self._reported(delivery, "retried", str(error))
         if died:
-            outcome = self._outcome(delivery, *self._give_up_untried(delivery))
+            outcome = self._reported(delivery, *self._give_up_untried(delivery))
         else:
             # The marker goes before a dead letter comes: it might take the last room there.
             outcome = self.process(delivery, lambda: self._end_trial(delivery))
@@ -347,12 +345,41 @@ class Processor:
         with contextlib.suppress(NatsPubsubError):  # a marker left behind does no harm
             self._dead_letters.end_trial(delivery, self.subscription)
 
-    def _outcome(self, delivery: Delivery, result: Result, detail: str) -> Outcome:
+    def _reported(self, delivery: Delivery, result: Result, detail: str) -> Outcome:
+        """Return the outcome of a delivery that no handler was run for."""
+        outcome = self._outcome(delivery, None, result, detail)
+        report(outcome)
+        return outcome
+
+    def _outcome(
+        self,
+        delivery: Delivery,
+        received: Received | None,
+        result: Result,
+        detail: str = "",
+        seconds: float = 0.0,
+        error: BaseException | None = None,
+    ) -> Outcome:
         return Outcome(
             result,
-            topic_of(delivery.subject),
-            f"{delivery.stream}:{delivery.sequence}",
+            received.topic if received else topic_of(delivery.subject),
+            received.event_id if received else f"{delivery.stream}:{delivery.sequence}",
             delivery.attempt,
-            0.0,
+            seconds,
             detail,
+            self.subscription.name,
+            error,
         )
+
+
+def _with_place(detail: str, error: BaseException) -> str:
+    """Add to the text of an error, if nobody meant to raise it, where that was."""
+    place = "" if isinstance(error, _DELIBERATE) else place_of_error(error)
+    return f"{detail} ({place})" if place else detail
+
+
+def _is_worth_a_traceback(error: BaseException, attempt: int, result: Result) -> bool:
+    """Whether it is the first failure of the application's code, or the last."""
+    if isinstance(error, _DELIBERATE) or of_application(error) is None:
+        return False
+    return attempt == 1 or result == "dead_lettered"

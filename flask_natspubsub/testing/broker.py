@@ -6,10 +6,11 @@ decoded, retried and dead-lettered, by the same code, in the calling thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 import msgspec
 from flask import Flask
@@ -18,7 +19,7 @@ from ..brokers.base import ConsumerConfig, OutgoingMessage, StoredMessage, Strea
 from ..brokers.clock import VirtualClock
 from ..brokers.memory import MemoryBroker
 from ..brokers.topology import wanted_streams
-from ..errors import DecodingError, PublishError
+from ..errors import DecodingError, HandlerVerdict, PublishError
 from ..messages.codec import encode_value
 from ..messages.headers import Headers
 from ..messages.lineage import current_lineage
@@ -28,7 +29,8 @@ from ..publishing.draft import Draft, prepare
 from ..state import EXTENSION, AppState
 from ..subscribing.deadletter_box import DeadLetterBox
 from ..subscribing.deadletters import DeadLetterRecord, DeadLetters
-from ..subscribing.processor import Outcome, Processor
+from ..subscribing.outcome import Outcome
+from ..subscribing.processor import Processor
 from ..subscribing.subscription import Subscription
 from ..worker.asynchronous import AsyncHandlers
 
@@ -55,40 +57,43 @@ class Published:
     sequence: int
 
 
+class _Seat(NamedTuple):
+    """A subscriber, and the stream that its messages come from."""
+
+    stream: str
+    processor: Processor
+
+
 class TestBroker:
     """Takes the place of the application's broker until ``close``; also a context manager.
 
     :param app: an application with the extension.
+    :param others: more of them, which share the broker: what one publishes reaches the
+        subscribers of all. ``deliver`` acts for the first.
     """
 
     __test__ = False  # its name begins with Test, and pytest would collect it
 
-    def __init__(self, app: Flask) -> None:
-        state = app.extensions.get(EXTENSION)
-        if not isinstance(state, AppState):
-            raise RuntimeError(
-                f"The Flask app {app.name!r} has no NatsPubsub extension. "
-                "Call init_app in your application factory."
-            )
-        self._app = app
-        self._state = state
+    def __init__(self, app: Flask, *others: Flask) -> None:
+        self._states = [_state_of(one) for one in (app, *others)]
+        self._state = self._states[0]
         self._clock = VirtualClock()
         self._broker = MemoryBroker(self._clock)
-        self._broker.want(wanted_streams(state.settings))
         self._async = AsyncHandlers()
         #: What became of each delivery, in order.
         self.outcomes: list[Outcome] = []
-        self._replaced = state.use_broker(self._broker)
+        self._replaced = [state.use_broker(self._broker) for state in self._states]
         self._prepare()
 
     def close(self) -> None:
         """Put the application's own broker back."""
-        if self._state.persistence is not None:
-            self._state.persistence.database.joins_session = False
-        if self._replaced is not None:
-            self._state.use_broker(self._replaced)
-        else:
-            self._state.forget_broker()
+        for state, replaced in zip(self._states, self._replaced, strict=True):
+            if state.persistence is not None:
+                state.persistence.database.joins_session = False
+            if replaced is not None:
+                state.use_broker(replaced)
+            else:
+                state.forget_broker()
         self._broker.close()
         self._async.stop()
 
@@ -107,13 +112,13 @@ class TestBroker:
         Bytes that are no message (see ``deliver``) are not among them.
         """
         with self._connected():
-            stored = list(self._broker.messages(self._state.settings.stream))
-        persistence = self._state.persistence
-        if persistence is not None:
-            rows = persistence.store.pending_messages()
-            stored += [
-                StoredMessage("", 0, row.subject, row.headers, row.payload, 0) for row in rows
-            ]
+            stored = [one for name in self._streams for one in self._broker.messages(name)]
+        for state in self._states:
+            if state.persistence is not None:
+                rows = state.persistence.store.pending_messages()
+                stored += [
+                    StoredMessage("", 0, row.subject, row.headers, row.payload, 0) for row in rows
+                ]
         return [found for found in map(_published, stored) if found is not None]
 
     def published_to(self, topic: str) -> list[Published]:
@@ -150,8 +155,9 @@ class TestBroker:
     @property
     def dead_letters(self) -> list[DeadLetterRecord]:
         """The messages given up on, oldest first."""
+        places = {state.settings.dead_letter_stream: state.settings for state in self._states}
         with self._connected():
-            return list(DeadLetters(self._broker, self._state.settings))
+            return [one for place in places.values() for one in DeadLetters(self._broker, place)]
 
     # --- delivering
 
@@ -162,12 +168,15 @@ class TestBroker:
         *,
         producer: str | None = None,
         headers: Mapping[str, str] | None = None,
+        retries: bool = True,
+        raise_errors: bool = False,
         **envelope: Any,
     ) -> int:
         """Let a message arrive as if somebody else had published it, and ``drain``.
 
         :param message: a payload; bytes are delivered as they are, envelope and all.
         :param producer: the app that published it; default: this app.
+        :param retries: see ``drain``, as of ``raise_errors``.
         :param envelope: ``event_id``, ``trace_id``, ``correlation_id``, ``occurred_at``, ...
         :returns: the number of deliveries made.
         """
@@ -185,14 +194,21 @@ class TestBroker:
             (result,) = self._broker.submit([outgoing], 1.0).results
         if isinstance(result, Exception):
             raise result
-        return self.drain()
+        return self.drain(retries=retries, raise_errors=raise_errors)
 
     def deliver_raw(
-        self, subject: str, data: Any, *, headers: Mapping[str, str] | None = None
+        self,
+        subject: str,
+        data: Any,
+        *,
+        headers: Mapping[str, str] | None = None,
+        retries: bool = True,
+        raise_errors: bool = False,
     ) -> int:
         """Let a message of another system arrive on a NATS subject, and ``drain``.
 
         :param data: bytes as they are, or what is sent as JSON, without an envelope.
+        :param retries: see ``drain``, as of ``raise_errors``.
         :returns: the number of deliveries made.
         """
         self._prepare()  # which makes the streams of others that subscribers name
@@ -202,87 +218,101 @@ class TestBroker:
             (result,) = self._broker.submit([outgoing], 1.0).results
         if isinstance(result, Exception):
             raise result
-        return self.drain()
+        return self.drain(retries=retries, raise_errors=raise_errors)
 
-    def drain(self) -> int:
+    def drain(self, *, retries: bool = True, raise_errors: bool = False) -> int:
         """Run the subscribers until nothing is left to do, moving the clock to each retry.
 
         Handlers run in this thread, one message at a time, in application contexts of their
         own. What they publish is delivered too.
 
+        :param retries: False leaves the clock alone: what has failed, or is not due yet, waits.
+        :param raise_errors: raise what a handler raises, once its message is settled as it
+            would be in production; not ``Retry``, ``Discard`` and ``DeadLetter``, which say
+            what is to become of the message.
         :returns: the number of deliveries made; 0 while disconnected.
         :raises AssertionError: it does not end: handlers keep publishing to each other.
         """
-        if not self._broker.is_connected:
-            return 0
-        processors, count = self._prepare(), 0
-        while self._broker.is_connected:
-            relayed = self._relay()
-            round_count = sum(self._step(processor) for processor in processors)
-            count += round_count
-            if relayed and not round_count:
-                continue
-            if count > MOST_DELIVERIES:
-                raise AssertionError(
-                    f"After {count} deliveries there are still more: do handlers publish what "
-                    "makes them run again?"
-                )
-            if not round_count:
-                due = self._next_due(processors)
-                if due is None:
-                    break
-                self._broker.advance(max(0.0, due - self._broker.now()) + 1e-6)
-        return count
+        seats, count = self._prepare(), 0
+        while True:
+            for outcome in self._deliveries(seats):
+                count += 1
+                if raise_errors:
+                    _raise(outcome)
+                if count > MOST_DELIVERIES:
+                    raise AssertionError(
+                        f"After {count} deliveries there are still more: do handlers publish what "
+                        "makes them run again?"
+                    )
+            if not retries or not self._move_to_next_retry(seats):
+                return count
 
-    def _next_due(self, processors: Iterable[Processor]) -> float | None:
-        """Return when the next redelivery can happen in any of the streams."""
-        streams = {self._consumer(processor.subscription).stream for processor in processors}
-        found = [self._broker.next_due(stream) for stream in streams]
-        return min((due for due in found if due is not None), default=None)
+    def step(self) -> Outcome | None:
+        """Make the next delivery, of those that are due; the clock stays where it is.
+
+        :returns: what became of it, as in ``outcomes``; None if nothing is due.
+        """
+        return next(self._deliveries(self._prepare()), None)
+
+    def _move_to_next_retry(self, seats: Sequence[_Seat]) -> bool:
+        """Move the clock to the next delivery that is due later; False if there is none."""
+        if not self._broker.is_connected:
+            return False
+        due = [self._broker.next_due(stream) for stream in {seat.stream for seat in seats}]
+        first = min((time for time in due if time is not None), default=None)
+        if first is None:
+            return False
+        self._broker.advance(max(0.0, first - self._broker.now()) + 1e-6)
+        return True
 
     def advance(self, seconds: float) -> None:
         """Move the clock, by which retries, delays and acknowledgement deadlines are kept."""
         self._broker.advance(seconds)
-        if self._state.persistence is not None:
-            self._state.persistence.database.skew += seconds
+        for state in self._states:
+            if state.persistence is not None:
+                state.persistence.database.skew += seconds
 
-    def _prepare(self) -> list[Processor]:
-        """Make the consumers of all subscribers; a new one sees what is published from here on."""
-        self._broker.want(self._state.streams())
-        persistence = self._state.persistence_for(self._state.subscriptions())
+    @property
+    def _streams(self) -> list[str]:
+        """The main streams of the applications: one, if they are of one environment."""
+        return list(dict.fromkeys(state.settings.stream for state in self._states))
+
+    def _prepare(self) -> list[_Seat]:
+        """Make the consumers of all subscribers; a new one sees what is published from here on.
+
+        :returns: none while disconnected.
+        """
+        if not self._broker.is_connected:
+            return []
+        wanted = {stream.name: stream for state in self._states for stream in state.streams()}
+        for state in self._states:
+            for stream in state.streams():
+                subjects = dict.fromkeys((*wanted[stream.name].subjects, *stream.subjects))
+                wanted[stream.name] = msgspec.structs.replace(stream, subjects=tuple(subjects))
+        self._broker.want(list(wanted.values()))
+        return [seat for state in self._states for seat in self._seats(state)]
+
+    def _seats(self, state: AppState) -> Iterator[_Seat]:
+        persistence = state.persistence_for(state.subscriptions())
         if persistence is not None:
             persistence.database.joins_session = True
-        box = DeadLetterBox(self._broker, self._state.settings)
-        processors = []
-        for subscription in self._state.subscriptions():
-            self._broker.add_consumer(self._consumer(subscription))
-            processors.append(
-                Processor(
-                    subscription,
-                    box,
-                    self._context,
-                    self._state.emit,
-                    self._async.run,
-                    persistence.inbox if persistence else None,
-                )
+        box = DeadLetterBox(self._broker, state.settings)
+        for subscription in state.subscriptions():
+            config = self._consumer(state, subscription)
+            self._broker.add_consumer(config)
+            processor = Processor(
+                subscription,
+                box,
+                partial(_context, state),
+                state.emit,
+                self._async.run,
+                persistence.inbox if persistence else None,
             )
-        return processors
+            yield _Seat(config.stream, processor)
 
-    @contextmanager
-    def _context(self) -> Iterator[None]:
-        """Make the context of one message.
-
-        In a test's own transaction it is a savepoint: what a handler has done when it fails must
-        not stay, and its rollback must not take what the test has done.
-        """
-        persistence = self._state.persistence
-        isolated = persistence.database.isolated() if persistence else nullcontext()
-        with isolated, self._app.app_context():
-            yield
-
-    def _consumer(self, subscription: Subscription) -> ConsumerConfig:
+    def _consumer(self, state: AppState, subscription: Subscription) -> ConsumerConfig:
         """Return its consumer; the stream of somebody else is made here, where nobody else is."""
-        main = self._state.settings.stream
+        main = state.settings.stream
         config = subscription.consumer_config(main)
         stream = self._broker.stream_info(main)
         own = stream.config.subjects if stream else ()
@@ -292,24 +322,36 @@ class TestBroker:
         self._broker.setup([StreamConfig(name=name, subjects=config.filter_subjects)])
         return msgspec.structs.replace(config, stream=name)
 
-    def _relay(self) -> int:
+    def _deliveries(self, seats: Sequence[_Seat]) -> Iterator[Outcome]:
+        """Relay and deliver what is due, one message for each subscriber in turn."""
+        while self._broker.is_connected:
+            progress = sum(self._relay(state) for state in self._states)
+            for seat in seats:
+                outcome = self._process_next(seat)
+                if outcome is not None:
+                    progress += 1
+                    yield outcome
+            if not progress:
+                return
+
+    def _relay(self, state: AppState) -> int:
         """Send what is due in the outbox; a publish that a fault makes fail is tried again."""
-        if self._state.persistence is None:
+        if state.persistence is None:
             return 0
         try:
-            return self._state.make_relay().run_once()
+            return state.make_relay().run_once()
         except PublishError:
             return 1 if self._broker.is_connected else 0
 
-    def _step(self, processor: Processor) -> int:
+    def _process_next(self, seat: _Seat) -> Outcome | None:
         """Process one delivery if there is one."""
-        config = self._consumer(processor.subscription)
-        for delivery in self._broker.fetch(config.stream, config.durable):
+        processor = seat.processor
+        for delivery in self._broker.fetch(seat.stream, processor.subscription.durable):
             alone = processor.is_over_limit(delivery)
             outcome = (processor.process_alone if alone else processor.process)(delivery)
             self.outcomes.append(outcome)
-            return 1
-        return 0
+            return outcome
+        return None
 
     # --- faults
 
@@ -344,6 +386,35 @@ class TestBroker:
         finally:
             if cut_off:
                 self._broker.disconnect()
+
+
+def _state_of(app: Flask) -> AppState:
+    state = app.extensions.get(EXTENSION)
+    if not isinstance(state, AppState):
+        raise RuntimeError(
+            f"The Flask app {app.name!r} has no NatsPubsub extension. "
+            "Call init_app in your application factory."
+        )
+    return state
+
+
+@contextmanager
+def _context(state: AppState) -> Iterator[None]:
+    """Make the context of one message.
+
+    In a test's own transaction it is a savepoint: what a handler has done when it fails must
+    not stay, and its rollback must not take what the test has done.
+    """
+    persistence = state.persistence
+    isolated = persistence.database.isolated() if persistence else nullcontext()
+    with isolated, state.app.app_context():
+        yield
+
+
+def _raise(outcome: Outcome) -> None:
+    """Raise the error of an outcome, unless it is what a handler says of its message."""
+    if outcome.error is not None and not isinstance(outcome.error, HandlerVerdict):
+        raise outcome.error
 
 
 def _published(stored: StoredMessage) -> Published | None:

@@ -15,7 +15,8 @@ import msgspec
 
 from ..brokers.base import Broker, Consumption, Delivery
 from ..errors import NatsPubsubError
-from ..subscribing.processor import Outcome, Processor
+from ..subscribing.outcome import Outcome
+from ..subscribing.processor import Processor
 from ..text import get_logger
 
 _log = get_logger("flask_natspubsub.worker")

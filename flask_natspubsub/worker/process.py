@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +25,8 @@ _log = get_logger("flask_natspubsub.worker")
 CLOSE_TIMEOUT = 5.0
 #: Longest a second signal waits for messages to be handed back.
 LAST_WORDS = 2.0
+#: Longest it waits for the log; seconds.
+LOGGED = 1.0
 #: How often the main thread looks for signals that did not wake it; seconds.
 LOOK = 0.5
 #: What a parent process has said; a signal has a number above these.
@@ -125,10 +127,8 @@ class Process:
 
     def _leave(self) -> None:
         """End the process without waiting for anybody; what is in hand is handed back."""
-        last_words = threading.Thread(target=self._say_last_words, daemon=True)
-        last_words.start()
-        last_words.join(LAST_WORDS)
-        sys.stderr.flush()
+        _in_at_most(LAST_WORDS, self._say_last_words)
+        _in_at_most(LOGGED, logging.shutdown)  # what log handlers hold back
         os._exit(1)
 
     def _say_last_words(self) -> None:
@@ -223,6 +223,13 @@ class RelayProcess(Process):
     def hand_back(self) -> None:
         """Give the leases back."""
         self._relay.release()
+
+
+def _in_at_most(seconds: float, work: Callable[[], None]) -> None:
+    """Do ``work``, and do not wait longer than so for its end."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 @contextmanager

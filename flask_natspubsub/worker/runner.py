@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -12,12 +11,12 @@ from typing import Protocol, Self, cast
 
 from ..brokers.base import Broker
 from ..errors import NatsPubsubError, TablesMissing
-from ..messages.ids import short_id
 from ..settings import Settings
 from ..signals import worker_started, worker_stopped
 from ..subscribing.consumers import complaints
 from ..subscribing.deadletter_box import DeadLetterBox
-from ..subscribing.processor import Emit, Outcome, Processor, Transactions
+from ..subscribing.outcome import Outcome
+from ..subscribing.processor import Emit, Processor, Transactions
 from ..subscribing.subscription import Subscription
 from ..text import get_logger
 from .asynchronous import AsyncHandlers
@@ -325,9 +324,7 @@ class Worker:
         while job is not None:
             job.thread, following = thread, None
             try:
-                outcome, following = self._run(job)
-                if outcome is not None:
-                    self._log(job, outcome)
+                following = self._run(job)[1]  # an outcome that is kept keeps the error's frames
             except Exception:  # noqa: BLE001 - a fault of this package must not end the thread
                 _log.exception("%s: not processed", job.consumer.subscription.name)
             if job.expired:
@@ -350,23 +347,6 @@ class Worker:
             return job.consumer.run(job, processor.process)
         finally:
             self._gate.leave(job)
-
-    def _log(self, job: Job, outcome: Outcome) -> None:
-        level = logging.INFO if outcome.result in ("handled", "skipped") else logging.WARNING
-        if not _log.isEnabledFor(level):
-            return
-        _log.log(
-            level,
-            "%s %s %s #%d %.1f ms %s%s",
-            outcome.topic,
-            short_id(outcome.event_id),
-            job.consumer.subscription.name,
-            outcome.attempt,
-            outcome.seconds * 1000,
-            outcome.result,
-            f": {outcome.detail}" if outcome.detail else "",
-            extra={"event_id": outcome.event_id, "result": outcome.result},
-        )
 
     # --- the monitor
 

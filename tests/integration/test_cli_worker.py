@@ -91,6 +91,52 @@ def test_a_second_signal_ends_at_once_and_hands_back_what_is_in_hand(project):
     assert project.noted("end") == once_each(range(220))
 
 
+DEADLY = """
+import os
+import signal
+
+from app import pubsub
+
+
+@pubsub.subscriber("job.created", name="work", concurrency=4)
+def work(message):
+    if message.get("how") == "exit":
+        os._exit(9)
+    if message.get("how") == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_a_handler_that_kills_the_worker_takes_no_line_of_settled_messages_along(project, how):
+    project.write("handlers.py", DEADLY)
+    publish(project, range(2000))
+    publish(project, [2000], how=how)
+    publish(project, range(2001, 4000))
+
+    worker = project.start_worker()
+
+    assert worker.wait() in (9, -signal.SIGKILL)
+    pending, in_hand = project.unsettled()
+    settled = 4000 - pending - in_hand
+    assert settled > 0
+    assert worker.log.count("handled") >= settled
+
+
+def test_the_last_lines_are_in_the_log_of_a_worker_that_ends_at_once(project):
+    publish(project, range(500))
+    publish(project, [500], hold=True)
+    worker = project.start_worker()
+    eventually(lambda: len(project.noted("end")) == 500, TIMEOUT)
+
+    worker.signal(signal.SIGTERM)
+    worker.wait_for_log("SIGTERM: finishing")
+    worker.signal(signal.SIGTERM)
+
+    assert worker.wait(5) == 1
+    assert worker.log.count("handled") == 500
+
+
 def test_handlers_that_do_not_finish_in_time_are_left_behind(project):
     project.settings["SHUTDOWN_TIMEOUT"] = 0.2
     publish(project, [1], hold=True)

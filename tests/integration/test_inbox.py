@@ -20,7 +20,8 @@ from sqlalchemy import orm
 from sqlalchemy.exc import IntegrityError
 
 from flask_natspubsub import Discard, NatsPubsub
-from flask_natspubsub.subscribing.processor import Outcome, Processor
+from flask_natspubsub.subscribing.outcome import Outcome
+from flask_natspubsub.subscribing.processor import Processor
 from flask_natspubsub.testing import TestBroker
 from flask_natspubsub.worker.asynchronous import AsyncHandlers
 

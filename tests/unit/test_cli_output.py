@@ -8,7 +8,7 @@ import logging
 import click
 import pytest
 
-from flask_natspubsub.cli import output
+from flask_natspubsub.cli import log, output
 from flask_natspubsub.worker.supervisor import watched_files
 
 
@@ -49,9 +49,9 @@ def test_logs_are_shown_if_nobody_else_does(logger, monkeypatch):
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setattr(logger, "propagate", False)  # pytest has handlers at the root
 
-    output.log_to_stderr(logging.INFO)
+    log.log_to_stderr(logging.INFO)
     logging.getLogger("flask_natspubsub.worker").info("hello %s", "you")
-    output.log_to_stderr(logging.INFO)
+    log.log_to_stderr(logging.INFO)
 
     assert stream.getvalue().endswith(" INFO    hello you\n")
     assert len(logger.handlers) == 1
@@ -63,7 +63,7 @@ def test_logs_configured_by_the_application_are_left_alone(logger, name):
     handler = logging.NullHandler()
     configured.addHandler(handler)
 
-    output.log_to_stderr(logging.INFO)
+    log.log_to_stderr(logging.INFO)
     configured.removeHandler(handler)
 
     assert logger.handlers == []

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 import datetime as dt
+import gc
+import logging
 import pickle
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +18,7 @@ from flask_natspubsub import DeadLetter, Discard, MessageContext, Retry, current
 from flask_natspubsub.errors import PublishError
 from flask_natspubsub.messages.lineage import Lineage, current_lineage
 from flask_natspubsub.subscribing.processor import HandlerTimeout
+from flask_natspubsub.worker.asynchronous import AsyncHandlers
 
 from .worker_helpers import FakeDelivery, Rig, envelope
 
@@ -504,3 +509,143 @@ def test_without_dead_letters_a_message_over_its_limit_is_just_run():
     rig = Rig(quiet, dead_letter=False)
     assert rig.processor.process_alone(FakeDelivery(attempt=9)).result == "handled"
     assert rig.box.trials == set()
+
+
+# --- what the log has of a failure
+
+
+def deep(message):
+    return message["missing"]
+
+
+def calls_deep(message):
+    return deep(message)
+
+
+@pytest.fixture
+def records(caplog):
+    """What is logged, from here on."""
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            kept.append(record)
+
+    kept, handler = [], Keep()
+    caplog.set_level("INFO", "flask_natspubsub.worker")
+    logging.getLogger("flask_natspubsub").addHandler(handler)
+    yield kept
+    logging.getLogger("flask_natspubsub").removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "result", "shown"),
+    [(1, "retried", True), (2, "retried", False), (3, "dead_lettered", True)],
+)
+def test_a_failure_shows_its_traceback_the_first_time_and_the_last(records, attempt, result, shown):
+    rig = Rig(calls_deep, max_deliver=3)
+
+    outcome = rig.processor.process(FakeDelivery(attempt=attempt))
+
+    (record,) = records
+    assert outcome.result == record.result == result
+    assert isinstance(outcome.error, KeyError)
+    assert outcome.subscriber == record.subscriber == "mailer"
+    line = deep.__code__.co_firstlineno + 1
+    assert (f"test_processor.py:{line})" in record.getMessage()) is not shown
+    assert record.levelname == ("ERROR" if shown else "WARNING")
+    assert bool(record.exc_info) is shown
+    if shown:
+        lines = record.exc_text.splitlines()
+        assert lines[0] == "  Traceback (most recent call last):"
+        assert "in calls_deep" in lines[1], "the first frame is the application's"
+        assert lines[-1] == "  KeyError: 'missing'"
+
+
+@pytest.mark.parametrize("error", [Retry(delay=1), Discard("no"), DeadLetter("never")])
+def test_what_a_handler_says_on_purpose_has_no_traceback(records, error):
+    Rig(failing(error)).processor.process(FakeDelivery())
+
+    assert [record.exc_info for record in records] == [None]
+    assert "test_processor.py" not in records[0].getMessage()
+
+
+def test_what_this_package_raises_has_no_traceback(records):
+    Rig(quiet).processor.process(FakeDelivery(data=b"no json"))
+
+    assert [(record.levelname, record.exc_info) for record in records] == [("ERROR", None)]
+
+
+def test_a_traceback_writes_no_line_of_its_own_into_the_log(records):
+    def fail(message):
+        raise ValueError("\x1b[2J\n2026-01-01 INFO forged")
+
+    Rig(fail).processor.process(FakeDelivery())
+
+    text = records[0].exc_text
+    assert "\x1b" not in text
+    assert all(line.startswith("  ") for line in text.splitlines())
+
+
+def test_the_line_of_a_message_is_there_before_it_is_acknowledged(caplog):
+    caplog.set_level("INFO", "flask_natspubsub.worker")
+    seen = []
+
+    class Watched(FakeDelivery):
+        def ack(self):
+            seen.extend(caplog.messages)
+            super().ack()
+
+    Rig(quiet).processor.process(Watched())
+
+    assert len(seen) == 1
+    assert seen[0].endswith("ms handled")
+
+
+def test_the_traceback_of_an_async_handler_begins_with_it(records):
+    async def fail(message):
+        await asyncio.sleep(0)
+        return deep(message)
+
+    rig, handlers = Rig(fail), AsyncHandlers()
+    rig.processor._run_async = handlers.run
+    try:
+        rig.processor.process(FakeDelivery())
+    finally:
+        handlers.stop()
+
+    assert "in fail" in records[0].exc_text.splitlines()[1]
+
+
+def test_a_failure_is_told_also_where_the_working_directory_is_gone(records, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+
+    outcome = Rig(calls_deep).processor.process(FakeDelivery(attempt=2))
+
+    assert outcome.detail.endswith(f"({__file__}:{deep.__code__.co_firstlineno + 1})")
+
+
+def test_nothing_of_a_failed_handler_is_kept_alive():
+    class Large:
+        pass
+
+    seen = []
+
+    def fail(message):
+        large = Large()
+        seen.append(weakref.ref(large))
+        raise ValueError(str(large))
+
+    rig = Rig(fail)
+    gc.collect()
+    gc.disable()
+    try:
+        rig.signals.clear()
+        outcome = rig.processor.process(FakeDelivery(attempt=2))
+        rig.signals.clear()
+        del outcome
+        assert seen[0]() is None
+    finally:
+        gc.enable()

@@ -19,6 +19,8 @@ from flask import Flask, current_app, g
 from flask_natspubsub import (
     CircuitOpen,
     DeadLetter,
+    DecodingError,
+    Discard,
     NatsPubsub,
     NotConnected,
     PublishError,
@@ -593,3 +595,173 @@ def test_the_messages_of_a_project_are_plain_json(project, broker):
     (stored,) = project.pubsub.state().broker().messages("development-events-stream")
     assert json.loads(stored.data)["message"] == {"name": "Zoë"}
     assert "Zoë".encode() in stored.data
+
+
+# --- step by step, and errors
+
+
+def fails_with(error):
+    def then(message, context):
+        raise error
+
+    return then
+
+
+def test_retries_can_be_left_waiting(project, broker):
+    project.subscribe("order.created", then=fails_with(ValueError("no")), backoff=[60])
+    with project.app.app_context():
+        project.publish("order.created", {})
+
+    assert broker.drain(retries=False) == 1
+    assert broker.drain(retries=False) == 0
+    broker.advance(100)
+    assert broker.drain(retries=False) == 1
+    assert [outcome.attempt for outcome in broker.outcomes] == [1, 2]
+    assert broker.dead_letters == []
+
+
+def test_one_step_is_one_delivery(project, broker):
+    project.subscribe("order.created", name="first")
+    project.subscribe("order.created", name="second")
+    with project.app.app_context():
+        project.publish("order.created", {"n": 1})
+        project.publish("order.created", {"n": 2})
+
+    steps = []
+    while (outcome := broker.step()) is not None:
+        steps.append(outcome)
+        assert len(project.seen) == len(steps)
+
+    assert {outcome.subscriber for outcome in steps} == {"first", "second"}
+    assert len(steps) == 4
+    assert broker.outcomes == steps
+
+
+def test_a_step_does_not_move_the_clock(project, broker):
+    project.subscribe("order.created", then=fails_with(ValueError("no")), backoff=[60])
+    with project.app.app_context():
+        project.publish("order.created", {})
+
+    assert broker.step().result == "retried"
+    assert broker.step() is None
+
+
+def test_what_a_handler_raises_can_be_raised_in_the_test(project, broker):
+    project.subscribe("order.created", then=fails_with(KeyError("id")))
+    with project.app.app_context():
+        project.publish("order.created", {})
+
+    with pytest.raises(KeyError, match="id") as caught:
+        broker.drain(raise_errors=True)
+
+    assert caught.traceback[-1].name == "then"
+    assert [outcome.result for outcome in broker.outcomes] == ["retried"]
+    assert broker.drain() == 4, "it goes on where it stopped"
+    assert len(broker.dead_letters) == 1
+    with pytest.raises(KeyError):
+        broker.deliver("order.created", {}, raise_errors=True)
+
+
+@pytest.mark.parametrize("verdict", [Retry(), DeadLetter("no"), Discard("no")])
+def test_what_a_handler_says_of_its_message_is_not_raised(project, broker, verdict):
+    project.subscribe("order.created", then=fails_with(verdict))
+
+    assert broker.deliver("order.created", {}, raise_errors=True) >= 1
+
+
+def test_a_message_that_cannot_be_read_is_raised_too(project, broker):
+    project.subscribe("order.created")
+
+    with pytest.raises(DecodingError):
+        broker.deliver("order.created", b"no json", raise_errors=True)
+
+
+def test_a_dead_letter_says_where_the_handler_failed(project, broker):
+    project.subscribe("order.created", then=fails_with(ValueError("no")), max_deliver=1)
+
+    broker.deliver("order.created", {})
+
+    (letter,) = broker.dead_letters
+    line = fails_with.__code__.co_firstlineno + 2
+    assert letter.traceback.endswith(f"test_test_broker.py:{line} in then")
+    assert letter.headers["x-dlq-traceback"] == letter.traceback
+
+
+# --- several apps
+
+
+def test_one_broker_for_two_apps(project):
+    billing = Project(app_name="billing")
+    project.subscribe("invoice.sent", producer="billing")
+    billing.subscribe(
+        "order.created",
+        producer="shop",
+        then=lambda message, context: billing.publish("invoice.sent", {"for": message["n"]}),
+    )
+
+    with TestBroker(project.app, billing.app) as broker:
+        with project.app.app_context():
+            project.publish("order.created", {"n": 1})
+        assert broker.drain() == 2
+        broker.assert_published("invoice.sent", **{"for": 1})
+        broker.deliver("order.created", b"no json")
+        assert [letter.subscriber for letter in broker.dead_letters] == ["mailer"]
+
+    assert project.messages == [{"for": 1}]
+    assert project.pubsub.state(project.app).broker() is not billing.pubsub.state().broker()
+
+
+def run_project(tmp_path, conftest, test):
+    (tmp_path / "conftest.py").write_text(textwrap.dedent(conftest))
+    (tmp_path / "test_it.py").write_text(textwrap.dedent(test))
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+APP = """
+    import pytest
+    from flask import Flask
+    from flask_natspubsub import NatsPubsub
+
+    pubsub = NatsPubsub()
+
+    @pytest.fixture{options}
+    def {name}({needs}):
+        app = Flask("shop")
+        pubsub.init_app(app)
+        return app
+"""
+EMPTY = "def test_it(pubsub_broker): assert pubsub_broker.published == []"
+
+
+@pytest.mark.parametrize(
+    ("conftest", "said"),
+    [
+        (APP.format(name="application", needs="", options=""), "1 passed"),
+        (APP.format(name="flask_app", needs="", options="(name='pubsub_app')"), "1 passed"),
+        (APP.format(name="flask_app", needs="", options=""), "define a fixture 'pubsub_app'"),
+        (APP.format(name="app", needs="missing", options=""), "fixture 'missing' not found"),
+    ],
+)
+def test_the_app_is_found_by_the_name_of_its_fixture(tmp_path, conftest, said):
+    done = run_project(tmp_path, conftest, EMPTY)
+
+    assert said in done.stdout
+
+
+def test_a_test_without_the_fixture_is_told_of_it():
+    pubsub = NatsPubsub()
+    app = Flask("shop")
+    app.config.update(NATSPUBSUB_URLS="nats://127.0.0.1:1", NATSPUBSUB_PUBLISH_TIMEOUT=0.2)
+    pubsub.init_app(app)
+
+    with app.app_context(), pytest.raises(NotConnected, match="the fixture pubsub_broker"):
+        pubsub.publish("order.created", {})
+    pubsub.shutdown(app)

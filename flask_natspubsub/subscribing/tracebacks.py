@@ -1,0 +1,80 @@
+"""Where a handler failed: its traceback without our own frames, and in one line."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from ..text import printable
+
+_OURS = f"{Path(__file__).parents[1]}{os.sep}"
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")})
+
+#: So many characters of a traceback are logged at most; its end is the part that counts.
+TEXT_LIMIT = 16_384
+#: So many of the innermost frames, and characters, are kept with a dead letter.
+FRAMES, FRAMES_LIMIT = 8, 1024
+
+
+def of_application(error: BaseException) -> TracebackType | None:
+    """Return the traceback of ``error`` from the first frame of the application on.
+
+    None if there is none: then it was raised by this package, before or after the handler.
+    """
+    others = [step for step in _steps(error) if not _is_ours(step)]
+    own = [step for step in others if not _is_of_library(step)]
+    return next(iter(own or others), None)
+
+
+def place_of_error(error: BaseException) -> str:
+    """Return ``file:line`` where the application's code failed; empty if it was not there."""
+    steps = [step for step in _steps(error, of_application(error)) if not _is_ours(step)]
+    own = [step for step in steps if not _is_of_library(step)] or steps
+    return _place(own[-1]) if own else ""
+
+
+def frames_of(error: BaseException) -> str:
+    """Return the innermost frames in one line of ASCII, the one that raised last."""
+    steps = list(_steps(error, of_application(error)))[-FRAMES:]
+    line = " > ".join(f"{_place(step)} in {step.tb_frame.f_code.co_name}" for step in steps)
+    line = line.encode("unicode_escape").decode("ascii")
+    return line if len(line) <= FRAMES_LIMIT else f"...{line[3 - FRAMES_LIMIT :]}"
+
+
+def text_of(error: BaseException, frames: TracebackType | None) -> str:
+    """Return the traceback as it is logged: indented, and printable but for its line ends."""
+    text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+    if len(text) > TEXT_LIMIT:
+        text = f"...{text[-TEXT_LIMIT:]}"
+    return "\n".join(f"  {printable(line)}" for line in text.split("\n"))
+
+
+def _steps(error: BaseException, start: TracebackType | None = None) -> Iterator[TracebackType]:
+    step = start or error.__traceback__
+    while step is not None:
+        yield step
+        step = step.tb_next
+
+
+def _is_ours(step: TracebackType) -> bool:
+    return step.tb_frame.f_code.co_filename.startswith(_OURS)
+
+
+def _is_of_library(step: TracebackType) -> bool:
+    return step.tb_frame.f_code.co_filename.startswith((*_LIBRARIES, "<frozen"))
+
+
+def _place(step: TracebackType) -> str:
+    return f"{_shortened(step.tb_frame.f_code.co_filename)}:{step.tb_lineno}"
+
+
+def _shortened(path: str) -> str:
+    """Return the path from the working directory on, if it is below that."""
+    try:
+        return path.removeprefix(f"{os.getcwd()}{os.sep}")  # noqa: PTH109 - at each failure
+    except OSError:  # somebody has removed it
+        return path
