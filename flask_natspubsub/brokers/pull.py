@@ -101,8 +101,7 @@ class ReplyWriter:
             self._link.wake(self._send_on)
 
     def _send_on(self) -> None:
-        sent = self.flush()
-        self._link.later(LINGER if sent < BUSY else LINGER_BUSY, self._look_again)
+        self._link.later(LINGER if self.flush() < BUSY else LINGER_BUSY, self._look_again)
 
     def _look_again(self) -> None:
         self._scheduled = False  # before the look: a reply put after it schedules itself
