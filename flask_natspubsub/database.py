@@ -28,6 +28,8 @@ from .statements import Statement
 
 #: Longest time a statement of the relay or of a clean-up may take, seconds.
 STATEMENT_TIMEOUT = 10.0
+#: By less than this many seconds a clock may be put back without a lease being taken for it.
+CLOCK_STEP = 1.0
 
 BigInt = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 Seconds: sa.Double[float] = sa.Double()
@@ -210,7 +212,11 @@ def _first_line(error: SQLAlchemyError) -> str:
 
 
 class Leases:
-    """Rights in ``natspubsub_lease``; at any time at most one owner holds a name."""
+    """Rights in ``natspubsub_lease``; at any time at most one owner holds a name.
+
+    One with more time left than any lease is given was taken by a clock that was wrong then and
+    has been put back since: it counts as expired.
+    """
 
     def __init__(self, database: Database, table: sa.Table, seconds: float) -> None:
         self.table = table
@@ -226,7 +232,7 @@ class Leases:
         look often, and a look is all that SQLite can take beside a writer.
         """
         columns = self.table.c
-        look = sa.select(columns.token, columns.expires_at < database_now())
+        look = sa.select(columns.token, self._is_free())
         with self._database.begin() as connection:
             row = connection.execute(look.where(columns.name == name)).first()
         if row is None:
@@ -245,7 +251,7 @@ class Leases:
         statement = (
             sa.update(self.table)
             .where(columns.name == lease.name, columns.token == lease.token - 1)
-            .where(columns.expires_at < database_now())
+            .where(self._is_free())
             .values(owner=lease.owner, token=lease.token, expires_at=self._until())
         )
         with self._database.begin() as connection:
@@ -289,6 +295,10 @@ class Leases:
         return sa.and_(
             columns.name == lease.name, columns.owner == lease.owner, columns.token == lease.token
         )
+
+    def _is_free(self) -> sa.ColumnElement[bool]:
+        until = self.table.c.expires_at
+        return sa.or_(until < database_now(), until > self._until() + CLOCK_STEP)
 
     def _until(self) -> sa.ColumnElement[float]:
         return database_now() + self.seconds

@@ -6,6 +6,8 @@ raises is logged and goes no further: a message is never lost or repeated for it
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from blinker import NamedSignal, Namespace
@@ -33,10 +35,24 @@ worker_started = _signals.signal("worker-started")
 worker_stopped = _signals.signal("worker-stopped")
 
 
+def call_guarded(what: str, function: Callable[..., object], *args: Any, **named: Any) -> None:
+    """Call a function of the user's in a thread that must live on; log what it raises.
+
+    ``sys.exit()`` too: it would end a thread that works for others. Ctrl-C goes on, which comes
+    in the main thread wherever that is.
+
+    :param what: names it in the log.
+    """
+    try:
+        function(*args, **named)
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if isinstance(error, KeyboardInterrupt) and in_main_thread:
+            raise
+        _log.exception("%s failed", what)
+
+
 def send(signal: NamedSignal, sender: Any, **arguments: Any) -> None:
     """Send ``signal``; log what a receiver raises instead of passing it on."""
     for receiver in signal.receivers_for(sender):
-        try:
-            receiver(sender, **arguments)
-        except Exception:  # noqa: BLE001 - whatever it is, it is logged
-            _log.exception("a receiver of the signal %r failed", signal.name)
+        call_guarded(f"a receiver of the signal {signal.name!r}", receiver, sender, **arguments)

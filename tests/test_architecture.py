@@ -42,12 +42,14 @@ MAY_IMPORT = {
         "sessions.py",  # what becomes of the user's transaction
         "publishing/outbox.py",
         "publishing/store.py",
+        "publishing/due.py",
         "publishing/sent.py",
         "publishing/streams.py",
         "persistence.py",  # puts the three together
         "publishing/changes.py",  # model events are SQLAlchemy's own
         "subscribing/inbox.py",
         "subscribing/inbox_takeover.py",
+        "subscribing/claims.py",  # the inbox, in SQL
     },
     "pytest": {"testing/plugin.py"},
 }

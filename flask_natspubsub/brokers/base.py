@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from ..errors import BrokerError, PublishError
+from ..signals import call_guarded
 
 DeliverPolicy = Literal["all", "new", "last"]
 
@@ -101,7 +102,7 @@ class Ticket:
                 callback = self._callbacks.pop()
             except IndexError:
                 return
-            callback(self)
+            call_guarded("a callback of a publish", callback, self)
 
 
 class Delivery(ABC):
@@ -270,6 +271,15 @@ class Consumption(ABC):
     @abstractmethod
     def request(self, count: int) -> None:
         """Ask for ``count`` more messages; any thread, does not wait."""
+
+    def bound(self, size: int, spare: Callable[[int], None]) -> None:  # noqa: B027 - may be empty
+        """Let no more than ``size`` bytes be on their way at once; before the first ``request``.
+
+        One message always comes, however large. ``spare`` is called in the broker's thread with
+        how many of those requested will not come since they are too large for that; whether to
+        request them again is for the caller to say. Where nothing is on its way, as in memory,
+        there is nothing to bound.
+        """
 
     @abstractmethod
     def stop(self, timeout: float = 5.0) -> None:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
+from ..text import get_logger
 from .threads import (
     ident_of_system_thread,
     is_patched_by_gevent,
@@ -17,6 +18,8 @@ from .threads import (
     refuse_eventlet,
     start_thread,
 )
+
+_log = get_logger("flask_natspubsub.broker")
 
 T = TypeVar("T")
 
@@ -35,6 +38,8 @@ class BackgroundLoop:
 
     def __init__(self, name: str) -> None:
         refuse_eventlet()
+        self._name = name
+        self._is_stopping = False
         self.loop = _new_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
         #: Set when the thread ends; a forked child, which has no such thread, sees it unset.
@@ -47,7 +52,8 @@ class BackgroundLoop:
         self._ident = self._get_ident()
         asyncio.set_event_loop(self.loop)
         try:
-            self.loop.run_forever()
+            while not self._turn():
+                pass
         finally:
             self.has_ended = True
             for task in (pending := asyncio.all_tasks(self.loop)):
@@ -55,6 +61,15 @@ class BackgroundLoop:
             self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             self.loop.close()
+
+    def _turn(self) -> bool:
+        """Run until ``stop``, or until something in the loop calls sys.exit(): False then."""
+        try:
+            self.loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            _log.exception("something tried to end the thread %r, which goes on", self._name)
+            return self._is_stopping
+        return True
 
     @property
     def is_alive(self) -> bool:
@@ -87,6 +102,7 @@ class BackgroundLoop:
 
     def stop(self, timeout: float = 2.0) -> None:
         """Cancel all tasks and end the thread."""
+        self._is_stopping = True
         if self.is_alive:
             self.loop.call_soon_threadsafe(self.loop.stop)
         if not self.is_current:

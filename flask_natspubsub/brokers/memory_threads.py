@@ -7,9 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..text import get_logger
-
-logger = get_logger("flask_natspubsub")
+from ..signals import call_guarded
 
 Callback = Callable[[Any], None]
 
@@ -53,7 +51,7 @@ class HandOver:
             self._runner = me
         try:
             while (call := self._next()) is not None:
-                _make(*call)
+                call_guarded("a callback of the broker in memory", *call)
         finally:
             with self._lock:
                 if self._runner == me:
@@ -71,13 +69,6 @@ class HandOver:
     def _release(self) -> None:
         self._runner = self._receiver = None
         self._returned.notify_all()
-
-
-def _make(callback: Callback, argument: Any) -> None:
-    try:
-        callback(argument)
-    except Exception:
-        logger.exception("a callback of the broker in memory failed")
 
 
 class Alarm:

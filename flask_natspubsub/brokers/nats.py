@@ -185,7 +185,7 @@ class _Connection:
         async def long_way(message: Msg) -> None:
             try:  # an exception would end nats-py's read loop for good
                 route(message.subject, message.reply, message.headers or NO_HEADERS, message.data)
-            except Exception:  # noqa: BLE001 - whatever it is, it is logged
+            except (Exception, SystemExit, KeyboardInterrupt):  # noqa: BLE001 - it is logged
                 _log.exception(NOT_PASSED_ON, message.subject)
 
         async with asyncio.timeout(ROUND_TRIP_TIMEOUT):

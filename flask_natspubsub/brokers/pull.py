@@ -1,4 +1,4 @@
-"""A continuous pull on one durable consumer, and the settling of what it delivers.
+"""A continuous pull on one durable consumer.
 
 JetStream sends nothing unasked: each pull asks for a number of messages, lives for
 ``EXPIRES`` seconds and is kept alive by heartbeats. What this module adds is that a request
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
 from ..errors import NatsPubsubError
@@ -22,8 +21,9 @@ from .base import ConsumerConfig, Consumption, Delivery
 from .consumers import ConsumerApi, Floor, PullLimits, Standing, needs_of
 from .missed import Puller
 from .presence import Presence
+from .settling import NANO, NatsDelivery, ReplyLink, ReplyWriter
 from .strangers import ASK_AGAIN, Strangers
-from .wire import DESCRIPTION, STATUS, Route, ack_frame, frame, parse_ack_subject
+from .wire import DESCRIPTION, STATUS, Route, frame
 
 _log = get_logger("flask_natspubsub.broker")
 
@@ -31,33 +31,29 @@ EXPIRES = 30.0
 # A pull can vanish without a word: the server drops one that it has not looked at yet when the
 # consumer is deleted. Two missed heartbeats tell, so a silent pull is replaced within 7 seconds.
 HEARTBEAT = 2.5
-#: Seconds for which acks are collected while they keep coming.
-LINGER = 0.001
-#: So long if there were at least so many the last time: then each write has more to share.
-LINGER_BUSY, BUSY = 0.002, 16
 #: How often it is looked how far the consumer is, and whether it is still as it should be.
 LOOK_INTERVAL = 10.0
 #: How soon after it was opened: another process that has just begun may have changed it.
 FIRST_LOOK = 3.0
 #: Where the server allows small pulls only, so many of them are open at a time.
 OPEN_PULLS = 8
-NANO = 1_000_000_000
+#: After so many seconds without a message it is asked whether the server holds new ones back.
+QUIET = 5.0
+#: A pull request asks for this part of the bytes that may be on their way.
+PART = 4
+#: What a message has besides payload and headers: its subject, and that of its ack.
+SUBJECTS = 64 * 1024
 PENDING = "Nats-Pending-Messages"
+PENDING_BYTES = "Nats-Pending-Bytes"
+TOO_LARGE = "Message Size Exceeds MaxBytes"
+#: Said of a request with ``max_bytes`` that has brought all it may.
+COMPLETED = "Batch Completed"
 
 
-class PullLink(Protocol):
+class PullLink(ReplyLink, Protocol):
     """What a pull needs of the connection."""
 
-    is_up: bool
-
-    def send(self, frames: Sequence[bytes]) -> None:
-        """Write frames of messages to the socket; the loop's thread."""
-
-    def wake(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` soon on the loop; any thread."""
-
-    def later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Call ``callback`` on the loop after ``seconds``; the loop's thread."""
+    max_payload: int
 
     def new_inbox(self) -> str:
         """Return a subject that nobody else listens to."""
@@ -76,92 +72,6 @@ class PullLink(Protocol):
 
     async def reset(self, why: str) -> None:
         """Drop the connection and make a new one."""
-
-
-class ReplyWriter:
-    """Collects acks and their kin from all threads and sends them together.
-
-    The first one after a pause is sent at once; what follows within ``LINGER`` goes together,
-    since each wake-up of the loop and each write costs more than handling a message may.
-
-    :param before: called before they are sent; must not raise.
-    """
-
-    def __init__(self, link: PullLink, before: Callable[[], None] = lambda: None) -> None:
-        self._link = link
-        self._before = before
-        self._replies: deque[bytes] = deque()
-        self._scheduled = False
-
-    def put(self, reply: bytes) -> None:
-        """Queue the frame of one reply; never waits."""
-        self._replies.append(reply)
-        if not self._scheduled:
-            self._scheduled = True
-            self._link.wake(self._send_on)
-
-    def _send_on(self) -> None:
-        self._link.later(LINGER if self.flush() < BUSY else LINGER_BUSY, self._look_again)
-
-    def _look_again(self) -> None:
-        self._scheduled = False  # before the look: a reply put after it schedules itself
-        if self._replies and self._link.is_up:
-            self._scheduled = True
-            self._send_on()
-
-    def flush(self) -> int:
-        """Send what is queued, and say how many; keep it while there is no connection."""
-        if not self._link.is_up:
-            return 0
-        out = []
-        while self._replies:
-            out.append(self._replies.popleft())
-        if out:
-            self._before()
-            self._link.send(out)
-        return len(out)
-
-
-class NatsDelivery(Delivery):
-    """A delivery from JetStream; its reply subject says all about it."""
-
-    __slots__ = ("_reply", "_writer")
-
-    def __init__(
-        self,
-        subject: str,
-        reply: str,
-        headers: Mapping[str, str],
-        data: bytes,
-        writer: ReplyWriter,
-    ) -> None:
-        self.subject = subject
-        self.headers = headers
-        self.data = data
-        self.settled = False
-        self.stream, self.attempt, self.sequence, self.timestamp = parse_ack_subject(reply)
-        self._reply = reply
-        self._writer = writer
-
-    def _settle(self, payload: bytes) -> None:
-        if not self.settled:
-            self.settled = True
-            self._writer.put(frame(self._reply, payload))
-
-    def ack(self) -> None:  # noqa: D102 - documented in the port, as the rest below
-        if not self.settled:
-            self.settled = True
-            self._writer.put(ack_frame(self._reply))
-
-    def nak(self, delay: float | None = None) -> None:  # noqa: D102
-        self._settle(b'-NAK {"delay": %d}' % int(delay * NANO) if delay else b"-NAK")
-
-    def term(self, reason: str = "") -> None:  # noqa: D102
-        self._settle(f"+TERM {reason}".rstrip().encode())
-
-    def in_progress(self) -> None:  # noqa: D102
-        if not self.settled:
-            self._writer.put(frame(self._reply, b"+WPI"))
 
 
 class Pull(Consumption):
@@ -184,6 +94,19 @@ class Pull(Consumption):
         self.deliver = deliver
         self._wanted = 0
         self._outstanding = 0
+        #: Pull requests that the server may still have, at most.
+        self._requests = 0
+        self._bytes = 0
+        #: Bytes that the consumer, made by others, lets a request ask for; 0: any.
+        self._most_bytes = 0
+        self._spare: Callable[[int], None] = self._want
+        #: Whether the next message is larger than a request may be.
+        self._oversized = False
+        self._arrived = time.monotonic()
+        #: How many messages the server lets be unsettled, where it allows less than was asked for.
+        self._limit = 0
+        #: Whether so many are, and new ones therefore wait.
+        self._is_held_back = False
         self._floor = Floor()
         self._inbox = ""
         self._key: int | None = None
@@ -223,10 +146,13 @@ class Pull(Consumption):
     def request(self, count: int) -> None:  # noqa: D102 - documented in the port
         self._link.wake(lambda: self._want(count))
 
+    def bound(self, size: int, spare: Callable[[int], None]) -> None:  # noqa: D102
+        self._bytes, self._spare = size, spare
+
     @property
     def is_healthy(self) -> bool:  # noqa: D102
         quiet = time.monotonic() - self._heard
-        fits = not self._problem and self._link.is_up
+        fits = not self._problem and not self._is_held_back and self._link.is_up
         return fits and (self._outstanding == 0 or quiet < 2 * HEARTBEAT + 1)
 
     @property
@@ -328,26 +254,41 @@ class Pull(Consumption):
             self._heard = time.monotonic()
         limits, most = self._limits, self._limits.batch
         while self._wanted:
-            count = self._wanted
+            if self._bytes and self._requests >= max(1, self._bytes // self._part):
+                return  # when all of them have ended, this is called again
+            count = 1 if self._oversized else self._wanted
             if most:
                 count = min(count, most, OPEN_PULLS * most - self._outstanding)
                 if count <= 0:
                     return  # the rest is asked for when some of it has come
             body = {"batch": count, "expires": limits.expires, "idle_heartbeat": limits.heartbeat}
+            if self._bytes and not self._oversized:
+                body["max_bytes"] = self._part
+            self._oversized = False
+            self._requests += 1
             self._outstanding += count
             self._wanted -= count
             self._link.send([frame(self._next, encode_value(body), self._inbox)])
 
+    @property
+    def _part(self) -> int:
+        """Bytes that one request may bring: any message that the server takes today fits in."""
+        part = max(self._bytes // PART, self._link.max_payload + SUBJECTS)
+        return min(part, self._most_bytes) if self._most_bytes else part
+
     def _on_message(
         self, subject: str, reply: str, headers: Mapping[str, str], data: bytes
     ) -> None:
-        self._heard = time.monotonic()
+        self._heard = now = time.monotonic()
         self._misses = 0
         if not data and STATUS in headers and not reply.startswith("$JS.ACK"):
             self._on_status(headers)
             return
+        self._arrived = now
         if self._outstanding:
             self._outstanding -= 1
+            if not self._outstanding:
+                self._requests = 0
         if self._wanted:
             self._pump()
         delivery = NatsDelivery(subject, reply, headers, data, self._writer)
@@ -374,12 +315,31 @@ class Pull(Consumption):
         if status == "100":
             return
         if status in ("404", "408"):
-            unused = min(int(headers.get(PENDING, 0)), self._outstanding)
-            self._outstanding -= unused
-            self._wanted += unused
+            self._wanted += self._take_back(headers)
             self._pump()
+        elif why == COMPLETED and headers.get(PENDING) == "0":
+            pass  # as its messages, which were counted, have said
+        elif why in (TOO_LARGE, COMPLETED):
+            self._on_too_large(self._take_back(headers), int(headers.get(PENDING_BYTES, 0)))
         else:
             self._reopen(why or f"status {status}", 0.25)
+
+    def _take_back(self, headers: Mapping[str, str]) -> int:
+        """Note that a request has ended; returns for how many messages it has not been used."""
+        unused = min(int(headers.get(PENDING, 0)), self._outstanding)
+        self._outstanding -= unused
+        self._requests = max(0, self._requests - 1) if self._outstanding else 0
+        return unused
+
+    def _on_too_large(self, unused: int, left: int) -> None:
+        """Give back what a request did not bring, since the next message is more than was left."""
+        if left >= self._part and unused:  # nothing was used up: it is larger than any request
+            self._oversized = True
+            self._wanted += 1
+            unused -= 1
+        self._pump()
+        if unused:
+            self._spare(unused)
 
     def _reopen(self, why: str, delay: float) -> None:
         self._stale = True
@@ -413,7 +373,7 @@ class Pull(Consumption):
         self._inbox = self._link.new_inbox()
         self._key = await self._link.route(self._inbox, self._on_message)
         self._wanted += self._outstanding
-        self._outstanding = 0
+        self._outstanding = self._requests = 0
         self._heard = time.monotonic()
         self._stale = False
         self._pump()
@@ -429,11 +389,15 @@ class Pull(Consumption):
     async def _look(self) -> None:
         if not self._link.is_up:
             return
-        silent = time.monotonic() - self._heard > 2 * HEARTBEAT
-        if self._outstanding and silent:
+        now = time.monotonic()
+        if self._outstanding and now - self._heard > 2 * HEARTBEAT:
             await self._on_silence()
-        elif time.monotonic() - self._floor_seen > LOOK_INTERVAL:
+        elif now - self._floor_seen > (QUIET if self._limit and self._is_quiet else LOOK_INTERVAL):
             await self._look_at_consumer()
+
+    @property
+    def _is_quiet(self) -> bool:
+        return self._outstanding > 0 and time.monotonic() - self._arrived > QUIET
 
     async def _on_silence(self) -> None:
         self._misses += 1
@@ -498,3 +462,21 @@ class Pull(Consumption):
         self._limits = PullLimits.of(config, EXPIRES, HEARTBEAT)
         if not self._gives.missing(self.needs):
             self._complete_until = int((report.get("delivered") or {}).get("stream_seq", 0))
+        self._most_bytes = int(config.get("max_bytes") or 0)
+        limit = int(config.get("max_ack_pending") or 0)
+        self._limit = limit if 0 < limit < self.config.max_ack_pending else 0
+        self._note_what_is_held_back(report, limit)
+
+    def _note_what_is_held_back(self, report: Mapping[str, Any], limit: int) -> None:
+        """Say it where new messages wait since as many as the server allows are unsettled."""
+        full = 1 < limit <= int(report.get("num_ack_pending", 0))
+        before = self._is_held_back
+        self._is_held_back = full and self._is_quiet and bool(report.get("num_pending"))
+        if self._is_held_back and not before:
+            _log.error(
+                "%s: %d messages wait for their retry, and the server allows no more "
+                "(max_ack_pending): new ones are not handed out until some of those are done. "
+                "Raise max_ack_pending in the limits of the account or the stream",
+                self.config.durable,
+                limit,
+            )

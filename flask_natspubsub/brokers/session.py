@@ -40,7 +40,8 @@ from .link import DEFAULT_MAX_PAYLOAD, Link
 from .loop import BackgroundLoop, bind_to_process
 from .outbound import PublishWindow
 from .presence import Presence
-from .pull import Pull, ReplyWriter
+from .pull import Pull
+from .settling import ReplyWriter
 from .topology import presence_subject
 from .wire import frame
 
@@ -213,6 +214,9 @@ class _PullHandle(Consumption):
 
     def request(self, count: int) -> None:
         self._pull.request(count)
+
+    def bound(self, size: int, spare: Callable[[int], None]) -> None:
+        self._pull.bound(size, spare)
 
     @property
     def consumer(self) -> tuple[str, str]:

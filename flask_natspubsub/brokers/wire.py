@@ -209,5 +209,5 @@ class FrameTap:
                 is_plain = block.startswith(_NO_STATUS)
                 headers = LazyHeaders(block) if is_plain else parse_headers(block)
                 route(subject, reply, headers, data[split:end])
-        except Exception:  # noqa: BLE001 - the other messages must still be read
+        except (Exception, SystemExit, KeyboardInterrupt):  # noqa: BLE001 - others must be read
             _log.exception(NOT_PASSED_ON, subject)

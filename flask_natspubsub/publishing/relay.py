@@ -26,19 +26,11 @@ from ..brokers.topology import wakeup_subject
 from ..errors import NatsPubsubError, PublishError
 from ..settings import Settings
 from ..text import get_logger
+from .due import DueRow, runs
 from .outbox import SENT
 from .publisher import STUCK
 from .rewind import StreamWatch
-from .store import (
-    CLEAN_BATCH,
-    LEASE_SECONDS,
-    PARTITION,
-    DueRow,
-    Failure,
-    OutboxStore,
-    Published,
-    runs,
-)
+from .store import CLEAN_BATCH, LEASE_SECONDS, PARTITION, Failure, OutboxStore, Published
 
 if TYPE_CHECKING:
     from ..database import Lease

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +11,10 @@ import sqlalchemy as sa
 from ..brokers.base import OutgoingMessage, StoredAck
 from ..database import Database, Lease, Leases, database_now
 from ..errors import PublishError
-from ..statements import Statement, table_name
+from ..statements import table_name
 from ..text import printable
-from .outbox import DELAYED_INDEX, PARKED, PENDING, SENT, OutboxTables
+from .due import DueRow, DueRows, is_pending, message_of
+from .outbox import PARKED, PENDING, SENT, OutboxTables
 from .sent import SentRows
 from .streams import StreamRecords
 
@@ -22,17 +22,6 @@ LEASE_SECONDS = 10.0
 CLEAN_BATCH = 1000
 #: The lease of a partition is called this and its number.
 PARTITION = "outbox/"
-_OF_ROW = "id", "event_id", "subject", "payload", "headers", "ordering_key", "attempts"
-
-
-class DueRow(msgspec.Struct, frozen=True, gc=False):
-    """A row that the relay may send."""
-
-    id: int
-    event_id: str
-    message: OutgoingMessage
-    ordering_key: str | None
-    attempts: int
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -70,94 +59,16 @@ class Published(msgspec.Struct):
         return stuck - {None}  # rows without a key wait for none
 
 
-class OutboxStore:
+class OutboxStore(DueRows):
     """The relay's and the commands' side of the table."""
 
     def __init__(self, database: Database, tables: OutboxTables) -> None:
+        super().__init__(database, tables.outbox)
         self.leases = Leases(database, tables.lease, LEASE_SECONDS)
         self.sent = SentRows(database, tables.outbox)
         self.streams = StreamRecords(database, tables.stream)
-        self.table = tables.outbox
-        self.database = database
-        #: By the clock's skew, which only tests have, and the columns read.
-        self._due: dict[tuple[float, tuple[str, ...]], Statement] = {}
         #: By the dialect and the name of the table.
         self._marks: dict[tuple[str, str], sa.TextClause] = {}
-
-    def due(self, partition: int, limit: int) -> list[DueRow]:
-        """Read what may be sent, oldest first.
-
-        A row whose key has an older row that is not due yet, or is still in another partition,
-        waits for it; one that had to wait itself, until no older one of its key is left.
-        """
-        with self.database.begin() as connection:
-            found = self._find_due(connection, _OF_ROW, partition=partition, most=limit, after=0)
-        return list(map(_due_row, found))
-
-    def due_behind(self, partition: int, limit: int, ahead: Sequence[DueRow]) -> list[DueRow]:
-        """Read what may be sent behind rows on their way, up to the first with an ordering key.
-
-        Nothing if others belong before those by now: a transaction that had taken its ids before
-        theirs was committed since, or one of a key is due. They have to be read first, and the
-        other rows of their transaction behind them.
-        """
-        last, count = ahead[-1].id, len(ahead)
-        with self.database.begin() as connection:
-            found = self._find_due(connection, _OF_ROW, partition=partition, most=limit, after=last)
-            # In this order: what could be seen then, can be seen now.
-            first = found and self._find_due(
-                connection, ("id",), partition=partition, most=count, after=0
-            )
-        if [row_id for (row_id,) in first] != [row.id for row in ahead]:
-            return []
-        return list(itertools.takewhile(lambda row: row.ordering_key is None, map(_due_row, found)))
-
-    def _find_due(
-        self, connection: sa.Connection, names: tuple[str, ...], **values: int
-    ) -> Sequence[Any]:
-        key = self.database.skew, names
-        statement = self._due.get(key)
-        if statement is None:
-            statement = self._due[key] = Statement(self._due_query(names))
-        return statement.execute(connection, **values).all()
-
-    def _due_query(self, names: Sequence[str]) -> sa.Select[Any]:
-        partition = sa.bindparam("partition", type_=sa.Integer)
-        limit = sa.bindparam("most", type_=sa.Integer)
-        columns, older = self.table.c, self.table.alias("older")
-        older_of_key = sa.and_(
-            _is_pending(older),
-            older.c.ordering_key == columns.ordering_key,
-            older.c.id < columns.id,
-        )
-        not_ours = sa.or_(older.c.available_at.is_not(None), older.c.partition != partition)
-        at_once = self._pending_in(partition, names).where(
-            columns.available_at.is_(None),
-            sa.or_(columns.ordering_key.is_(None), ~sa.exists().where(older_of_key, not_ours)),
-        )
-        delayed = self._pending_in(partition, names).where(
-            columns.available_at <= self.database.now(),
-            sa.or_(columns.ordering_key.is_(None), ~sa.exists().where(older_of_key)),
-        )
-        # Two arms, each in the order of its index: to read a batch takes as long however many
-        # rows are due some day, and however many are due now.
-        arms = (
-            at_once.order_by(columns.id).limit(limit).subquery(),
-            delayed.order_by(columns.available_at, columns.id).limit(limit).subquery(),
-        )
-        both = sa.union_all(*(sa.select(arm) for arm in arms)).subquery()
-        return sa.select(both).order_by(both.c.id).limit(limit)
-
-    def _pending_in(self, partition: sa.BindParameter[int], names: Sequence[str]) -> sa.Select[Any]:
-        table, columns = self.table, self.table.c
-        query = sa.select(*(columns[name] for name in names)).where(
-            _is_pending(table),
-            columns.partition == partition,
-            columns.id > sa.bindparam("after", type_=sa.Integer),
-        )
-        for dialect in ("mysql", "mariadb"):  # it would go through all rows sent, in order of ids
-            query = query.with_hint(table, f"FORCE INDEX ({DELAYED_INDEX})", dialect)
-        return query
 
     def mark(
         self,
@@ -207,11 +118,11 @@ class OutboxStore:
         columns = self.table.c
         query = (
             sa.select(columns.subject, columns.payload, columns.headers)
-            .where(_is_pending(self.table))
+            .where(is_pending(self.table))
             .order_by(columns.id)
         )
         with self.database.begin() as connection:
-            return [_message(*row) for row in connection.execute(query)]
+            return [message_of(*row) for row in connection.execute(query)]
 
     def adopt(self, partitions: int) -> int:
         """Move pending rows out of partitions that nobody relays; returns how many.
@@ -258,7 +169,7 @@ class OutboxStore:
         """
         columns, now = self.table.c, self.database.now()
         age = database_now() - columns.created_at
-        pending = sa.select(columns.partition, age).where(_is_pending(self.table)).limit(1)
+        pending = sa.select(columns.partition, age).where(is_pending(self.table)).limit(1)
         first_of = (
             pending.where(columns.available_at.is_(None)).order_by(columns.partition, columns.id),
             pending.where(columns.available_at <= now).order_by(
@@ -291,7 +202,7 @@ class OutboxStore:
         table = self.table
         # What has failed before has a time at which it is due again.
         waiting = sa.and_(
-            _is_pending(table), table.c.available_at.is_not(None), table.c.attempts > 0
+            is_pending(table), table.c.available_at.is_not(None), table.c.attempts > 0
         )
         where = sa.or_(table.c.status == _literal(PARKED), waiting)
         if ids is not None:
@@ -328,34 +239,16 @@ class OutboxStore:
         return sa.and_(columns.status == _literal(status), age < database_now() - older_than)
 
 
-def runs(rows: Sequence[DueRow]) -> list[list[DueRow]]:
-    """Cut rows, in order, so that no part has two of one ordering key."""
-    found: list[list[DueRow]] = []
-    keys: set[str] = set()
-    for row in rows:
-        if not found or row.ordering_key in keys:
-            found.append([])
-            keys = set()
-        found[-1].append(row)
-        if row.ordering_key is not None:
-            keys.add(row.ordering_key)
-    return found
-
-
 def _literal(status: str) -> sa.ColumnElement[str]:
     """Write it into the text of the query: a bound value does not show that an index fits."""
     return sa.literal(status, sa.String, literal_execute=True)
-
-
-def _is_pending(table: sa.FromClause) -> sa.ColumnElement[bool]:
-    return table.c.status == sa.literal_column(f"'{PENDING}'", sa.String)
 
 
 def _is_pending_by_index(table: sa.FromClause) -> sa.ColumnElement[bool]:
     """Say it in such a way that the index of what is delayed, and that of what is not, fit."""
     at = table.c.available_at
     return sa.or_(
-        sa.and_(_is_pending(table), at.is_(None)), sa.and_(_is_pending(table), at.is_not(None))
+        sa.and_(is_pending(table), at.is_(None)), sa.and_(is_pending(table), at.is_not(None))
     )
 
 
@@ -368,15 +261,6 @@ def _failure(row_id: int, failure: Failure) -> dict[str, Any]:
         "wait": failure.wait,
         "new_status": PARKED if failure.park else PENDING,
     }
-
-
-def _due_row(found: Any) -> DueRow:
-    row_id, event_id, subject, payload, headers, key, attempts = found
-    return DueRow(row_id, event_id, _message(subject, payload, headers), key, attempts)
-
-
-def _message(subject: str, payload: bytes, headers: str) -> OutgoingMessage:
-    return OutgoingMessage(subject, bytes(payload), msgspec.json.decode(headers))
 
 
 def _by_stream(sent: Mapping[int, StoredAck]) -> dict[str, str]:

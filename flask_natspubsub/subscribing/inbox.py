@@ -14,12 +14,14 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event, orm
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError, StatementError
 
 from ..database import Database, Identifier, Seconds, database_now, insert_new
 from ..errors import DatabaseError, NatsPubsubError
 from ..messages.identity import Handling, subscriber_key
 from ..text import get_logger
+from .attempts import InboxBusy
+from .claims import Claims, is_locked
 from .inbox_takeover import Takeover
 
 _log = get_logger("flask_natspubsub.worker")
@@ -56,7 +58,8 @@ class Inbox:
 
     def __init__(self, database: Database, table: sa.Table, leases: sa.Table) -> None:
         self.table = table
-        self._takeover = Takeover(table, leases)
+        self._claims = Claims(table)
+        self._takeover = Takeover(table, leases, self._claims)
         self._database = database
         this_row = sa.and_(
             table.c.event_id == sa.bindparam("event_id"),
@@ -69,9 +72,10 @@ class Inbox:
     def begin(self, handling: Handling, *, once: bool) -> HandlerWork | None:
         """Begin what one handler does with one event.
 
-        :param once: insert the inbox row; waits for another transaction that has inserted it
-            and has not ended yet.
+        :param once: insert the inbox row; waits, not for long, for another transaction that has
+            inserted it and has not ended yet.
         :returns: None if ``once`` and this was handled before.
+        :raises InboxBusy: another transaction has inserted the row and does not end.
         :raises DatabaseError: the inbox could not be asked, or its table is missing.
         """
         session = self.session
@@ -92,8 +96,7 @@ class Inbox:
         """Insert the row in the session's transaction; False if it is there already."""
         with self._database.in_place(session, self.table) as connection:
             connection.info.pop(_FAILED, None)
-            values = {**_key(handling), "processed_at": database_now()}
-            new = insert_new(connection, self.table, values)
+            new = self._claims.insert(connection, _key(handling))
             return new and self._takeover.claim(connection, handling)
 
     def unclaim(self, session: orm.Session, handling: Handling) -> None:
@@ -295,5 +298,9 @@ def _asking() -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
+        if isinstance(error, DataError) or type(error) is StatementError:
+            raise  # it is the message's fault, whose id the database cannot take
         cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+        if is_locked(error):
+            raise InboxBusy(f"Another transaction has the inbox row locked: {cause}") from error
         raise DatabaseError(f"The inbox could not be asked: {cause}") from error

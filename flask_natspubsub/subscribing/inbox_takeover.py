@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from ..database import database_now, insert_new
 from ..messages.identity import Handling
+from .claims import Claims
 
 #: How long the old keys are used; seconds. At least as long as rows were kept by default.
 DURATION = 8 * 24 * 3600.0
@@ -28,8 +29,9 @@ _CLOCKS = 5.0
 class Takeover:
     """Knows whether old rows count, and inserts and reads them."""
 
-    def __init__(self, table: sa.Table, leases: sa.Table) -> None:
+    def __init__(self, table: sa.Table, leases: sa.Table, claims: Claims) -> None:
         self._table = table
+        self._claims = claims
         self._leases = leases
         self._is_on: bool | None = None
         self._lock = threading.Lock()
@@ -41,8 +43,7 @@ class Takeover:
         """
         if not self._is_needed(connection):
             return True
-        values = {**_old_key(handling), "processed_at": database_now()}
-        if insert_new(connection, self._table, values):
+        if self._claims.insert(connection, _old_key(handling)):
             return True
         return not self._counts(connection, handling)
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from ..brokers.base import Delivery
-from ..errors import DeadLetter, Discard, NatsPubsubError, Retry
+from ..errors import DatabaseError, DeadLetter, Discard, NatsPubsubError, Retry
 from ..messages import lineage
 from ..messages.identity import Handling, handling, unnamed_handling
 from ..messages.received import Received
@@ -28,6 +28,7 @@ from ..signals import (
     message_retried,
 )
 from . import context as message_context
+from .attempts import Attempts, HandlerInterrupted, HandlerTimeout, InboxBusy, NeverFinished
 from .context import DeliveryContext, MessageContext
 from .deadletter_box import DeadLetterBox
 from .middleware import compose
@@ -42,18 +43,6 @@ from .tracebacks import of_application, place_of_error
 _DELIBERATE = (Discard, DeadLetter, Retry)
 #: Sends a signal of this package for the application.
 Emit = Callable[..., None]
-
-
-class HandlerTimeout(NatsPubsubError):
-    """A handler ran longer than its time limit; the message is delivered again."""
-
-    code = "handler-timeout"
-
-
-class NeverFinished(NatsPubsubError):
-    """A message was delivered too often without any handler ending: the process died."""
-
-    code = "never-finished"
 
 
 class Work(Protocol):
@@ -104,7 +93,11 @@ class Processor:
         self._emit = emit
         self._run_async = run_async
         self._transactions = transactions
+        self._attempts = Attempts(subscription.max_deliver)
         self._deciders: dict[Delivery, str] = {}
+        #: Since when handlers have been running, on the monotonic clock; None for those that
+        #: ``run_async`` looks after. What is not here has not begun.
+        self._clocks: dict[Delivery, float | None] = {}
 
     # --- the straight path
 
@@ -126,6 +119,7 @@ class Processor:
             return self._failed(delivery, received, error, started)
         finally:
             self._deciders.pop(delivery, None)
+            self._clocks.pop(delivery, None)
 
     def _handle(self, delivery: Delivery, received: Received, started: float) -> Outcome:
         context = self._context(delivery, received)
@@ -162,6 +156,7 @@ class Processor:
         )
         report(outcome)
         delivery.ack()
+        self._attempts.forget(delivery)
         return outcome
 
     def _work(self, delivery: Delivery, received: Received, context: MessageContext) -> bool:
@@ -174,9 +169,10 @@ class Processor:
             return False
         if work is not _NO_WORK and self._is_taken_over(delivery):
             raise HandlerTimeout("The message was handed back while the inbox waited for it.")
+        self._clocks[delivery] = time.monotonic()
         message = self.subscription.decode(received.message)
         self._emit(message_received, context=context)
-        self._call(context, message)
+        self._call(delivery, context, message)
         if not self._decides(delivery, "handler"):
             raise HandlerTimeout("The handler ended after its message was handed back.")
         return work.commit()
@@ -190,7 +186,7 @@ class Processor:
         event_id = forced_id(delivery.headers, received.event_id)
         return handling(app, name, delivery.subject, event_id)
 
-    def _call(self, context: MessageContext, message: Any) -> None:
+    def _call(self, delivery: Delivery, context: MessageContext, message: Any) -> None:
         subscription = self.subscription
         handler = subscription.handler
         if subscription.middleware:
@@ -199,6 +195,7 @@ class Processor:
         else:
             result = handler(message, context)
         if result is not None and inspect.isawaitable(result):
+            self._clocks[delivery] = None
             self._run_async(result, subscription.timeout)
 
     def _context(self, delivery: Delivery, received: Received) -> MessageContext:
@@ -225,20 +222,37 @@ class Processor:
             return "timed_out", error_text(error)
         verdict = classify(
             error,
-            attempt=delivery.attempt,
+            attempt=self._attempts.of(delivery),
             max_deliver=self.subscription.max_deliver,
             backoff=self.subscription.backoff,
             random=random.random,
+            spared=self._spares(delivery, error),
         )
         if isinstance(verdict, Drop):
             delivery.ack()
+            self._attempts.forget(delivery)
             return "discarded", verdict.reason
         if isinstance(verdict, GiveUp):
             failed = verdict.reason == "handler_error"
             reason = self._reason(delivery) if failed else verdict.reason
             return self.give_up(delivery, received, reason, verdict.error)
+        if isinstance(error, InboxBusy):
+            verdict = RetryLater(max(verdict.delay, self._attempts.pause(delivery)))
         self._retry(delivery, received, verdict, error)
         return "retried", f"{error_text(error)}; again in {verdict.delay:.3g} s"
+
+    def _spares(self, delivery: Delivery, error: BaseException) -> bool:
+        """Whether this delivery does not count, since it failed through no fault of the message.
+
+        Before the handler has begun the database is at fault, for as long as it takes; after
+        that it may be the handler.
+        """
+        if isinstance(error, DatabaseError) and self.has_begun(delivery):
+            return self._attempts.spare_a_loss(delivery)
+        spares = isinstance(error, (DatabaseError, HandlerInterrupted))
+        if spares:
+            self._attempts.spare(delivery)
+        return spares
 
     def _decides(self, delivery: Delivery, who: str) -> bool:
         """Whether ``who`` decides on the delivery's fate: the first that asks does.
@@ -251,19 +265,39 @@ class Processor:
         """Let the time limit decide, not the handler; False if that one has just ended."""
         return self._decides(delivery, "time limit")
 
+    def is_late(self, delivery: Delivery, started: float, now: float) -> bool:
+        """Whether the time limit has run out for a delivery that is being processed.
+
+        :param started: when that began; counts while the handler has not begun.
+        """
+        since = self._clocks.get(delivery, started)
+        return since is not None and now - since > self.subscription.timeout
+
     def _is_taken_over(self, delivery: Delivery) -> bool:
         return delivery.settled or self._deciders.get(delivery) == "time limit"
 
-    def time_out(self, delivery: Delivery) -> None:
-        """Hand a delivery back that was taken over: its handler is still running."""
-        subscription = self.subscription
-        received = try_read(self.subscription.read, delivery)
-        limit = HandlerTimeout(f"The handler ran longer than {subscription.timeout:g} s.")
-        if delivery.attempt >= subscription.max_deliver:
+    def has_begun(self, delivery: Delivery) -> bool:
+        """Whether the handler has begun, after what may have to wait for others."""
+        return delivery in self._clocks
+
+    def time_out(self, delivery: Delivery, *, begun: bool = True) -> None:
+        """Hand a delivery back that was taken over: its handler is still running.
+
+        :param begun: whether it had begun; if not, the delivery does not count.
+        """
+        subscription, attempt = self.subscription, self._attempts.of(delivery)
+        received = try_read(subscription.read, delivery)
+        limit: NatsPubsubError = HandlerTimeout(
+            f"The handler ran longer than {subscription.timeout:g} s."
+        )
+        if not begun:
+            limit = DatabaseError(f"The inbox could not be asked for {subscription.timeout:g} s.")
+            self._attempts.spare(delivery)
+        elif attempt >= subscription.max_deliver:
             self.give_up(delivery, received, self._reason(delivery), limit)
-        else:
-            delay = backoff_delay(delivery.attempt, subscription.backoff, random.random)
-            self._retry(delivery, received, RetryLater(delay), limit)
+            return
+        delay = backoff_delay(attempt, subscription.backoff, random.random)
+        self._retry(delivery, received, RetryLater(delay), limit)
 
     def _retry(
         self,
@@ -294,6 +328,7 @@ class Processor:
                 delivery.nak(max(delay, 1.0))
                 return "retried", f"{text}; the dead letter could not be stored: {failure}"
         delivery.term(reason)
+        self._attempts.forget(delivery)
         context = None if received is None else self._context(delivery, received)
         self._emit(message_dead_lettered, context=context, reason=reason, error=error)
         return "dead_lettered", f"{reason}: {text}"
@@ -302,7 +337,8 @@ class Processor:
 
     def is_over_limit(self, delivery: Delivery) -> bool:
         """Whether the message was delivered more often than allowed without being refused."""
-        return delivery.attempt > self.subscription.max_deliver
+        most = self.subscription.max_deliver
+        return delivery.attempt > most and self._attempts.of(delivery) > most
 
     def _reason(self, delivery: Delivery) -> GiveUpReason:
         return "max_deliver_exceeded" if self.is_over_limit(delivery) else "handler_error"

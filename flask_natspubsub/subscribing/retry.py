@@ -64,12 +64,15 @@ def classify(
     max_deliver: int,
     backoff: Sequence[float],
     random: Callable[[], float],
+    spared: bool | None = None,
 ) -> Verdict:
     """Decide what becomes of a message whose delivery number ``attempt`` ended in ``error``.
 
     A ``Retry`` is an ordinary failure with a delay of its own: it counts, and ends in a
     dead letter at ``max_deliver`` too, or a handler could keep a message for ever. A database
     that cannot be asked is no fault of the message, which waits for it as long as it takes.
+
+    :param spared: whether it is no fault of the message; default: if it is the database's.
     """
     if isinstance(error, Discard):
         return Drop(str(error))
@@ -77,7 +80,9 @@ def classify(
         return GiveUp("rejected", error)
     if isinstance(error, DecodingError):
         return GiveUp(error.reason, error)
-    if attempt >= max_deliver and not isinstance(error, DatabaseError):
+    if spared is None:
+        spared = isinstance(error, DatabaseError)
+    if attempt >= max_deliver and not spared:
         return GiveUp("handler_error", error)
     asked = _asked_delay(error)
     return RetryLater(backoff_delay(attempt, backoff, random) if asked is None else asked)

@@ -20,6 +20,10 @@ from .subscriber import Declaration
 
 T = TypeVar("T")
 
+#: Messages that may wait for their retry, and be in hand, at once. The server keeps about 300
+#: bytes of each in memory: without an end, one broken subscriber could take all of it.
+MOST_UNSETTLED = 1_000_000
+
 
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     """A subscriber of one app, with every option settled; durations are seconds.
@@ -73,8 +77,12 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def max_ack_pending(self) -> int:
-        """How many messages the server hands to all workers together before it waits."""
-        return 1 if self.ordered else max(1000, 200 * self.concurrency)
+        """How many messages may be unsettled at the server before it hands out no new ones.
+
+        Those that wait for their retry are among them, so it is no limit for what is in hand:
+        each worker asks for no more than it can work off.
+        """
+        return 1 if self.ordered else MOST_UNSETTLED
 
     def consumer_config(self, stream: str) -> ConsumerConfig:
         """Return what its consumer should be.

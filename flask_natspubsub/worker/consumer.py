@@ -27,6 +27,13 @@ HAND = 0.5
 STOP_TIMEOUT = 5.0
 #: How fast the measured handler time follows: the weight of the newest message.
 NEWEST = 0.1
+#: Bytes that all subscribers of a worker together should have in hand. Half of what the server
+#: keeps for a connection before it drops it as a slow consumer, by its default.
+HAND_BYTES = 32 * 1024 * 1024
+#: A subscriber of many has so much at least.
+LEAST_BYTES = 2 * 1024 * 1024
+#: What is kept, with each message, of the largest size seen lately.
+FADING = 0.99
 
 
 class Job(msgspec.Struct, eq=False):
@@ -38,6 +45,8 @@ class Job(msgspec.Struct, eq=False):
     started: float | None = None
     #: The one that handles it; set by the worker.
     thread: threading.Thread | None = None
+    #: Whether its handler had begun when its time ran out.
+    begun: bool = True
     expired: bool = False
 
 
@@ -51,6 +60,7 @@ class SubscriberConsumer:
     :param slots: handler threads of the worker.
     :param prefetch: most messages in hand, unless there are more handlers at once.
     :param dispatch: puts a job on the worker's queue.
+    :param hand_bytes: most bytes in hand, unless the messages of all handlers are more.
     """
 
     def __init__(
@@ -61,6 +71,7 @@ class SubscriberConsumer:
         slots: int,
         prefetch: int,
         dispatch: Callable[[Job], None],
+        hand_bytes: int = HAND_BYTES,
     ) -> None:
         self.processor = processor
         self.subscription = processor.subscription
@@ -83,6 +94,9 @@ class SubscriberConsumer:
         self._received = 0
         self._limit = self.concurrency
         self._average = 0.0
+        self._hand_bytes = hand_bytes
+        #: How large a message may well be, from those that came last.
+        self._size = 1.0
         self._consumption: Consumption | None = None
         self._stopping = False
         self._ended = False
@@ -95,6 +109,7 @@ class SubscriberConsumer:
         """Make the durable consumer and begin to pull; the errors of ``Broker.consume``."""
         config = self.subscription.consumer_config(self._stream)
         self._consumption = self._broker.consume(config, self._deliver)
+        self._consumption.bound(self._hand_bytes, self._spared)
         if self._stopping:
             self._end(self._consumption, STOP_TIMEOUT)
         else:
@@ -166,6 +181,7 @@ class SubscriberConsumer:
     def _deliver(self, delivery: Delivery) -> None:
         if self._received < self._asked:
             self._received += 1
+        self._size = max(len(delivery.data), self._size * FADING)
         job = Job(self, delivery, time.monotonic())
         self._jobs.add(job)
         self._waiting.add(job)
@@ -173,6 +189,12 @@ class SubscriberConsumer:
             self._backlog.append(job)
             if self._free:
                 self._hand_out()
+
+    def _spared(self, count: int) -> None:
+        """Hear that so many of those asked for do not come: they are large."""
+        self._received = min(self._asked, self._received + count)
+        if self._is_low():
+            self._top_up()
 
     # --- any thread
 
@@ -260,12 +282,12 @@ class SubscriberConsumer:
         return len(self._jobs) + self._asked - self._received
 
     def _workable(self) -> int:
-        """Return how many may be in hand, by the handler times measured so far."""
+        """Return how many may be in hand, by the handler times and sizes measured so far."""
         if self.subscription.ordered or not self._average:
             return self.concurrency
         seconds = self.concurrency * min(HAND, self.ack_wait / 6)
-        wanted = min(int(seconds / max(self._average, 1e-6)), self._limit * 2, self.most_in_hand)
-        return max(self.concurrency, wanted)
+        by_time = min(int(seconds / max(self._average, 1e-6)), self._limit * 2, self.most_in_hand)
+        return max(self.concurrency, min(by_time, int(self._hand_bytes / self._size)))
 
     # --- the worker's monitor
 
@@ -302,11 +324,10 @@ class SubscriberConsumer:
 
     def _is_late(self, job: Job, now: float) -> bool:
         """Whether the time is up, and the handler has not just come to its end."""
-        return (
-            job.started is not None
-            and now - job.started > self.subscription.timeout
-            and self.processor.take_over(job.delivery)
-        )
+        if job.started is None or not self.processor.is_late(job.delivery, job.started, now):
+            return False
+        job.begun = self.processor.has_begun(job.delivery)
+        return self.processor.take_over(job.delivery)
 
     def _expire(self, job: Job) -> None:
         """Give the place of a job away, unless it has come to its end."""

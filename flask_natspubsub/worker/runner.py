@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Protocol, Self, cast
 
 from ..brokers.base import Broker
@@ -20,7 +21,7 @@ from ..subscribing.processor import Emit, Processor, Transactions
 from ..subscribing.subscription import Subscription
 from ..text import get_logger
 from .asynchronous import AsyncHandlers
-from .consumer import STOP_TIMEOUT, Job, SubscriberConsumer
+from .consumer import HAND_BYTES, LEAST_BYTES, STOP_TIMEOUT, Job, SubscriberConsumer
 from .gate import Gate
 
 _log = get_logger("flask_natspubsub.worker")
@@ -94,6 +95,7 @@ class Worker:
         self._beat = 0.0
         self._life = threading.Lock()
         box = DeadLetterBox(broker, settings)
+        hand_bytes = max(LEAST_BYTES, HAND_BYTES // (len(subscriptions) or 1))
         self._consumers = [
             SubscriberConsumer(
                 broker,
@@ -102,6 +104,7 @@ class Worker:
                 self.concurrency,
                 settings.prefetch,
                 self._queue.put,
+                hand_bytes,
             )
             for subscription in subscriptions
         ]
@@ -325,7 +328,7 @@ class Worker:
             job.thread, following = thread, None
             try:
                 following = self._run(job)[1]  # an outcome that is kept keeps the error's frames
-            except Exception:  # noqa: BLE001 - a fault of this package must not end the thread
+            except BaseException:  # noqa: BLE001 - a fault of this package must not end the thread
                 _log.exception("%s: not processed", job.consumer.subscription.name)
             if job.expired:
                 return  # a fresh thread took this one's place when the time limit ran out
@@ -367,18 +370,16 @@ class Worker:
         self._beat = now
 
     def _expire(self, job: Job) -> None:
-        _log.error(
-            "%s: the handler has been running for more than %g s; its message is handed back",
-            job.consumer.subscription.name,
-            job.consumer.subscription.timeout,
-        )
+        subscription = job.consumer.subscription
+        what = "the handler has been running" if job.begun else "the inbox has been waiting"
+        text = "%s: %s for more than %g s; its message is handed back"
+        _log.error(text, subscription.name, what, subscription.timeout)
         if job.expired:
             self._replace(cast(threading.Thread, job.thread))
             self._gate.leave(job)
+        time_out = partial(job.consumer.processor.time_out, job.delivery, begun=job.begun)
         # Storing a dead letter may take a while; the monitor has others to renew.
-        threading.Thread(
-            target=job.consumer.processor.time_out, args=(job.delivery,), daemon=True
-        ).start()
+        threading.Thread(target=time_out, daemon=True).start()
 
     def _replace(self, late: threading.Thread) -> None:
         """Start a thread in place of one that hangs in a handler."""

@@ -20,6 +20,7 @@ from sqlalchemy import orm
 from sqlalchemy.exc import IntegrityError
 
 from flask_natspubsub import Discard, NatsPubsub
+from flask_natspubsub.subscribing.claims import WAIT
 from flask_natspubsub.subscribing.outcome import Outcome
 from flask_natspubsub.subscribing.processor import Processor
 from flask_natspubsub.testing import TestBroker
@@ -736,3 +737,31 @@ def test_a_rename_takes_all_rows_of_a_subscriber_along(desk: Desk) -> None:
         "desk<shop/post",
     }
     assert persistence.inbox.rename("desk", "mailer", "post") == 0
+
+
+def test_a_lock_that_is_not_given_up_is_waited_for_briefly_and_counts_against_nobody(
+    postgres_desk: Desk, pool: ThreadPoolExecutor
+) -> None:
+    """The database keeps the transaction of a machine that has vanished, with the inbox row."""
+    desk = postgres_desk
+    has_row, may_end = threading.Event(), threading.Event()
+
+    def handler(message: Any) -> None:
+        has_row.set()
+        assert may_end.wait(60)
+        shown = desk.db.session.execute(sa.text("SHOW lock_timeout")).scalar_one()
+        desk.note(shown)
+
+    processor = desk.processor(handler, max_deliver=2)
+    vanished = pool.submit(handle, processor)
+    assert has_row.wait(20)
+    began = time.monotonic()
+    outcomes = [handle(processor, attempt=attempt)[0] for attempt in (2, 3)]
+    took = time.monotonic() - began
+    may_end.set()
+
+    assert [outcome.result for outcome in outcomes] == ["retried"] * 2
+    assert 2 * WAIT <= took < 5 * WAIT
+    assert desk.box.stored == []
+    assert vanished.result(20)[0].result == "handled"
+    assert desk.effects == ["0"]  # the limit is for the row of the inbox only

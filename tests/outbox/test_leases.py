@@ -66,6 +66,24 @@ def test_lease_that_has_expired_is_free(shop: OutboxShop) -> None:
     second.release()
 
 
+def test_lease_of_a_clock_that_was_put_back_is_free(shop: OutboxShop) -> None:
+    dead, second = shop.relay(), shop.relay()
+    dead.step()
+    shop.execute("UPDATE natspubsub_lease SET expires_at = expires_at + 3600")
+    shop.commit(1)
+    assert second.step() == 1
+    assert shop.store.leases.holders()[0]["seconds_left"] <= LEASE_SECONDS
+    second.release()
+
+
+def test_lease_with_no_more_left_than_it_was_given_is_held(shop: OutboxShop) -> None:
+    first, second = shop.relay(), shop.relay()
+    first.step()
+    second.step()
+    assert (first.partitions, second.partitions) == ([0], [])
+    first.release()
+
+
 def test_lease_that_has_expired_may_be_renewed_if_nobody_took_it(shop: OutboxShop) -> None:
     relay = shop.relay()
     relay.step()

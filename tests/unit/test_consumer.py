@@ -410,3 +410,39 @@ def test_it_is_idle_when_nothing_is_in_hand_pending_or_unsettled(make):
     bench.broker.info = nothing
     bench.deliver()
     assert not bench.consumer.is_idle()
+
+
+# --- bytes
+
+
+def deliver_large(bench, size):
+    delivery = FakeDelivery(b"x" * size, sequence=len(bench.deliveries) + 1)
+    bench.deliveries.append(delivery)
+    bench.broker.deliver(delivery)
+
+
+def test_fewer_large_messages_are_in_hand(make):
+    bench = make(concurrency=2).start()
+    for _ in range(100):
+        while bench.asked_for > len(bench.deliveries):
+            deliver_large(bench, module.HAND_BYTES // 16)
+        assert bench.consumer.in_hand <= 16
+        bench.run(0.0001)
+
+
+def test_what_does_not_come_since_it_is_large_is_asked_for_as_room_is_made(make):
+    bench = make(concurrency=2).start()
+    for _ in range(500):
+        bench.deliver_what_is_asked_for()
+        bench.run(0.0001)
+    bench.deliver_what_is_asked_for()
+    while bench.consumer.in_hand > 4:
+        bench.run(0.0001)
+    before = bench.asked_for
+    deliver_large(bench, module.HAND_BYTES // 4)
+    deliver_large(bench, module.HAND_BYTES // 4)
+    bench.consumer._spared(bench.asked_for - len(bench.deliveries))
+    assert bench.consumer._coming() <= 7
+    for _ in range(6):
+        bench.run(0.0001)
+    assert bench.asked_for > before

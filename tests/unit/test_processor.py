@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import pytest
 
 from flask_natspubsub import DeadLetter, Discard, MessageContext, Retry, current_message
-from flask_natspubsub.errors import PublishError
+from flask_natspubsub.errors import DatabaseError, PublishError
 from flask_natspubsub.messages.lineage import Lineage, current_lineage
-from flask_natspubsub.subscribing.processor import HandlerTimeout
+from flask_natspubsub.subscribing.attempts import HandlerInterrupted, HandlerTimeout, InboxBusy
 from flask_natspubsub.worker.asynchronous import AsyncHandlers
 
 from .worker_helpers import FakeDelivery, Rig, envelope
@@ -649,3 +649,92 @@ def test_nothing_of_a_failed_handler_is_kept_alive():
         assert seen[0]() is None
     finally:
         gc.enable()
+
+
+# --- what does not count against a message
+
+
+class Inboxes:
+    """Begins work, unless an error is set."""
+
+    def __init__(self):
+        self.error = self.commit_error = None
+
+    def begin(self, *key, **options):
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def commit(self):
+        if self.commit_error is not None:
+            raise self.commit_error
+        return True
+
+
+def with_inbox(handler, **options):
+    rig, inboxes = Rig(handler, **options), Inboxes()
+    rig.processor._transactions = inboxes
+    return rig, inboxes
+
+
+def results(rig, attempts):
+    return [rig.processor.process(FakeDelivery(attempt=attempt)).result for attempt in attempts]
+
+
+def test_a_database_that_cannot_be_asked_does_not_count():
+    rig, inboxes = with_inbox(failing(ValueError("no")), max_deliver=3)
+    inboxes.error = DatabaseError("down")
+    assert results(rig, range(1, 21)) == ["retried"] * 20
+    inboxes.error = None
+    assert not rig.processor.is_over_limit(FakeDelivery(attempt=21))
+    assert "dead_lettered" in results(rig, range(21, 24))
+
+
+def test_a_database_that_is_lost_in_the_handler_counts_in_the_end():
+    rig, inboxes = with_inbox(quiet, max_deliver=3)
+    inboxes.commit_error = DatabaseError("lost at the commit")
+    assert results(rig, range(1, 7)) == ["retried"] * 5 + ["dead_lettered"]
+
+
+def test_a_busy_inbox_is_asked_less_and_less_often():
+    rig, inboxes = with_inbox(quiet, max_deliver=2, backoff=[0.1])
+    inboxes.error = InboxBusy("locked")
+    delays = []
+    for attempt in range(1, 9):
+        delivery = FakeDelivery(attempt=attempt)
+        rig.processor.process(delivery)
+        delays.append(delivery.fate[1])
+    assert delays == sorted(delays)
+    assert (delays[0], delays[-1]) == (1.0, 10.0)
+
+
+def test_a_handler_that_was_interrupted_for_another_does_not_count():
+    def handler(message):
+        raise HandlerInterrupted("another blocked the loop")
+
+    rig = Rig(handler, max_deliver=1)
+    assert results(rig, range(1, 9)) == ["retried"] * 8
+
+
+def test_the_clock_of_the_handler_stands_while_the_inbox_waits():
+    seen = []
+
+    def handler(message):
+        seen.append(rig.processor.has_begun(delivery))
+
+    rig, _ = with_inbox(handler, max_deliver=1, timeout=3)
+    delivery = FakeDelivery()
+
+    class Waiting(Inboxes):
+        def begin(self, *key, **options):
+            seen.append(rig.processor.has_begun(delivery))
+            return super().begin(*key, **options)
+
+    rig.processor._transactions = Waiting()
+    rig.processor.process(delivery)
+    assert seen == [False, True]
+
+    waited = FakeDelivery(attempt=1)
+    rig.processor.time_out(waited, begun=False)
+    assert waited.fate[0] == "nak"
+    assert rig.box.stored == []

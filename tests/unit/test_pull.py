@@ -21,7 +21,9 @@ class FakeLink:
 
     def __init__(self):
         self.is_up = True
+        self.max_payload = 1024 * 1024
         self.log = []
+        self.bodies = []
         self.routes = {}
         self.while_unrouting = lambda: None
         self.tasks = []
@@ -33,7 +35,8 @@ class FakeLink:
             _, subject, *reply, _ = line.decode().split()
             if subject.startswith("$JS.API"):
                 self.log.append(("pull", *reply))
-                self.asked = getattr(self, "asked", 0) + json.loads(payload)["batch"]
+                self.bodies.append(json.loads(payload))
+                self.asked = getattr(self, "asked", 0) + self.bodies[-1]["batch"]
             else:
                 self.log.append(("reply", payload.split()[0]))
 
@@ -104,10 +107,12 @@ class Bench:
         reply = f"$JS.ACK.events.mailer.1.{self._sequence}.1.1700000000000000000.0"
         self.link.routes[key or max(self.link.routes)]("shop.a", reply, {}, b"{}")
 
-    def status(self, code, description="", pending=0):
+    def status(self, code, description="", pending=0, left=None):
         headers = {"Status": code, "Description": description}
-        if pending:
+        if pending or left is not None:
             headers["Nats-Pending-Messages"] = str(pending)
+        if left is not None:
+            headers["Nats-Pending-Bytes"] = str(left)
         self.link.routes[max(self.link.routes)]("_INBOX", "", headers, b"")
 
     @property
@@ -336,3 +341,83 @@ async def test_requests_are_neither_forgotten_nor_repeated(bench):
     await bench.settle()
     assert bench.pull._outstanding == requested - len(bench.received)
     assert bench.pull._wanted == 0
+
+
+# --- bounded in bytes
+
+
+@with_bench
+async def test_a_request_is_bounded_in_bytes_and_so_are_all_of_them(bench):
+    bench.pull.bound(16 * 1024 * 1024, lambda count: None)
+    await bench.pull.open()
+    for _ in range(9):
+        bench.pull.request(2)
+    assert [pull["max_bytes"] for pull in bench.link.bodies] == [4 * 1024 * 1024] * 4
+    for _ in range(8):
+        bench.arrive()
+    assert [pull["batch"] for pull in bench.link.bodies] == [2, 2, 2, 2, 10]
+
+
+@with_bench
+async def test_any_message_that_the_server_takes_fits_in_a_request(bench):
+    bench.pull.bound(1024, lambda count: None)
+    await bench.pull.open()
+    bench.pull.request(5)
+    bench.pull.request(5)
+    (pull,) = bench.link.bodies
+    assert pull["max_bytes"] > bench.link.max_payload
+
+
+@with_bench
+async def test_what_a_request_does_not_bring_is_given_back(bench):
+    spared = []
+    bench.pull.bound(16 * 1024 * 1024, spared.append)
+    await bench.pull.open()
+    bench.pull.request(10)
+    for _ in range(4):
+        bench.arrive()
+    bench.status("409", "Message Size Exceeds MaxBytes", pending=6, left=100)
+    assert spared == [6]
+    assert len(bench.link.bodies) == 1
+    bench.pull.request(3)
+    assert [pull["batch"] for pull in bench.link.bodies] == [10, 3]
+
+
+@with_bench
+async def test_one_larger_than_a_request_may_be_comes_by_itself(bench):
+    spared = []
+    bench.pull.bound(16 * 1024 * 1024, spared.append)
+    await bench.pull.open()
+    bench.pull.request(10)
+    bench.status("409", "Message Size Exceeds MaxBytes", pending=10, left=4 * 1024 * 1024)
+    assert spared == [9]
+    assert bench.link.bodies[1]["batch"] == 1
+    assert "max_bytes" not in bench.link.bodies[1]
+
+
+@with_bench
+async def test_a_request_that_is_complete_is_no_error(bench):
+    bench.pull.bound(16 * 1024 * 1024, lambda count: None)
+    await bench.pull.open()
+    bench.pull.request(1)
+    bench.arrive()
+    bench.status("409", "Batch Completed", left=100)
+    bench.pull.request(2)
+    await bench.settle()
+    assert [pull["batch"] for pull in bench.link.bodies] == [1, 2]
+    assert len(bench.link.routes) == 1
+
+
+# --- held back
+
+
+@with_bench
+async def test_new_messages_that_the_server_holds_back_are_reported(bench):
+    await bench.pull.open()
+    bench.pull.request(5)
+    bench.pull._arrived -= 60
+    report = {"num_ack_pending": 100, "num_pending": 7, "config": {"max_ack_pending": 100}}
+    bench.pull._note_floor(report)
+    assert not bench.pull.is_healthy
+    bench.pull._note_floor(report | {"num_ack_pending": 99})
+    assert bench.pull.is_healthy
