@@ -417,7 +417,7 @@ async def test_new_messages_that_the_server_holds_back_are_reported(bench):
     bench.pull.request(5)
     bench.pull._arrived -= 60
     report = {"num_ack_pending": 100, "num_pending": 7, "config": {"max_ack_pending": 100}}
-    bench.pull._note_floor(report)
+    bench.pull._note(report)
     assert not bench.pull.is_healthy
-    bench.pull._note_floor(report | {"num_ack_pending": 99})
+    bench.pull._note(report | {"num_ack_pending": 99})
     assert bench.pull.is_healthy
