@@ -40,7 +40,7 @@ OPEN_PULLS = 8
 #: After so many seconds without a message it is asked whether the server holds new ones back.
 QUIET = 5.0
 #: A pull request asks for this part of the bytes that may be on their way.
-PART = 4
+PART = 16
 #: What a message has besides payload and headers: its subject, and that of its ack.
 SUBJECTS = 64 * 1024
 PENDING = "Nats-Pending-Messages"
@@ -318,7 +318,8 @@ class Pull(Consumption):
             self._wanted += self._take_back(headers)
             self._pump()
         elif why == COMPLETED and headers.get(PENDING) == "0":
-            pass  # as its messages, which were counted, have said
+            self._requests = max(0, self._requests - 1) if self._outstanding else 0
+            self._pump()
         elif why in (TOO_LARGE, COMPLETED):
             self._on_too_large(self._take_back(headers), int(headers.get(PENDING_BYTES, 0)))
         else:

@@ -52,6 +52,8 @@ class Attempts:
         self._max_deliver = max_deliver
         self._spared: dict[int, int] = {}
         self._losses: dict[int, int] = {}
+        #: Whether anything is known of any message.
+        self.is_any = False
 
     def of(self, delivery: Delivery) -> int:
         """Return which attempt this is, of those that count; 1 is the first."""
@@ -72,6 +74,7 @@ class Attempts:
             self._spared.pop(next(iter(self._spared)), None)
         enough = delivery.attempt + 1 - self._max_deliver
         self._spared[delivery.sequence] = max(before + 1, enough)
+        self.is_any = True
 
     def spare_a_loss(self, delivery: Delivery) -> bool:
         """Do not count a delivery that may have failed of itself; False if it was so too often."""
@@ -79,6 +82,7 @@ class Attempts:
         if len(self._losses) >= MOST:
             self._losses.pop(next(iter(self._losses)), None)
         self._losses[delivery.sequence] = losses
+        self.is_any = True
         if losses > LOSSES:
             return False
         self.spare(delivery)
@@ -86,6 +90,6 @@ class Attempts:
 
     def forget(self, delivery: Delivery) -> None:
         """Remember nothing of a message that has come to its end."""
-        if self._spared or self._losses:
-            self._spared.pop(delivery.sequence, None)
-            self._losses.pop(delivery.sequence, None)
+        self._spared.pop(delivery.sequence, None)
+        self._losses.pop(delivery.sequence, None)
+        self.is_any = bool(self._spared or self._losses)

@@ -96,7 +96,7 @@ class Processor:
         self._attempts = Attempts(subscription.max_deliver)
         self._deciders: dict[Delivery, str] = {}
         #: Since when handlers have been running, on the monotonic clock; None for those that
-        #: ``run_async`` looks after. What is not here has not begun.
+        #: ``run_async`` looks after. What is not here has not begun, or had nothing to wait for.
         self._clocks: dict[Delivery, float | None] = {}
 
     # --- the straight path
@@ -119,7 +119,8 @@ class Processor:
             return self._failed(delivery, received, error, started)
         finally:
             self._deciders.pop(delivery, None)
-            self._clocks.pop(delivery, None)
+            if self._clocks:
+                self._clocks.pop(delivery, None)
 
     def _handle(self, delivery: Delivery, received: Received, started: float) -> Outcome:
         context = self._context(delivery, received)
@@ -156,7 +157,8 @@ class Processor:
         )
         report(outcome)
         delivery.ack()
-        self._attempts.forget(delivery)
+        if self._attempts.is_any:
+            self._attempts.forget(delivery)
         return outcome
 
     def _work(self, delivery: Delivery, received: Received, context: MessageContext) -> bool:
@@ -169,7 +171,8 @@ class Processor:
             return False
         if work is not _NO_WORK and self._is_taken_over(delivery):
             raise HandlerTimeout("The message was handed back while the inbox waited for it.")
-        self._clocks[delivery] = time.monotonic()
+        if work is not _NO_WORK:
+            self._clocks[delivery] = time.monotonic()
         message = self.subscription.decode(received.message)
         self._emit(message_received, context=context)
         self._call(delivery, context, message)
@@ -278,7 +281,7 @@ class Processor:
 
     def has_begun(self, delivery: Delivery) -> bool:
         """Whether the handler has begun, after what may have to wait for others."""
-        return delivery in self._clocks
+        return self._transactions is None or delivery in self._clocks
 
     def time_out(self, delivery: Delivery, *, begun: bool = True) -> None:
         """Hand a delivery back that was taken over: its handler is still running.
