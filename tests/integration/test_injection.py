@@ -14,7 +14,7 @@ import nats
 import pytest
 
 from flask_natspubsub import EncodingError, InvalidTopic
-from flask_natspubsub.cli.output import _LineFormatter
+from flask_natspubsub.cli.log import _LineFormatter
 from flask_natspubsub.observability.tracing import choose_trace_id
 from tests.conftest import MakePubsub
 from tests.servers import NatsServer

@@ -368,7 +368,7 @@ async def test_a_request_that_has_brought_all_makes_room_for_another(bench):
     assert len(bench.link.bodies) == 16
     bench.arrive()
     bench.arrive()
-    bench.status("409", "Batch Completed", pending=0)
+    bench.status("409", "Batch Completed", left=0)
     assert [pull["batch"] for pull in bench.link.bodies] == [2] * 17
 
 
