@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 _NUMBERS = (int, float, bool, type(None))
@@ -27,6 +28,18 @@ def printable(text: object) -> str:
 def printable_lines(text: str) -> str:
     """Return ``text`` with all that is not printable escaped, but for its line breaks."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def printable_traceback(parts: Iterable[str]) -> str:
+    """Return what ``traceback.format_exception`` gives, printable, without a line end at its end.
+
+    The text of an error stays in its line: one that begins anew could look like another record.
+    """
+    safe = (
+        printable_lines(part) if part.startswith(("  ", "\n")) else f"{printable(part[:-1])}\n"
+        for part in parts
+    )
+    return "".join(safe).rstrip("\n")
 
 
 def one_line(text: object, limit: int = 200) -> str:
@@ -57,9 +70,9 @@ class _Printable(logging.Filter):
         if isinstance(record.args, tuple):
             record.args = tuple(map(_fit, record.args))
         if record.exc_info and record.exc_info[0] is not None and not record.exc_text:
-            lines = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
-            safe = printable_lines(lines)
-            if safe != lines:
+            parts = traceback.format_exception(*record.exc_info)
+            safe = printable_traceback(parts)
+            if safe != "".join(parts).rstrip("\n"):
                 record.exc_text = safe  # a formatter uses it instead of making its own
         return True
 

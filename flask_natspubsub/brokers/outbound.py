@@ -290,9 +290,8 @@ class PublishWindow:
             item.ticket.settle(item.index, result_of(data, subject, item.size))
             if subject not in self._stored and len(self._stored) < SUBJECTS:
                 self._stored.add(subject)
-        if self._queue and not self._scheduled:
-            self._scheduled = True
-            self._link.wake(self._drain)
+        if self._queue:
+            self._drain_again()
 
     def _no_responders(self, item: _Item) -> None:
         now = time.monotonic()

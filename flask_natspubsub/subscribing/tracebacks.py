@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sysconfig
+import textwrap
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from ..text import printable
+from ..text import printable_traceback
 
 _OURS = f"{Path(__file__).parents[1]}{os.sep}"
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")})
@@ -47,10 +48,10 @@ def frames_of(error: BaseException) -> str:
 
 def text_of(error: BaseException, frames: TracebackType | None) -> str:
     """Return the traceback as it is logged: indented, and printable but for its line ends."""
-    text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+    text = printable_traceback(traceback.format_exception(type(error), error, frames))
     if len(text) > TEXT_LIMIT:
         text = f"...{text[-TEXT_LIMIT:]}"
-    return "\n".join(f"  {printable(line)}" for line in text.split("\n"))
+    return textwrap.indent(text, "  ")
 
 
 def _steps(error: BaseException, start: TracebackType | None = None) -> Iterator[TracebackType]:

@@ -89,6 +89,8 @@ def test_a_traceback_has_no_control_characters(
     lines = out.getvalue().rstrip("\n").split("\n")
     assert lines[0] == "failed"
     assert lines[1] == "Traceback (most recent call last):"
+    assert lines[-1].startswith("ValueError: \\x1b[31mred")  # its text cannot begin a line
+    assert lines[-1].endswith("\\r\\nforged line")
     assert all(line.isprintable() for line in lines)
 
 
