@@ -133,7 +133,8 @@ def delete_command(state: AppState, name: str, yes: bool, as_json: bool) -> None
 
     For one that the code has no more. One that it has begins anew, with everything stored.
     """
-    declared = any(one.name == name for one in state.subscriptions())
+    subscriptions = state.subscriptions()
+    declared = any(one.name == name for one in subscriptions)
 
     def confirm(info: ConsumerInfo) -> None:
         left = info.pending + info.ack_pending
@@ -143,7 +144,7 @@ def delete_command(state: AppState, name: str, yes: bool, as_json: bool) -> None
             click.confirm(f"{text}. Delete it?", abort=True, err=True)
 
     with onlooker(state) as broker:
-        info = delete(broker, state.settings, name, confirm)
+        info = delete(broker, state.settings, name, subscriptions, confirm)
     left = info.pending + info.ack_pending
     if as_json:
         print_json({"deleted": info.durable, "not_handled": left})

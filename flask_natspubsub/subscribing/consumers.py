@@ -6,7 +6,7 @@ under another name a new one begins with everything that is stored, and the old 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -163,8 +163,9 @@ def rename(
     :param rename_inbox: has what one name of the app has handled count for another; how many.
     :raises TopologyError: there is no such consumer, a worker pulls, or the new one has begun.
     """
-    before = _stopped_consumer(broker, settings, old)
-    there = broker.consumer_info(settings.stream, new.durable)
+    place = broker.place(new.consumer_config(settings.stream))
+    before = _stopped_consumer(broker, settings, old, [place.stream])
+    there = broker.consumer_info(place.stream, place.durable)
     if there is not None and (there.delivered or there.waiting):
         raise TopologyError(
             f"The subscriber {new.name!r} has begun already: it was given messages up to number "
@@ -173,8 +174,8 @@ def rename(
             f"delete {new.name}'.",
         )
     remembered = rename_inbox(settings.app_name, old, new.name)
-    _move(broker, settings, before, new)
-    info = broker.consumer_info(settings.stream, new.durable)
+    _move(broker, before, place)
+    info = broker.consumer_info(place.stream, place.durable)
     return Renamed(
         old=old,
         new=new.name,
@@ -184,47 +185,57 @@ def rename(
     )
 
 
-def _stopped_consumer(broker: Broker, settings: Settings, name: str) -> ConsumerInfo:
-    """Return the consumer of a subscriber that no worker pulls for."""
-    durable = f"{settings.app_name}-{slug(name)}"
-    info = broker.consumer_info(settings.stream, durable)
-    if info is None or not _is_of(info, settings):
-        raise TopologyError(
-            f"The app {settings.app_name!r} has no consumer of a subscriber {name!r} on the "
-            f"stream {settings.stream!r}.",
-            "'flask natspubsub subscribers' lists them.",
-        )
-    if info.waiting:
-        raise TopologyError(
-            f"A worker is pulling for the subscriber {name!r}.", "Stop it, and try again."
-        )
-    return info
-
-
-def _move(broker: Broker, settings: Settings, before: ConsumerInfo, new: Subscription) -> None:
-    stream = broker.stream_info(settings.stream)
-    takes_turns = stream is not None and stream.config.retention == "workqueue"
-    config = new.consumer_config(settings.stream)
-    if takes_turns:  # it has what is not settled, and only one consumer of a subject
-        broker.delete_consumer(settings.stream, before.durable)
-        broker.add_consumer(config)
-        return
-    broker.delete_consumer(settings.stream, new.durable)
-    broker.add_consumer(
-        msgspec.structs.replace(config, deliver_policy="all", start_after=before.ack_floor)
+def _stopped_consumer(
+    broker: Broker, settings: Settings, name: str, streams: Iterable[str]
+) -> ConsumerInfo:
+    """Return the consumer of a subscriber that no worker pulls for, on one of the streams."""
+    own = f"{settings.app_name}-{slug(name)}"
+    for stream in dict.fromkeys(streams):
+        durable = own if stream == settings.stream else f"{settings.env}-{own}"
+        info = broker.consumer_info(stream, durable)
+        if info is None or not _is_of(info, settings):
+            continue
+        if info.waiting:
+            raise TopologyError(
+                f"A worker is pulling for the subscriber {name!r}.", "Stop it, and try again."
+            )
+        return info
+    raise TopologyError(
+        f"The app {settings.app_name!r} has no consumer of a subscriber {name!r}.",
+        "'flask natspubsub subscribers' lists them.",
     )
-    broker.delete_consumer(settings.stream, before.durable)
+
+
+def _move(broker: Broker, before: ConsumerInfo, place: ConsumerConfig) -> None:
+    """Make the new consumer begin where the old one has got, and delete that."""
+    stream = broker.stream_info(before.stream)
+    if stream is not None and stream.config.retention == "workqueue":
+        # It has what is not settled, and only one consumer of a subject.
+        broker.delete_consumer(before.stream, before.durable)
+        broker.add_consumer(place)
+        return
+    broker.delete_consumer(place.stream, place.durable)
+    begin = {"deliver_policy": "all", "start_after": before.ack_floor}
+    broker.add_consumer(msgspec.structs.replace(place, **begin))
+    broker.delete_consumer(before.stream, before.durable)
 
 
 def delete(
-    broker: Broker, settings: Settings, name: str, confirm: Callable[[ConsumerInfo], object]
+    broker: Broker,
+    settings: Settings,
+    name: str,
+    subscriptions: Sequence[Subscription],
+    confirm: Callable[[ConsumerInfo], object],
 ) -> ConsumerInfo:
     """Delete the position of a subscriber; returns what it was.
 
+    :param subscriptions: those of the app, by which it is known where to look.
     :param confirm: called before it is done; may raise.
     :raises TopologyError: there is no such consumer, or a worker pulls for it.
     """
-    info = _stopped_consumer(broker, settings, name)
+    places = [broker.place(one.consumer_config(settings.stream)) for one in subscriptions]
+    streams = [settings.stream, *(place.stream for place in places)]
+    info = _stopped_consumer(broker, settings, name, streams)
     confirm(info)
-    broker.delete_consumer(settings.stream, info.durable)
+    broker.delete_consumer(info.stream, info.durable)
     return info

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
+from flask_natspubsub.brokers.base import StreamConfig
 from flask_natspubsub.errors import TopologyError
 from flask_natspubsub.settings import Settings
 from flask_natspubsub.subscribing.consumers import complaints, delete, orphans, rename
@@ -106,7 +107,7 @@ def test_the_position_of_a_removed_subscriber_is_deleted(place: Place) -> None:
     asked: list[int] = []
 
     info = delete(
-        place.broker, settings_of(place), "gone", lambda found: asked.append(found.pending)
+        place.broker, settings_of(place), "gone", [], lambda found: asked.append(found.pending)
     )
 
     assert (asked, info.durable) == ([1], "shop-gone")
@@ -118,7 +119,7 @@ def test_a_consumer_of_another_app_is_not_deleted(place: Place) -> None:
     other = place.consumer("shop-eu-new", app="shop-eu", subscriber="new")
     place.broker.add_consumer(other)
     with pytest.raises(TopologyError, match="no consumer of a subscriber 'eu-new'"):
-        delete(place.broker, settings_of(place), "eu-new", lambda info: None)
+        delete(place.broker, settings_of(place), "eu-new", [], lambda info: None)
     assert orphans(place.broker, settings_of(place), []) == []
 
 
@@ -155,3 +156,23 @@ def test_a_subscriber_that_begins_with_what_is_stored_is_named(place: Place) -> 
     assert line.startswith("the subscriber 'first' is new and begins with all messages")
     begin(place, "first")
     assert complaints(place.broker, settings_of(place), declared) == []
+
+
+def test_a_subscriber_to_another_stream_is_renamed_there(place: Place) -> None:
+    place.broker.setup([StreamConfig(name=f"{place.env}-x", subjects=(f"{place.env}-x.>",))])
+    made = []
+    for name in ("old", "new"):
+        registry = Registry()
+        registry.add(lambda message: None, name=name, subject=f"{place.env}-x.>")
+        made += registry.resolve(settings_of(place))
+    old, new = made
+    at = place.broker.place(old.consumer_config(place.stream))
+    assert at.stream == f"{place.env}-x"
+    place.broker.add_consumer(at)
+
+    rename(place.broker, settings_of(place), "old", new, no_inbox)
+
+    (moved,) = place.broker.consumers(f"{place.env}-x")
+    assert moved.durable == f"{place.env}-shop-new"
+    delete(place.broker, settings_of(place), "new", [new], lambda info: None)
+    assert place.broker.consumers(f"{place.env}-x") == []
