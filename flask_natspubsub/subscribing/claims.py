@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.sql.dml import ReturningInsert
 
 from ..database import database_now, insert_new
 from ..statements import table_name
@@ -29,6 +30,17 @@ class Claims:
     def __init__(self, table: sa.Table) -> None:
         self._table = table
         self._mariadb: dict[str, sa.TextClause] = {}
+        #: Made once: to make one takes longer than SQLite takes to execute it.
+        self._sqlite = (
+            sqlite.insert(table)
+            .values({**self._given(), "processed_at": database_now()})
+            .on_conflict_do_nothing()
+        )
+        self._postgresql: dict[tuple[int, int], ReturningInsert[tuple[str]]] = {}
+
+    def _given(self) -> dict[str, sa.BindParameter[str]]:
+        columns = (self._table.c.event_id, self._table.c.subscriber)
+        return {one.name: sa.bindparam(f"its_{one.name}", type_=one.type) for one in columns}
 
     def insert(self, connection: sa.Connection, key: Mapping[str, str]) -> bool:
         """Insert the row of a key; False if it is there already.
@@ -41,7 +53,9 @@ class Claims:
             return self._insert_postgresql(connection, key)
         if name in ("mysql", "mariadb"):
             return self._insert_mysql(connection, key)
-        return insert_new(connection, self._table, {**key, "processed_at": database_now()})
+        options = {"preserve_rowcount": True}
+        done = connection.execute(self._sqlite, _parameters(key), execution_options=options)
+        return done.rowcount == 1
 
     def _insert_postgresql(self, connection: sa.Connection, key: Mapping[str, str]) -> bool:
         """Set the limit, insert, and set it back in one statement: the way there costs most."""
@@ -49,16 +63,21 @@ class Claims:
         if was is None:
             was = connection.info[_WAS] = int(connection.execute(_LOCK_TIMEOUT).scalar_one())
         wait = min(int(WAIT * 1000), was or 3_600_000)
-        columns = self._table.c
-        values = [sa.cast(sa.literal(key[name]), columns[name].type) for name in key]
+        statement = self._postgresql.get((wait, was))
+        if statement is None:
+            statement = self._postgresql[wait, was] = self._postgresql_statement(wait, was)
+        return connection.execute(statement, _parameters(key)).first() is not None
+
+    def _postgresql_statement(self, wait: int, was: int) -> ReturningInsert[tuple[str]]:
+        given = self._given()
+        values = [sa.cast(value, value.type) for value in given.values()]
         row = sa.select(*values, database_now()).where(_set_lock_timeout(wait).is_not(None))
-        statement = (
+        return (
             postgresql.insert(self._table)
-            .from_select([*key, "processed_at"], row)
+            .from_select([*given, "processed_at"], row)
             .on_conflict_do_nothing()
             .returning(_set_lock_timeout(was))
         )
-        return connection.execute(statement).first() is not None
 
     def _insert_mysql(self, connection: sa.Connection, key: Mapping[str, str]) -> bool:
         if getattr(connection.dialect, "is_mariadb", False):
@@ -86,6 +105,10 @@ class Claims:
                 f"(event_id, subscriber, processed_at) VALUES (:event_id, :subscriber, {now})"
             )
         return statement
+
+
+def _parameters(key: Mapping[str, str]) -> dict[str, str]:
+    return {f"its_{name}": value for name, value in key.items()}
 
 
 def is_locked(error: SQLAlchemyError) -> bool:
