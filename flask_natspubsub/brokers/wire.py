@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import NotASubject
 from ..messages.headers import Headers, pairs_of
 from ..messages.subjects import is_subject
-from ..text import get_logger
+from ..text import get_logger, printable
 
 _log = get_logger("flask_natspubsub.broker")
 
@@ -30,16 +30,22 @@ Route = Callable[[str, str, Mapping[str, str], bytes], None]
 
 
 def header_block(headers: Mapping[str, str]) -> bytes:
-    """Encode headers; empty when there are none. Their text must have been checked before.
+    """Encode headers; empty when there are none. Their text should have been checked before.
 
-    Never raises all the same: it runs between the messages of others, who would wait for ever.
+    One with a line break is escaped, whoever made it: it would be two headers. Never raises: it
+    runs between the messages of others, who would wait for ever.
     """
     if not headers:
         return b""
-    text = f"{HEADER_LINE}\r\n"
     # A publish has a dict of its own making: one call less at each.
-    for name, value in headers.items() if type(headers) is dict else pairs_of(headers):
+    pairs = headers.items() if type(headers) is dict else list(pairs_of(headers))
+    text = f"{HEADER_LINE}\r\n"
+    for name, value in pairs:
         text += f"{name}: {value}\r\n"
+    lines = len(pairs) + 1
+    if text.count("\n") != lines or text.count("\r") != lines:
+        safe = [f"{printable(name)}: {printable(value)}" for name, value in pairs]
+        text = "\r\n".join([HEADER_LINE, *safe, ""])
     return f"{text}\r\n".encode(errors="replace")
 
 

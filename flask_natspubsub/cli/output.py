@@ -45,8 +45,9 @@ def cut(text: str, columns: int | None) -> str:
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
-    """Print one JSON value; in ASCII, so that it is safe for any terminal and encoding."""
-    click.echo(json.dumps(value, indent=indent))
+    """Print one JSON value; in printable ASCII, which is safe for any terminal and encoding."""
+    # Of ASCII, JSON escapes all control characters but this one.
+    click.echo(json.dumps(value, indent=indent).replace("\x7f", "\\u007f"))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -51,9 +51,9 @@ def replay_headers(
     headers = kept(original)
     for name in [name for name in headers if name.lower() in _OF_REPLAYS]:
         del headers[name]
-    headers |= {MESSAGE_ID: message_id, REPLAY_COUNT: str(count), REPLAY_OF: letter}
+    headers |= {MESSAGE_ID: printable(message_id), REPLAY_COUNT: str(count), REPLAY_OF: letter}
     if addressee is not None:
-        headers[REPLAY_APP], headers[REPLAY_FOR] = addressee
+        headers[REPLAY_APP], headers[REPLAY_FOR] = map(printable, addressee)
     if force:
         headers[REPLAY_FORCE] = "true"
     return headers

@@ -40,7 +40,7 @@ OWN_API = re.compile(
     rf"|CONSUMER\.(INFO|MSG\.NEXT|CREATE|DURABLE\.CREATE)\.{STREAM}\.shop-[\w-]+"
     rf"|CONSUMER\.LIST\.{STREAM})"
 )
-ESCAPES = ["\x1b[2J", "\x1b]0;owned\x07", "\u202egnp", "\x9b31m", "\x00", "\x08\x08"]
+ESCAPES = ["\x1b[2J", "\x1b]0;owned\x07", "\u202egnp", "\x9b31m", "\x00", "\x08\x08", "\x7f"]
 
 
 @pytest.fixture
@@ -195,7 +195,8 @@ def forged(dice: random.Random) -> tuple[bytes, dict[str, str]]:
     odd = dice.choice(ESCAPES)
     subject, stream = targets(dice), dice.choice([STREAM, "victim", "a b", f"{STREAM}-dlq", odd])
     values: dict[str, Any] = {
-        "event_id": dice.choice(["e1", odd, "", 7, None, "x" * 300]),
+        "event_id": dice.choice(["e1", odd, "", 7, None, "x" * 300, "e\r\nNats-Rollup: all"]),
+        "consumer": dice.choice(["mailer", "x\r\nNats-TTL: 1s", None]),
         "original_subject": subject,
         "stream": stream,
         "sequence": dice.choice([1, 0, -1, "1", 10**30, [1]]),
@@ -260,6 +261,12 @@ def test_forged_letters_send_the_operator_nowhere(guarded: NatsServer) -> None:
     )
     operator.run("dlq", "discard", "--all", "--yes")
     operator.pubsub.shutdown()
+
+    again = Site(guarded, "operator")
+    sent = list(again.pubsub.state().broker().messages(STREAM))
+    headers = {name.lower() for message in sent for name in message.headers}
+    assert {name for name in headers if name.startswith("nats-")} == {"nats-msg-id"}
+    again.pubsub.shutdown()
 
     heard = spy.stop()
     assert len(heard) > LETTERS  # it has heard the operator at work

@@ -140,3 +140,13 @@ def test_the_ack_subject_in_its_old_and_its_new_form() -> None:
 def test_another_reply_subject_is_refused(reply: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - of no text of its own
         parse_ack_subject(reply)
+
+
+@pytest.mark.parametrize("broken", ["a\r\nNats-Rollup: all", "a\nNats-TTL: 1s", "a\rb", "\r\n\r\n"])
+def test_no_header_becomes_two_whoever_made_it(broken: str) -> None:
+    for headers in ({"x": broken, "y": "2"}, {broken: "1", "y": "2"}):
+        block = header_block(headers)
+        assert block.count(b"\r\n") == 4
+        assert block.count(b"\n") == block.count(b"\r") == 4
+        assert parse_headers(block)["y"] == "2"
+        assert "Nats-Rollup" not in parse_headers(block)
