@@ -73,7 +73,11 @@ def test_a_row_larger_than_the_bound_gets_through_by_itself(shop: OutboxShop) ->
 
 
 @pytest.mark.usefixtures("bound")
-def test_small_and_large_rows_keep_their_order_and_what_they_carry(shop: OutboxShop) -> None:
+def test_small_and_large_rows_keep_their_order_and_what_they_carry(
+    make_shop: MakeShop, url: str
+) -> None:
+    """With 50 in a batch, those below a fiftieth of the bound are read with their row."""
+    shop = make_shop(url, outbox_batch_size=50)
     flaky = shop.use_flaky_broker()
     write(shop, [10, TENTH // 2, 4 * TENTH, 100, 7 * TENTH] * 6)
     sizes = sizes_of(shop)
