@@ -20,7 +20,7 @@ from .servers import NatsServer
 from .waiting import eventually
 
 if TYPE_CHECKING:
-    from .databases import PostgresServer
+    from .databases import MysqlServer, PostgresServer
 
 MakePubsub = Callable[..., NatsPubsub]
 
@@ -105,6 +105,17 @@ def postgres_server() -> Iterator[PostgresServer]:
     from .databases import PostgresServer  # the driver and the server, only where they are used
 
     with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mysql_server() -> Iterator[MysqlServer]:
+    """A MariaDB or MySQL server that all tests share."""
+    from .databases import MysqlServer  # as above
+
+    if not MysqlServer.is_available():
+        pytest.skip(MysqlServer.MISSING)
+    with MysqlServer() as server:
         yield server
 
 

@@ -739,29 +739,41 @@ def test_a_rename_takes_all_rows_of_a_subscriber_along(desk: Desk) -> None:
     assert persistence.inbox.rename("desk", "mailer", "post") == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        pytest.param("postgres", "SHOW lock_timeout", id="postgresql"),
+        pytest.param("mysql", "SELECT @@SESSION.innodb_lock_wait_timeout", id="mysql"),
+    ],
+)
 def test_a_lock_that_is_not_given_up_is_waited_for_briefly_and_counts_against_nobody(
-    postgres_desk: Desk, pool: ThreadPoolExecutor
+    request: pytest.FixtureRequest, env: str, pool: ThreadPoolExecutor, kind: str, limit: str
 ) -> None:
     """The database keeps the transaction of a machine that has vanished, with the inbox row."""
-    desk = postgres_desk
-    has_row, may_end = threading.Event(), threading.Event()
+    with contextlib.closing(Desk(request.getfixturevalue(f"{kind}_server").url(env))) as desk:
+        (its_own,) = desk.rows(limit)
+        has_row, may_end = threading.Event(), threading.Event()
 
-    def handler(message: Any) -> None:
-        has_row.set()
-        assert may_end.wait(60)
-        shown = desk.db.session.execute(sa.text("SHOW lock_timeout")).scalar_one()
-        desk.note(shown)
+        def handler(message: Any) -> None:
+            has_row.set()
+            assert may_end.wait(60)
+            shown = desk.db.session.execute(sa.text(limit)).scalar_one()
+            desk.note(str(shown))
 
-    processor = desk.processor(handler, max_deliver=2)
-    vanished = pool.submit(handle, processor)
-    assert has_row.wait(20)
-    began = time.monotonic()
-    outcomes = [handle(processor, attempt=attempt)[0] for attempt in (2, 3)]
-    took = time.monotonic() - began
-    may_end.set()
+        processor = desk.processor(handler, max_deliver=2)
+        vanished = pool.submit(handle, processor)
+        assert has_row.wait(20)
+        began = time.monotonic()
+        late = [handle(processor, attempt=attempt) for attempt in (2, 3)]
+        took = time.monotonic() - began
+        may_end.set()
 
-    assert [outcome.result for outcome in outcomes] == ["retried"] * 2
-    assert 2 * WAIT <= took < 5 * WAIT
-    assert desk.box.stored == []
-    assert vanished.result(20)[0].result == "handled"
-    assert desk.effects == ["0"]  # the limit is for the row of the inbox only
+        assert [outcome.result for outcome, _ in late] == ["retried"] * 2
+        assert 2 * WAIT <= took < 5 * WAIT
+        fates = [delivery.fate or ("none", 0.0) for _, delivery in late]
+        assert [how for how, _ in fates] == ["nak"] * 2
+        assert all(0 < (delay or 0) < 5 for _, delay in fates)
+        assert desk.box.stored == []
+        assert vanished.result(20)[0].result == "handled"
+        assert desk.effects == [str(its_own)]  # the limit is for the row of the inbox only
+        assert handle(processor, attempt=4)[0].result == "skipped"

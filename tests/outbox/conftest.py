@@ -20,15 +20,6 @@ MakeUrl = Callable[[str], str]
 MakeShop = Callable[..., OutboxShop]
 
 
-@pytest.fixture(scope="session")
-def mysql_server() -> Iterator[MysqlServer]:
-    """A MariaDB or MySQL server that all tests share."""
-    if not MysqlServer.is_available():
-        pytest.skip(MysqlServer.MISSING)
-    with MysqlServer() as server:
-        yield server
-
-
 @pytest.fixture
 def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> MakeUrl:
     """Make the address of an empty database, given a kind: sqlite, postgresql or mysql."""
