@@ -17,7 +17,7 @@ pytestmark = pytest.mark.real_server
 
 #: Settings under which a server takes longer than a test until it gives a slow client up.
 PATIENT = 'write_deadline: "60s"'
-#: Of what waits to be read by one client: less than ``LARGE`` messages, more than a worker asks for.
+#: Of what waits for one client: fewer bytes than ``LARGE`` messages, more than a worker asks for.
 ROOM = "max_pending: 40MB"
 LARGE, SIZE = 60, 900_000
 
