@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from flask_natspubsub import NatsPubsub, message_published
+from flask_natspubsub import NatsPubsub, PublishError, message_published
 from flask_natspubsub.brokers.base import CoreMessage
 from flask_natspubsub.brokers.wire import FrameTap
 from tests.conftest import MakePubsub
@@ -18,7 +18,7 @@ from tests.proxy import Proxy
 from tests.servers import NatsServer
 from tests.waiting import eventually
 
-from .helpers import count
+from .helpers import event_ids, stored
 
 pytestmark = pytest.mark.real_server
 
@@ -47,7 +47,7 @@ def proxy(nats_server: NatsServer) -> Iterator[Proxy]:
 @pytest.fixture
 def through_proxy(make_pubsub: MakePubsub, proxy: Proxy) -> NatsPubsub:
     """An extension that is connected by way of the proxy, which counts the connections."""
-    pubsub = make_pubsub(urls=proxy.url)
+    pubsub = make_pubsub(urls=proxy.url, breaker_threshold=0)
     pubsub.publish("first", {})
     return pubsub
 
@@ -59,9 +59,8 @@ def lives_on(through_proxy: NatsPubsub, proxy: Proxy) -> Iterator[Callable[[], N
     loop, before = broker._session.loop, threading.active_count()
 
     def check() -> None:
-        stored = count(through_proxy)
-        assert through_proxy.publish("next", {}, timeout=5).status == "stored"
-        assert count(through_proxy) == stored + 1
+        receipt = through_proxy.publish("next", {}, timeout=5)
+        assert receipt.event_id in event_ids(stored(through_proxy))
         assert broker._session.loop is loop
         assert loop.is_alive
         assert threading.active_count() == before
@@ -116,6 +115,22 @@ def test_callback_of_a_future_that_exits_harms_no_other_publish(
     assert leave.was_called_elsewhere
     lives_on()
     assert caplog.text.count("a callback of a publish failed") == 10
+
+
+def test_callback_of_a_publish_that_ran_out_of_time_may_exit_too(
+    through_proxy: NatsPubsub, proxy: Proxy, lives_on: Callable[[], None]
+) -> None:
+    leave = Leaver()
+    proxy.hold()
+    futures = [through_proxy.publish_nowait("a", {"n": n}, timeout=0.3) for n in range(20)]
+    for future in futures[::2]:
+        future.add_done_callback(leave)
+
+    assert {type(future.exception(10)) for future in futures} == {PublishError}
+    eventually(lambda: len(leave.threads) == 10)
+    assert leave.was_called_elsewhere
+    proxy.release()
+    lives_on()
 
 
 @pytest.fixture(params=["taken from the socket", "as nats-py gives it"])
