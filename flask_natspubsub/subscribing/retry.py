@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from ..errors import DatabaseError, DeadLetter, DecodingError, Discard, Retry
 from ..text import printable
@@ -20,22 +21,19 @@ JITTER = 0.2
 ERROR_TEXT_LIMIT = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class RetryLater:
+class RetryLater(msgspec.Struct, frozen=True):
     """Deliver the message again after ``delay`` seconds."""
 
     delay: float
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(msgspec.Struct, frozen=True):
     """The handler discarded the message: settle it and keep nothing."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class GiveUp:
+class GiveUp(msgspec.Struct, frozen=True):
     """Keep the message as a dead letter, with ``reason`` and ``error``."""
 
     reason: GiveUpReason
