@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from ..errors import BrokerError, NotConnected, PublishError
-from .base import Broker, OutgoingMessage, StoredAck, StoredMessage
+from .base import Broker, OutgoingMessage, RequestDenied, StoredAck, StoredMessage
 
 MESSAGE_ID = "Nats-Msg-Id"
 #: Which dead letter a message is the replay of; see ``subscribing.deadletters``.
@@ -81,10 +81,10 @@ def _stolen(
     places = [(acks[index].stream, acks[index].sequence) for index in doubtful]
     try:
         found = broker.get_messages(places, LOOK_TIMEOUT)
-    except NotConnected:
-        return []
-    except BrokerError:
+    except RequestDenied:
         broker.reads_denied = True
+        return []
+    except (BrokerError, NotConnected):  # slow, or gone, now: the next one is looked at again
         return []
     return [
         index

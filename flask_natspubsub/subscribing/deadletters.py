@@ -313,10 +313,10 @@ class DeadLetters:
     def _app_of(self, stored: StoredMessage) -> str | None:
         """Return whose dead letter it is, by the subject it lies under; None if it is none."""
         tokens = stored.subject.split(".")
-        if tokens[0] != self._settings.env:
+        if tokens[0] != self._settings.env or len(tokens) < 3:
             return None
         if tokens[1] == RESERVED_TOPIC and stored.stream == self._letters_stream():
-            return tokens[2] if 3 <= len(tokens) <= 4 else None
+            return tokens[2] if len(tokens) <= 4 else None
         of_peer = len(tokens) == 3 and tokens[2] == RESERVED_TOPIC
         return tokens[1] if of_peer and stored.stream == self._settings.stream else None
 

@@ -167,6 +167,20 @@ def test_nobody_publishes_for_another_app(site: MakeSite, user: str, other: dict
     assert f"'{names['env']}.{names['app_name']}.order.created'" in str(caught.value)
 
 
+def test_who_may_read_the_stream_sees_whose_message_has_an_id(site: MakeSite) -> None:
+    command(site("operator"), "setup")
+    web, worker = site("web"), site("worker")
+    web.publish("order.first", {}, event_id="taken")
+
+    assert web.publish("order.second", {}, event_id="taken").duplicate  # it cannot look
+    assert not worker.publish("order.third", {}, event_id="taken").duplicate
+    assert worker.publish("order.third", {}, event_id="taken").duplicate
+    assert (web.state().broker().reads_denied, worker.state().broker().reads_denied) == (
+        True,
+        False,
+    )
+
+
 def test_a_web_process_does_not_consume(site: MakeSite) -> None:
     web = site("web")
 
