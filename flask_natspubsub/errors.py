@@ -10,8 +10,13 @@
     ├── ReplayRefused             a dead letter that may not go where it asks to
     ├── DecodingError             bytes that are not one of our messages
     ├── BrokerError               a call to the broker that failed
+    │   └── RequestDenied         a call that this user may not make
     ├── DatabaseError             a transaction of the extension's own that failed
-    │   └── TablesMissing         the outbox and inbox tables have not been created
+    │   ├── TablesMissing         the outbox and inbox tables have not been created
+    │   └── InboxBusy             another delivery of the message has not ended
+    ├── HandlerTimeout            a handler that ran longer than its time limit
+    ├── HandlerInterrupted        a handler given up on account of another's
+    ├── NeverFinished             a message during which the process died too often
     └── PublishError              a message that was not (provably) stored
         ├── EncodingError         the message has no JSON form
         ├── PayloadTooLarge       more bytes than the server takes
@@ -108,6 +113,10 @@ class BrokerError(NatsPubsubError):
     code = "broker"
 
 
+class RequestDenied(BrokerError):
+    """The server does not let this user send such a request."""
+
+
 class DatabaseError(NatsPubsubError):
     """The database failed in a transaction of the relay, an inbox or a command."""
 
@@ -118,6 +127,33 @@ class TablesMissing(DatabaseError):
     """The tables of the outbox and the inbox are not in the database."""
 
     code = "tables-missing"
+
+
+class HandlerTimeout(NatsPubsubError):
+    """A handler ran longer than its time limit; the message is delivered again."""
+
+    code = "handler-timeout"
+
+
+class HandlerInterrupted(NatsPubsubError):
+    """A handler was given up on account of another's; the message is delivered again.
+
+    That delivery does not count against the message.
+    """
+
+    code = "handler-interrupted"
+
+
+class InboxBusy(DatabaseError):
+    """Another delivery of the message has not ended; this one does not count."""
+
+    code = "inbox-busy"
+
+
+class NeverFinished(NatsPubsubError):
+    """A message was delivered too often without any handler ending: the process died."""
+
+    code = "never-finished"
 
 
 class PublishError(NatsPubsubError):

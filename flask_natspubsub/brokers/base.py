@@ -15,14 +15,10 @@ from typing import Literal
 
 import msgspec
 
-from ..errors import BrokerError, PublishError
+from ..errors import PublishError
 from ..signals import call_guarded
 
 DeliverPolicy = Literal["all", "new", "last"]
-
-
-class RequestDenied(BrokerError):
-    """The server does not let this user send such a request."""
 
 
 class OutgoingMessage(msgspec.Struct, frozen=True, gc=False):

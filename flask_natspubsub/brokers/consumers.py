@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from ..errors import TopologyError
+from ..errors import RequestDenied, TopologyError
 from ..messages.subjects import covers, overlaps
 from .agreement import CROWDED_GRACE, GRACE, Needs, is_outdated, with_newest
 from .api import STREAM_NOT_FOUND, Api, ApiError, Json
-from .base import ConsumerConfig, ConsumerInfo, RequestDenied
+from .base import ConsumerConfig, ConsumerInfo
 from .topology import owner_metadata, refuse_other_owner
 
 CONSUMER_NOT_FOUND = 10014

@@ -21,10 +21,9 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from ..errors import BrokerError, ConfigurationError
+from ..errors import BrokerError, ConfigurationError, RequestDenied
 from ..settings import Settings
 from ..text import get_logger, printable
-from .base import RequestDenied
 from .connection import ConnectionRefused
 from .session import JetStreamBroker
 from .tls import tls_problem

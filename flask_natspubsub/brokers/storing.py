@@ -11,8 +11,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from ..errors import BrokerError, NotConnected, PublishError
-from .base import Broker, OutgoingMessage, RequestDenied, StoredAck, StoredMessage
+from ..errors import BrokerError, NotConnected, PublishError, RequestDenied
+from .base import Broker, OutgoingMessage, StoredAck, StoredMessage
 
 MESSAGE_ID = "Nats-Msg-Id"
 #: Which dead letter a message is the replay of; see ``subscribing.deadletters``.

@@ -8,16 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ..brokers.base import (
-    Broker,
-    ConsumerConfig,
-    ConsumerInfo,
-    RequestDenied,
-    StreamConfig,
-    StreamInfo,
-)
+from ..brokers.base import Broker, ConsumerConfig, ConsumerInfo, StreamConfig, StreamInfo
 from ..brokers.topology import OWNER_APP
-from ..errors import ConfigurationError, TopologyError
+from ..errors import ConfigurationError, RequestDenied, TopologyError
 from ..messages.subjects import covers
 from ..settings import Settings
 from ..subscribing.consumers import name_of, orphans

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..brokers.base import Delivery
-from ..errors import DatabaseError, NatsPubsubError
 
 #: So many messages are remembered; of those before them, every delivery counts.
 MOST = 10_000
@@ -12,33 +11,6 @@ MOST = 10_000
 LOSSES = 3
 #: Wait after the inbox was busy, doubled each time, and the longest; seconds.
 PAUSE, LONGEST_PAUSE = 0.5, 10.0
-
-
-class HandlerTimeout(NatsPubsubError):
-    """A handler ran longer than its time limit; the message is delivered again."""
-
-    code = "handler-timeout"
-
-
-class HandlerInterrupted(NatsPubsubError):
-    """A handler was given up on account of another's; the message is delivered again.
-
-    That delivery does not count against the message.
-    """
-
-    code = "handler-interrupted"
-
-
-class InboxBusy(DatabaseError):
-    """Another delivery of the message has not ended; this one does not count."""
-
-    code = "inbox-busy"
-
-
-class NeverFinished(NatsPubsubError):
-    """A message was delivered too often without any handler ending: the process died."""
-
-    code = "never-finished"
 
 
 class Attempts:

@@ -17,10 +17,9 @@ from sqlalchemy import event, orm
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError, StatementError
 
 from ..database import Database, Identifier, Seconds, database_now, insert_new
-from ..errors import DatabaseError, NatsPubsubError
+from ..errors import DatabaseError, InboxBusy, NatsPubsubError
 from ..messages.identity import Handling, subscriber_key
 from ..text import get_logger
-from .attempts import InboxBusy
 from .claims import Claims, is_locked
 from .inbox_takeover import Takeover
 

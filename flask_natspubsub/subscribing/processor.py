@@ -16,7 +16,17 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from ..brokers.base import Delivery
-from ..errors import DatabaseError, DeadLetter, Discard, NatsPubsubError, Retry
+from ..errors import (
+    DatabaseError,
+    DeadLetter,
+    Discard,
+    HandlerInterrupted,
+    HandlerTimeout,
+    InboxBusy,
+    NatsPubsubError,
+    NeverFinished,
+    Retry,
+)
 from ..messages import lineage
 from ..messages.identity import Handling, handling, unnamed_handling
 from ..messages.received import Received
@@ -28,7 +38,7 @@ from ..signals import (
     message_retried,
 )
 from . import context as message_context
-from .attempts import Attempts, HandlerInterrupted, HandlerTimeout, InboxBusy, NeverFinished
+from .attempts import Attempts
 from .context import DeliveryContext, MessageContext
 from .deadletter_box import DeadLetterBox
 from .middleware import compose

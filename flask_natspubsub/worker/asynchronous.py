@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from ..brokers.loop import BackgroundLoop
-from ..subscribing.attempts import HandlerInterrupted, HandlerTimeout
+from ..errors import HandlerInterrupted, HandlerTimeout
 from ..text import get_logger
 
 _log = get_logger("flask_natspubsub.worker")

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flask_natspubsub.brokers.base import OutgoingMessage, RequestDenied, StoredAck
+from flask_natspubsub.brokers.base import OutgoingMessage, StoredAck
 from flask_natspubsub.brokers.storing import checked, is_known_as, store_one
 from flask_natspubsub.errors import (
     BrokerError,
@@ -14,6 +14,7 @@ from flask_natspubsub.errors import (
     PayloadTooLarge,
     PublishDenied,
     PublishError,
+    RequestDenied,
 )
 from tests.waiting import eventually
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flask_natspubsub.subscribing.attempts import HandlerInterrupted, HandlerTimeout
+from flask_natspubsub.errors import HandlerInterrupted, HandlerTimeout
 from flask_natspubsub.worker.asynchronous import AsyncHandlers
 from tests.waiting import eventually
 

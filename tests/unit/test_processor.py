@@ -15,9 +15,14 @@ from dataclasses import dataclass
 import pytest
 
 from flask_natspubsub import DeadLetter, Discard, MessageContext, Retry, current_message
-from flask_natspubsub.errors import DatabaseError, PublishError
+from flask_natspubsub.errors import (
+    DatabaseError,
+    HandlerInterrupted,
+    HandlerTimeout,
+    InboxBusy,
+    PublishError,
+)
 from flask_natspubsub.messages.lineage import Lineage, current_lineage
-from flask_natspubsub.subscribing.attempts import HandlerInterrupted, HandlerTimeout, InboxBusy
 from flask_natspubsub.worker.asynchronous import AsyncHandlers
 
 from .worker_helpers import FakeDelivery, Rig, envelope
