@@ -59,7 +59,7 @@ pygments_dark_style = "github-dark"
 def _directive(text: Callable[[], str]) -> type[SphinxDirective]:
     class Generated(SphinxDirective):
         def run(self) -> list[nodes.Node]:
-            self.env.note_dependency(flask_natspubsub.settings.__file__)
+            self.env.note_dependency(flask_natspubsub.config.settings.__file__)
             return self.parse_text_to_nodes(text(), allow_section_headings=True)
 
     return Generated

@@ -7,8 +7,8 @@ import textwrap
 
 import click
 
-from flask_natspubsub import settings
 from flask_natspubsub.cli import natspubsub
+from flask_natspubsub.config import settings
 
 PRESETS = ("development", "testing", "production")
 

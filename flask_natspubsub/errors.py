@@ -116,6 +116,8 @@ class BrokerError(NatsPubsubError):
 class RequestDenied(BrokerError):
     """The server does not let this user send such a request."""
 
+    code = "request-denied"
+
 
 class DatabaseError(NatsPubsubError):
     """The database failed in a transaction of the relay, an inbox or a command."""

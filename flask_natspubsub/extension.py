@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from flask import Blueprint, Flask, current_app, has_app_context
 
+from .app.state import EXTENSION, AppState
+from .config.settings import Settings
 from .errors import ConfigurationError
+from .middleware import Middleware
 from .observability import tracing
 from .observability.health import Check, make_blueprint
 from .publishing.batch import Batch
 from .publishing.draft import Draft, PublishReceipt, drafts_for
 from .publishing.forwarding import Build, forward
-from .settings import Settings
-from .state import EXTENSION, AppState
-from .subscribing.middleware import Middleware
 from .subscribing.registry import Registry, SubscriberGroup
 from .subscribing.subscription import choose
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
     from blinker import Signal
 
+    from .deadletters.reader import DeadLetters
+    from .outbox.relay import Relay
+    from .outbox.verification import SentEvents
     from .publishing.changes import Change, ChangeFeed
-    from .publishing.relay import Relay
-    from .publishing.verification import SentEvents
-    from .subscribing.deadletters import DeadLetters
-    from .worker.runner import Worker
+    from .worker.worker import Worker
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -305,7 +305,7 @@ class NatsPubsub:
         concurrency: int | None = None,
     ) -> Worker:
         """Make a worker without starting it."""
-        from .worker.runner import Worker  # brings asyncio: see brokers.make_broker
+        from .worker.worker import Worker  # brings asyncio: see brokers.make_broker
 
         state = self.state()
         subscriptions = choose(state.subscriptions(), only)
@@ -331,7 +331,7 @@ class NatsPubsub:
     @property
     def dead_letters(self) -> DeadLetters:
         """The app's dead letters: iterate, ``list``, ``get``, ``replay``, ``discard``."""
-        from .subscribing.deadletters import DeadLetters
+        from .deadletters.reader import DeadLetters
 
         state = self.state()
         return DeadLetters(state.broker(), state.settings, state.subscriptions)
@@ -339,7 +339,7 @@ class NatsPubsub:
     @property
     def sent_events(self) -> SentEvents:
         """What the outbox has sent: ``verify`` that the streams have it, ``resend`` it."""
-        from .publishing.verification import SentEvents
+        from .outbox.verification import SentEvents
 
         state = self.state()
         return SentEvents(state.require_persistence().store, state.broker())

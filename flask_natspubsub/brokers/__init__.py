@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..settings import Settings
+from ..config.settings import Settings
 from .base import Broker
 
 
@@ -14,9 +14,9 @@ def make_broker(settings: Settings) -> Broker:
     # nats-py and asyncio cost more to import than Flask itself, and a command or a site that
     # never publishes should not pay for them: the two exceptions to "no import in functions".
     if settings.urls[0].startswith("memory:"):
-        from .memory import MemoryBroker
+        from .memory.broker import MemoryBroker
 
         return MemoryBroker()
-    from .nats import NatsBroker
+    from .jetstream.client import NatsBroker
 
     return NatsBroker(settings)

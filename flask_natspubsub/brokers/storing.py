@@ -15,7 +15,7 @@ from ..errors import BrokerError, NotConnected, PublishError, RequestDenied
 from .base import Broker, OutgoingMessage, StoredAck, StoredMessage
 
 MESSAGE_ID = "Nats-Msg-Id"
-#: Which dead letter a message is the replay of; see ``subscribing.deadletters``.
+#: Which dead letter a message is the replay of; see ``deadletters.reader``.
 REPLAY_OF = "x-replay-of"
 #: Between an id and what tells the message from the one that had the id before.
 _ANOTHER = "#"

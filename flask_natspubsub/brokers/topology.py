@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from ..config.settings import Settings
 from ..errors import TopologyError
 from ..messages.subjects import covers, overlaps
-from ..settings import Settings
 from .base import Change, ConsumerConfig, StreamConfig, StreamInfo
 
 _DAY = 24 * 3600.0

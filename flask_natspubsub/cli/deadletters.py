@@ -12,21 +12,14 @@ from typing import Any
 
 import click
 
+from ..app.state import AppState
+from ..deadletters.reader import ANY_APP, DeadLetterRecord, DeadLetters, checked_id
 from ..errors import DecodingError, NatsPubsubError, NotConnected
 from ..messages.codec import decode_value
 from ..messages.headers import for_json, pairs_of
-from ..state import AppState
-from ..subscribing.deadletters import ANY_APP, DeadLetterRecord, DeadLetters, checked_id
 from ..text import printable
 from .group import Misused, end, natspubsub, onlooker
-from .output import (
-    duration,
-    is_terminal,
-    json_option,
-    print_fields,
-    print_json,
-    print_table,
-)
+from .output import duration, is_terminal, json_option, print_fields, print_json, print_table
 
 Command = Callable[..., Any]
 

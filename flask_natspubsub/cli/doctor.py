@@ -7,10 +7,10 @@ import textwrap
 import click
 import msgspec
 
-from ..observability.doctor import GRADES, Diagnosis, Finding, Grade, examine
-from ..observability.facts import Facts
-from ..observability.gathering import gather
-from ..state import AppState
+from ..app.state import AppState
+from ..doctor.checks import GRADES, Diagnosis, Finding, Grade, examine
+from ..doctor.facts import Facts
+from ..doctor.gathering import gather
 from ..text import printable
 from .group import end, natspubsub, onlooker
 from .output import json_option, print_fields, print_json

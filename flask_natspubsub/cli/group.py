@@ -11,10 +11,10 @@ import click
 from flask import current_app
 from flask.cli import AppGroup, with_appcontext
 
+from ..app.state import EXTENSION, AppState
 from ..brokers import make_broker
 from ..brokers.base import Broker
 from ..errors import NatsPubsubError
-from ..state import EXTENSION, AppState
 
 Command = Callable[..., Any]
 

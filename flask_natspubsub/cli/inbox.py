@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..state import AppState
+from ..app.state import AppState
 from .group import natspubsub
 from .output import json_option, print_json, print_table
 from .purging import older_than_option, purge, yes_option

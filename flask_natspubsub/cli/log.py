@@ -25,7 +25,7 @@ from typing import TextIO
 
 import click
 
-from ..subscribing.outcome import OutcomeRecord
+from ..worker.outcome import OutcomeRecord
 from .output import is_terminal
 
 #: How long a line may be kept; seconds.

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..state import AppState
+from ..app.state import AppState
 from .group import Misused, end, natspubsub
 from .output import json_option, print_fields, print_json, print_table
 from .purging import older_than_option, purge, yes_option

@@ -7,9 +7,9 @@ from typing import Any
 import click
 import msgspec
 
+from ..app.state import AppState
 from ..brokers.base import Change
 from ..brokers.topology import refuse_volatile
-from ..state import AppState
 from ..text import printable
 from .group import natspubsub, onlooker
 from .output import json_option, print_json, print_table

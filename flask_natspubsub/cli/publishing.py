@@ -13,13 +13,13 @@ from typing import Any
 import click
 import msgspec
 
+from ..app.state import AppState
 from ..brokers.base import CoreMessage
 from ..errors import DecodingError
 from ..messages.codec import decode_object, encode_value
 from ..messages.headers import for_json
 from ..messages.received import Received, read
 from ..messages.subjects import filter_for, topic_of
-from ..state import AppState
 from ..text import printable
 from .group import natspubsub, onlooker
 from .output import cut, json_option, print_fields, print_json, width

@@ -7,9 +7,9 @@ import os
 
 import click
 
-from ..state import AppState
+from ..app.state import AppState
 from ..text import printable
-from ..worker.process import RelayProcess
+from ..worker.processes.signals import RelayProcess
 from .group import Misused, end, natspubsub
 from .log import log_to_stderr
 from .output import print_json

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from ..state import AppState
+from ..app.state import AppState
 from .group import end, natspubsub
 
 DEFAULT_PORT = 4222

@@ -8,10 +8,10 @@ from typing import Any
 import click
 import msgspec
 
+from ..app.state import AppState
 from ..brokers.base import Broker, ConsumerInfo
 from ..errors import BrokerError
-from ..state import AppState
-from ..subscribing.consumers import complaints, delete, rename
+from ..subscribing.durables import complaints, delete, rename
 from ..subscribing.subscription import Subscription
 from ..text import printable
 from .group import Misused, natspubsub, onlooker

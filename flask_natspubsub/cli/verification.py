@@ -12,8 +12,8 @@ from typing import Any
 import click
 import msgspec
 
-from ..publishing.verification import SentEvents, Verification
-from ..state import AppState
+from ..app.state import AppState
+from ..outbox.verification import SentEvents, Verification
 from ..text import printable
 from .group import Misused, end, onlooker
 from .outbox import outbox

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple, NoReturn
 
 import click
 
-from ..state import AppState
+from ..app.state import AppState
 from ..subscribing.subscription import Subscription, choose
 from ..text import printable
-from ..worker.health_server import HealthServer, Look
-from ..worker.lifeline import AVAILABLE, Lifeline, adopted, own_command
-from ..worker.pool import Pool
-from ..worker.process import WorkerProcess
-from ..worker.supervisor import Reloader
-from ..worker.vitals import Heartbeat
+from ..worker.processes.child import AVAILABLE, Lifeline, adopted, own_command
+from ..worker.processes.health_server import HealthServer, Look
+from ..worker.processes.reloader import Reloader
+from ..worker.processes.signals import WorkerProcess
+from ..worker.processes.supervisor import Pool
+from ..worker.processes.vitals import Heartbeat
 from .group import Misused, end, natspubsub
 from .log import log_to_stderr
 

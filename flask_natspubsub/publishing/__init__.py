@@ -1,1 +1,1 @@
-"""From a view to the broker."""
+"""From a view to the broker or the outbox."""

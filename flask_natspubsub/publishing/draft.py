@@ -9,6 +9,8 @@ from typing import Any, Literal
 import msgspec
 
 from ..brokers.base import OutgoingMessage, StoredAck
+from ..config.parsers import seconds
+from ..config.settings import Settings
 from ..errors import ConfigurationError, EncodingError, InvalidTopic
 from ..messages.codec import message_type_of
 from ..messages.envelope import (
@@ -22,8 +24,6 @@ from ..messages.ids import derived_event_id, format_timestamp, new_event_id, now
 from ..messages.lineage import Lineage
 from ..messages.plain import plain_object
 from ..messages.subjects import subject_for
-from ..settings import Settings
-from ..values import seconds
 
 
 class PublishReceipt(msgspec.Struct, frozen=True, gc=False):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from ..brokers.base import Broker, StoredAck, Ticket
 from ..brokers.storing import Result, checked
 from ..brokers.wire import header_block
+from ..config.settings import Settings
 from ..errors import PayloadTooLarge, PublishError
 from ..messages.lineage import current_lineage
-from ..settings import Settings
 from ..signals import message_published
 from .breaker import CircuitBreaker
 from .draft import Draft, Prepared, PublishReceipt, prepare

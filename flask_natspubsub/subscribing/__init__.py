@@ -1,1 +1,1 @@
-"""From the broker to a handler: declarations, middleware, retries."""
+"""What a subscriber is: declarations, options, and how they are settled for an app."""

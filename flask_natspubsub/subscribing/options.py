@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from ..brokers.base import DeliverPolicy
+from ..config.parsers import Parser, backoff, boolean, integer, positive_seconds, token
 from ..errors import RegistrationError
-from ..values import Parser, backoff, boolean, integer, positive_seconds, token
-from .middleware import Middleware
+from ..middleware import Middleware
 
 _parsers: list[Parser] = []
 

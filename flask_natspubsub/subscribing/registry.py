@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from ..config.settings import Settings
 from ..errors import ConfigurationError, RegistrationError
-from ..settings import Settings
+from ..middleware import Middleware
 from .handlers import AnyHandler
-from .middleware import Middleware
 from .options import SubscriberOptions
 from .subscriber import (
     Declaration,

@@ -7,9 +7,9 @@ from typing import Literal
 
 import msgspec
 
+from ..config.parsers import seconds
 from ..errors import DatabaseError, DeadLetter, DecodingError, Discard, Retry
 from ..text import printable
-from ..values import seconds
 
 #: Why a message was given up on; ``x-dlq-reason`` of its dead letter.
 GiveUpReason = Literal["malformed", "schema", "handler_error", "max_deliver_exceeded", "rejected"]

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from ..brokers.base import ConsumerConfig, DeliverPolicy
+from ..config.settings import Settings
 from ..errors import RegistrationError
 from ..messages import identity, subjects
-from ..settings import Settings
+from ..middleware import Middleware, is_async
 from . import handlers
 from .handlers import AnyHandler, Handler
-from .middleware import Middleware, is_async
 from .options import SubscriberOptions
 from .reading import Read, in_envelope, reader
 from .subscriber import Declaration

@@ -15,10 +15,13 @@ from typing import Any, NamedTuple, Self
 import msgspec
 from flask import Flask
 
+from ..app.state import EXTENSION, AppState
 from ..brokers.base import ConsumerConfig, OutgoingMessage, StoredMessage, StreamConfig
-from ..brokers.clock import VirtualClock
-from ..brokers.memory import MemoryBroker
+from ..brokers.memory.broker import MemoryBroker
+from ..brokers.memory.clock import VirtualClock
 from ..brokers.topology import wanted_streams
+from ..deadletters.box import DeadLetterBox
+from ..deadletters.reader import DeadLetterRecord, DeadLetters
 from ..errors import DecodingError, HandlerVerdict, PublishError
 from ..messages.codec import encode_value
 from ..messages.headers import Headers
@@ -26,13 +29,10 @@ from ..messages.lineage import current_lineage
 from ..messages.received import read
 from ..messages.subjects import matches, normalize_topic, overlaps, subject_for, topic_of
 from ..publishing.draft import Draft, prepare
-from ..state import EXTENSION, AppState
-from ..subscribing.deadletter_box import DeadLetterBox
-from ..subscribing.deadletters import DeadLetterRecord, DeadLetters
-from ..subscribing.outcome import Outcome
-from ..subscribing.processor import Processor
 from ..subscribing.subscription import Subscription
-from ..worker.asynchronous import AsyncHandlers
+from ..worker.async_handlers import AsyncHandlers
+from ..worker.outcome import Outcome
+from ..worker.processor import Processor
 
 MOST_DELIVERIES = 10_000
 #: Stands for the streams of others that a raw subject is looked for in.

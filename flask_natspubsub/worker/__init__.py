@@ -1,1 +1,1 @@
-"""The process that runs subscribers."""
+"""The worker: consumers, handlers, and an orderly end."""

@@ -15,9 +15,9 @@ import msgspec
 
 from ..brokers.base import Broker, Consumption, Delivery
 from ..errors import NatsPubsubError
-from ..subscribing.outcome import Outcome
-from ..subscribing.processor import Processor
 from ..text import get_logger
+from .outcome import Outcome
+from .processor import Processor
 
 _log = get_logger("flask_natspubsub.worker")
 

@@ -13,8 +13,8 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub
 from flask_natspubsub.brokers.base import StoredAck
-from flask_natspubsub.database import Lease
-from flask_natspubsub.publishing.store import OutboxStore
+from flask_natspubsub.database.adapter import Lease
+from flask_natspubsub.outbox.store import OutboxStore
 from tests.databases import PostgresServer, sqlite_url, use_wal
 
 from .curves import Curve

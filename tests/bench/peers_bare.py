@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 from flask_natspubsub.brokers.base import OutgoingMessage
 from flask_natspubsub.brokers.loop import BackgroundLoop
 from flask_natspubsub.brokers.wire import frame, header_block
+from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.messages.lineage import current_lineage
 from flask_natspubsub.publishing.draft import Draft, prepare
-from flask_natspubsub.settings import Settings
 
 HANDSHAKE = b'CONNECT {"verbose":false,"headers":true}\r\nSUB _INBOX.bare.* 1\r\nPING\r\n'
 #: Frames written together: the server begins with them while the next are made.

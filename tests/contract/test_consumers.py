@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from flask_natspubsub.brokers.base import StreamConfig
+from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.errors import TopologyError
-from flask_natspubsub.settings import Settings
-from flask_natspubsub.subscribing.consumers import complaints, delete, orphans, rename
+from flask_natspubsub.subscribing.durables import complaints, delete, orphans, rename
 from flask_natspubsub.subscribing.registry import Registry
 from flask_natspubsub.subscribing.subscription import Subscription
 from tests.waiting import eventually

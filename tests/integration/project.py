@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from flask_natspubsub.brokers import make_broker
-from flask_natspubsub.settings import Settings
+from flask_natspubsub.config.settings import Settings
 
 from ..secrets import SECRET
 from ..waiting import eventually

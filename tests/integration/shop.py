@@ -13,8 +13,8 @@ from nats.aio.client import Client
 
 from flask_natspubsub import MessageContext, NatsPubsub
 from flask_natspubsub.brokers.base import ConsumerInfo
-from flask_natspubsub.subscribing.deadletters import DeadLetterRecord
-from flask_natspubsub.worker.runner import Worker
+from flask_natspubsub.deadletters.reader import DeadLetterRecord
+from flask_natspubsub.worker.worker import Worker
 
 from ..waiting import eventually
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from flask_natspubsub import NatsPubsub, PublishError
-from flask_natspubsub.brokers import outbound
-from flask_natspubsub.worker.vitals import Heartbeat
+from flask_natspubsub.brokers.jetstream import publish_window
+from flask_natspubsub.worker.processes.vitals import Heartbeat
 from tests.conftest import MakePubsub
 from tests.proxy import Proxy
 from tests.servers import NatsServer
@@ -118,7 +118,7 @@ def test_socket_that_takes_nothing_is_not_written_to_for_ever(
 ) -> None:
     """What has timed out is no longer in flight, but is in the socket's buffer still."""
     limit = 2_000_000
-    monkeypatch.setattr(outbound, "IN_FLIGHT_BYTES", limit)
+    monkeypatch.setattr(publish_window, "IN_FLIGHT_BYTES", limit)
     with Proxy(nats_server.port) as proxy:
         pubsub = make_pubsub(urls=proxy.url, breaker_threshold=0)
         pubsub.publish("a", {})

@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pytest
 
-from flask_natspubsub.publishing.store import LEASE_SECONDS
+from flask_natspubsub.outbox.store import LEASE_SECONDS
 
 from ..servers import NatsServer
 from ..waiting import eventually, for_seconds

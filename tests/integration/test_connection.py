@@ -25,7 +25,7 @@ from flask_natspubsub import (
     PublishError,
     TopologyError,
 )
-from flask_natspubsub.brokers import link, nats
+from flask_natspubsub.brokers.jetstream import client, link
 from flask_natspubsub.brokers.topology import wanted_streams
 from tests.conftest import MakePubsub
 from tests.fake_server import FakeServer
@@ -168,13 +168,13 @@ def test_it_never_stops_trying(make_pubsub: MakePubsub, monkeypatch: pytest.Monk
     monkeypatch.setattr(link, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(link, "LONGEST_PAUSE", 0.001)
     tries = []
-    dial = nats.dial
+    dial = client.dial
 
     async def counting(*arguments: Any) -> Any:
         tries.append(arguments)
         return await dial(*arguments)
 
-    monkeypatch.setattr(nats, "dial", counting)
+    monkeypatch.setattr(client, "dial", counting)
     with NatsServer() as server:
         pubsub = make_pubsub(urls=server.url)
         pubsub.publish("a", {})
@@ -190,13 +190,13 @@ def test_pauses_between_tries_grow_and_differ(
     make_pubsub: MakePubsub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times: list[float] = []
-    dial = nats.dial
+    dial = client.dial
 
     async def timed(*arguments: Any) -> Any:
         times.append(time.monotonic())
         return await dial(*arguments)
 
-    monkeypatch.setattr(nats, "dial", timed)
+    monkeypatch.setattr(client, "dial", timed)
     pubsub = make_pubsub(urls=f"nats://127.0.0.1:{free_port()}")
     pubsub.publish_nowait("a", {}, timeout=0.1)
     eventually(lambda: len(times) >= 6)
@@ -247,8 +247,8 @@ def test_a_link_that_has_gone_dead_is_found_and_replaced(
     caplog: pytest.LogCaptureFixture,
     kilobytes: int,
 ) -> None:
-    assert nats.PING_INTERVAL * (nats.UNANSWERED_PINGS + 1) < 30
-    monkeypatch.setattr(nats, "PING_INTERVAL", 0.3)
+    assert client.PING_INTERVAL * (client.UNANSWERED_PINGS + 1) < 30
+    monkeypatch.setattr(client, "PING_INTERVAL", 0.3)
     with Proxy(nats_server.port) as proxy:
         pubsub = make_pubsub(urls=proxy.url)
         pubsub.publish("a", {})

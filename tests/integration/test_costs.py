@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flask_natspubsub.brokers.jetstream.pull import Pull
 
 import flask_natspubsub
 from flask_natspubsub import NatsPubsub
-from flask_natspubsub.brokers.pull import Pull
 from tests.conftest import MakePubsub
 from tests.proxy import Proxy
 from tests.servers import NatsServer

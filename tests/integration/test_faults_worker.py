@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from flask import Flask
+from flask_natspubsub.brokers.jetstream.pull import NatsDelivery
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import MessageContext, NatsPubsub
-from flask_natspubsub.brokers.pull import NatsDelivery
-from flask_natspubsub.worker.runner import Worker
+from flask_natspubsub.worker.worker import Worker
 
 from ..databases import sqlite_url
 from ..servers import NatsServer

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
+from flask_natspubsub.brokers.jetstream.client import NatsBroker
 
 from flask_natspubsub.brokers.base import ConsumerConfig, StreamConfig
-from flask_natspubsub.brokers.nats import NatsBroker
-from flask_natspubsub.settings import Settings
+from flask_natspubsub.config.settings import Settings
 from tests.proxy import CutAfter, Filter, Proxy
 from tests.servers import NatsServer
 from tests.waiting import eventually

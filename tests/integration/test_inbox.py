@@ -20,11 +20,11 @@ from sqlalchemy import orm
 from sqlalchemy.exc import IntegrityError
 
 from flask_natspubsub import Discard, NatsPubsub
-from flask_natspubsub.subscribing.claims import WAIT
-from flask_natspubsub.subscribing.outcome import Outcome
-from flask_natspubsub.subscribing.processor import Processor
+from flask_natspubsub.inbox.claims import WAIT
 from flask_natspubsub.testing import TestBroker
-from flask_natspubsub.worker.asynchronous import AsyncHandlers
+from flask_natspubsub.worker.async_handlers import AsyncHandlers
+from flask_natspubsub.worker.outcome import Outcome
+from flask_natspubsub.worker.processor import Processor
 
 from ..databases import sqlite_url
 from ..unit.worker_helpers import FakeBox, FakeDelivery, envelope

@@ -27,7 +27,7 @@ from flask_natspubsub import (
     PublishReceipt,
     message_published,
 )
-from flask_natspubsub.brokers import outbound
+from flask_natspubsub.brokers.jetstream import publish_window
 from tests.conftest import MakePubsub
 from tests.proxy import LoseAcks, Proxy
 from tests.servers import NatsServer
@@ -191,7 +191,7 @@ def test_a_stream_that_was_there_before_is_waited_for(
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(pubsub.publish, "a", {}, timeout=20)
         with pytest.raises(TimeoutError):
-            future.result(2 * sum(outbound.NO_RESPONDERS_WAITS))
+            future.result(2 * sum(publish_window.NO_RESPONDERS_WAITS))
         maker.state().broker().setup(maker.state().streams())
         assert future.result(10).sequence == 1
 
@@ -446,7 +446,7 @@ def test_a_slow_server_makes_publishers_wait_and_memory_not_grow(
 def test_what_is_queued_is_bounded_in_bytes_too(
     make_pubsub: MakePubsub, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbound, "IN_FLIGHT_BYTES", 1)
+    monkeypatch.setattr(publish_window, "IN_FLIGHT_BYTES", 1)
     with Proxy(nats_server.port) as proxy:
         pubsub = make_pubsub(urls=proxy.url, publish_queue_bytes=100_000)
         pubsub.state().broker().connect(5)

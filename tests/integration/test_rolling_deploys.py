@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from flask_natspubsub.brokers import agreement, presence, strangers
-from flask_natspubsub.brokers import pull as pull_module
-from flask_natspubsub.worker.runner import Worker
+from flask_natspubsub.brokers import agreement
+from flask_natspubsub.brokers.jetstream import presence, strangers
+from flask_natspubsub.brokers.jetstream import pull as pull_module
+from flask_natspubsub.worker.worker import Worker
 from tests.waiting import eventually
 
 from .conftest import MakeShop
@@ -121,7 +122,7 @@ def test_an_old_process_that_starts_alone_keeps_what_the_newer_had(make_shop: Ma
 def test_a_deploy_that_is_rolled_back_ends_with_the_old_topics(
     make_shop: MakeShop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_natspubsub.brokers.consumers.GRACE", 2.0)
+    monkeypatch.setattr("flask_natspubsub.brokers.jetstream.consumer_api.GRACE", 2.0)
     old, old_got = version(make_shop, "order.created")
     new, _ = version(make_shop, "order.created", "order.cancelled")
     old.work().stop()
@@ -140,7 +141,7 @@ def test_a_deploy_that_is_rolled_back_ends_with_the_old_topics(
 def test_an_ordered_subscriber_is_not_held_up_after_a_rollback(
     make_shop: MakeShop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_natspubsub.brokers.consumers.CROWDED_GRACE", 1.0)
+    monkeypatch.setattr("flask_natspubsub.brokers.jetstream.consumer_api.CROWDED_GRACE", 1.0)
     old, old_got = version(make_shop, "order.created", ordered=True)
     new, _ = version(make_shop, "order.created", "order.cancelled", ordered=True)
     old.work().stop()

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from flask_natspubsub import TopologyError
-from flask_natspubsub.brokers import pull as pull_module
-from flask_natspubsub.observability.doctor import examine
-from flask_natspubsub.observability.gathering import gather
+from flask_natspubsub.brokers.jetstream import pull as pull_module
+from flask_natspubsub.doctor.checks import examine
+from flask_natspubsub.doctor.gathering import gather
 from tests.servers import NatsServer
 from tests.waiting import eventually
 

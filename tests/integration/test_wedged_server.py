@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from flask_natspubsub import NatsPubsub, PublishError
-from flask_natspubsub.brokers import nats, outbound
+from flask_natspubsub.brokers.jetstream import client as nats_client
+from flask_natspubsub.brokers.jetstream import publish_window
 from tests.conftest import MakePubsub
 from tests.proxy import LoseAcks, Proxy
 from tests.servers import NatsServer
@@ -40,7 +41,7 @@ def test_a_process_whose_publishes_are_never_acknowledged_is_not_ready(
         assert ready(pubsub) == 200
 
         wedged = True
-        for _ in range(outbound.UNANSWERED):
+        for _ in range(publish_window.UNANSWERED):
             assert ready(pubsub) == 200
             fail_to_publish(pubsub)
         assert ready(pubsub) == 503
@@ -58,16 +59,16 @@ def test_a_process_whose_publishes_are_never_acknowledged_is_not_ready(
 def test_a_process_that_publishes_no_more_is_asked_again(
     make_pubsub: MakePubsub, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert outbound.UNANSWERED_SECONDS <= 60
+    assert publish_window.UNANSWERED_SECONDS <= 60
     with Proxy(nats_server.port) as proxy:
         proxy.make_filter = lambda: LoseAcks(lambda: True)
         pubsub = make_pubsub(urls=proxy.url, health_url_prefix="/health", breaker_threshold=0)
         assert pubsub.is_connected
-        for _ in range(outbound.UNANSWERED):
+        for _ in range(publish_window.UNANSWERED):
             fail_to_publish(pubsub)
         assert ready(pubsub) == 503
 
-        monkeypatch.setattr(outbound, "UNANSWERED_SECONDS", 0.0)
+        monkeypatch.setattr(publish_window, "UNANSWERED_SECONDS", 0.0)
 
         assert ready(pubsub) == 200
         pubsub.shutdown()
@@ -77,13 +78,13 @@ def test_clients_that_lose_the_server_together_return_one_after_the_other(
     make_pubsub: MakePubsub, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times: list[float] = []
-    dial = nats.dial
+    dial = nats_client.dial
 
     async def timed(*arguments: Any) -> Any:
         times.append(time.monotonic())
         return await dial(*arguments)
 
-    monkeypatch.setattr(nats, "dial", timed)
+    monkeypatch.setattr(nats_client, "dial", timed)
     with Proxy(nats_server.port) as proxy:
         clients = [make_pubsub(f"shop{n}", urls=proxy.url, auto_setup=False) for n in range(20)]
         assert all(client.is_connected for client in clients)

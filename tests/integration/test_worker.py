@@ -11,12 +11,7 @@ from collections import Counter
 
 import pytest
 
-from flask_natspubsub import (
-    DeadLetter,
-    Discard,
-    Retry,
-    TopologyError,
-)
+from flask_natspubsub import DeadLetter, Discard, Retry, TopologyError
 
 from .shop import fail_until
 

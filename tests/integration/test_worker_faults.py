@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from flask_natspubsub.brokers.jetstream.client import NatsBroker
 
 from flask_natspubsub import PublishError
 from flask_natspubsub.brokers.base import StreamConfig
-from flask_natspubsub.brokers.nats import NatsBroker
 from tests.proxy import Proxy
 from tests.servers import NatsServer
 from tests.waiting import eventually

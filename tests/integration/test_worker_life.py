@@ -9,10 +9,7 @@ from collections import Counter
 import pytest
 from flask import Flask, current_app
 
-from flask_natspubsub import (
-    NatsPubsub,
-    TopologyError,
-)
+from flask_natspubsub import NatsPubsub, TopologyError
 from tests.waiting import eventually, for_seconds
 
 from .shop import TIMEOUT, fail_until

@@ -6,8 +6,9 @@ import threading
 
 import pytest
 
-from flask_natspubsub.worker import runner, vitals
-from flask_natspubsub.worker.vitals import Heartbeat, Vitals
+from flask_natspubsub.worker import worker as worker_module
+from flask_natspubsub.worker.processes import vitals
+from flask_natspubsub.worker.processes.vitals import Heartbeat, Vitals
 
 from ..waiting import eventually
 from .shop import TIMEOUT
@@ -33,7 +34,7 @@ class HalfRelay:
 def worker(shop, monkeypatch):
     """A worker with a subscriber that runs async handlers, and a relay."""
     monkeypatch.setattr(vitals, "INTERVAL", 0.05)
-    monkeypatch.setattr(runner, "TICK", 0.02)
+    monkeypatch.setattr(worker_module, "TICK", 0.02)
 
     @shop.pubsub.subscriber("job.created", name="work")
     async def work(message):

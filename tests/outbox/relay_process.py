@@ -16,9 +16,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from flask_natspubsub.publishing import relay as relay_module
-from flask_natspubsub.publishing.relay import Relay
-from flask_natspubsub.publishing.store import OutboxStore
+from flask_natspubsub.outbox import relay as relay_module
+from flask_natspubsub.outbox.relay import Relay
+from flask_natspubsub.outbox.store import OutboxStore
 
 from .shop import OutboxShop
 

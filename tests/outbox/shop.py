@@ -21,7 +21,7 @@ from flask_natspubsub.brokers.base import (
     Ticket,
 )
 from flask_natspubsub.brokers.topology import wakeup_subject
-from flask_natspubsub.publishing.relay import Relay
+from flask_natspubsub.outbox.relay import Relay
 
 from ..waiting import eventually
 

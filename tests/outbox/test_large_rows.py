@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flask_natspubsub.publishing import due
+from flask_natspubsub.outbox import due
 
 from .conftest import MakeShop
 from .shop import OutboxShop, numbers_of

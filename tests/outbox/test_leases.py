@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from flask_natspubsub.publishing.relay import Relay
-from flask_natspubsub.publishing.store import LEASE_SECONDS
+from flask_natspubsub.outbox.relay import Relay
+from flask_natspubsub.outbox.store import LEASE_SECONDS
 
 from ..servers import NatsServer
 from ..waiting import eventually
@@ -224,7 +224,7 @@ def test_poll_interval_longer_than_a_lease_keeps_the_lease(
 
 
 def shorten_leases(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    from flask_natspubsub.publishing import relay, store
+    from flask_natspubsub.outbox import relay, store
 
     monkeypatch.setattr(store, "LEASE_SECONDS", seconds)
     monkeypatch.setattr(relay, "LEASE_SECONDS", seconds)
@@ -233,7 +233,7 @@ def shorten_leases(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 def start_with_short_lease(shop: OutboxShop) -> Relay:
-    from flask_natspubsub.publishing import store
+    from flask_natspubsub.outbox import store
 
     shop.store.leases.seconds = store.LEASE_SECONDS
     return shop.start_relay()

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from flask_natspubsub import ConfigurationError
-from flask_natspubsub.persistence import DIALECTS
+from flask_natspubsub.app.database import DIALECTS
 
 from .conftest import KINDS, MakeShop, MakeUrl
 from .shop import OutboxShop

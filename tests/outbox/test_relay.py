@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
-from flask_natspubsub import PublishError, database
+from flask_natspubsub import PublishError
 from flask_natspubsub.brokers.base import StoredAck
-from flask_natspubsub.brokers.memory import MemoryBroker
+from flask_natspubsub.database import adapter
 from flask_natspubsub.errors import DatabaseError, NotConnected, PublishDenied
-from flask_natspubsub.publishing import relay as relay_module
-from flask_natspubsub.publishing.relay import STAND_BY_INTERVAL, Relay
-from flask_natspubsub.publishing.store import CLEAN_BATCH
+from flask_natspubsub.outbox import relay as relay_module
+from flask_natspubsub.outbox.relay import STAND_BY_INTERVAL, Relay
+from flask_natspubsub.outbox.store import CLEAN_BATCH
 
 from ..waiting import eventually, for_seconds
 from .conftest import MakeShop
@@ -440,8 +441,8 @@ def test_relay_gives_up_a_statement_that_stalls(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert database.STATEMENT_TIMEOUT <= 30
-    monkeypatch.setattr(database, "STATEMENT_TIMEOUT", 0.3)
+    assert adapter.STATEMENT_TIMEOUT <= 30
+    monkeypatch.setattr(adapter, "STATEMENT_TIMEOUT", 0.3)
     shop = make_shop(postgresql, outbox_poll_interval=0.1)
     wait_for_lease(shop.start_relay())
     locker = sa.create_engine(postgresql, poolclass=sa.NullPool)

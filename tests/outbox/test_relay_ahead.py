@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from flask_natspubsub.publishing.relay import TURN, Relay
-from flask_natspubsub.publishing.store import OutboxStore
+from flask_natspubsub.outbox.relay import TURN, Relay
+from flask_natspubsub.outbox.store import OutboxStore
 
 from .conftest import MakeShop
 from .shop import FlakyBroker, OutboxShop

@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 import sqlalchemy as sa
 
-from flask_natspubsub.publishing.relay import Relay
+from flask_natspubsub.outbox.relay import Relay
 
 from ..servers import NatsServer
 from ..waiting import eventually

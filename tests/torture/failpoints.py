@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from flask_natspubsub.brokers.base import StoredAck
-from flask_natspubsub.publishing import relay, store
-from flask_natspubsub.subscribing import inbox
+from flask_natspubsub.inbox import inbox
+from flask_natspubsub.outbox import relay, store
 
 FAIL = "TORTURE_FAIL"
 LEASE = "TORTURE_LEASE"

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from flask_natspubsub import NatsPubsub
-from flask_natspubsub.state import AppState
+from flask_natspubsub.app.state import AppState
 
 from ..cluster import NatsCluster
 from ..databases import sqlite_url

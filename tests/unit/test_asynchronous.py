@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from flask_natspubsub.errors import HandlerInterrupted, HandlerTimeout
-from flask_natspubsub.worker.asynchronous import AsyncHandlers
+from flask_natspubsub.worker.async_handlers import AsyncHandlers
 from tests.waiting import eventually
 
 

@@ -10,10 +10,10 @@ import click
 import pytest
 from flask import Flask
 from flask.cli import ScriptInfo
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
 from flask_natspubsub import NatsPubsub, NotConnected
 from flask_natspubsub.brokers.base import OutgoingMessage
-from flask_natspubsub.brokers.memory import MemoryBroker
 from flask_natspubsub.cli import natspubsub
 
 
@@ -417,7 +417,7 @@ def test_a_lost_connection_ends_a_replay_at_once(app, state, monkeypatch):
         if len(tried) == 2:
             raise NotConnected("No connection.")
 
-    monkeypatch.setattr("flask_natspubsub.subscribing.deadletters.DeadLetters.replay", replay)
+    monkeypatch.setattr("flask_natspubsub.deadletters.reader.DeadLetters.replay", replay)
     result = invoke(app, "dlq", "replay", "--all", "--yes", "--json")
 
     assert result.exit_code == 1

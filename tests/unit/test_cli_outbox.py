@@ -8,12 +8,12 @@ import sys
 
 import pytest
 from flask import Flask
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub
-from flask_natspubsub.brokers.memory import MemoryBroker
+from flask_natspubsub.app.database import DIALECTS
 from flask_natspubsub.cli import natspubsub
-from flask_natspubsub.persistence import DIALECTS
 
 from ..databases import sqlite_url
 from ..secrets import SECRET

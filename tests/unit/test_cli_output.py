@@ -9,7 +9,7 @@ import click
 import pytest
 
 from flask_natspubsub.cli import log, output
-from flask_natspubsub.worker.supervisor import watched_files
+from flask_natspubsub.worker.processes.reloader import watched_files
 
 
 @pytest.mark.parametrize(

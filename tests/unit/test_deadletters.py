@@ -6,11 +6,13 @@ import base64
 import json
 
 import pytest
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
+from flask_natspubsub.brokers.memory.clock import VirtualClock
 
 from flask_natspubsub.brokers.base import OutgoingMessage, StreamConfig
-from flask_natspubsub.brokers.clock import VirtualClock
-from flask_natspubsub.brokers.memory import MemoryBroker
 from flask_natspubsub.brokers.topology import wanted_streams
+from flask_natspubsub.deadletters.box import DeadLetterBox
+from flask_natspubsub.deadletters.reader import DeadLetters
 from flask_natspubsub.errors import (
     BrokerError,
     DecodingError,
@@ -18,8 +20,6 @@ from flask_natspubsub.errors import (
     PublishError,
     ReplayRefused,
 )
-from flask_natspubsub.subscribing.deadletter_box import DeadLetterBox
-from flask_natspubsub.subscribing.deadletters import DeadLetters
 from flask_natspubsub.subscribing.registry import Registry
 
 from .worker_helpers import SETTINGS, FakeDelivery, Rig, envelope

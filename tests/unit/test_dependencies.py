@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flask_natspubsub.brokers.jetstream.client import check_credentials
 
 from flask_natspubsub import ConfigurationError
-from flask_natspubsub.brokers.nats import check_credentials
-from flask_natspubsub.settings import Settings
+from flask_natspubsub.config.settings import Settings
 from tests import audit, licences
 
 

@@ -10,8 +10,9 @@ import pytest
 from flask_natspubsub import ConfigurationError, TopologyError
 from flask_natspubsub.brokers.base import StreamConfig, StreamInfo
 from flask_natspubsub.brokers.topology import refuse_volatile
-from flask_natspubsub.observability.doctor import examine, version_of
-from flask_natspubsub.observability.facts import (
+from flask_natspubsub.config.settings import Settings
+from flask_natspubsub.doctor.checks import examine, version_of
+from flask_natspubsub.doctor.facts import (
     DAY,
     ConsumerFacts,
     Facts,
@@ -20,8 +21,7 @@ from flask_natspubsub.observability.facts import (
     ServerFacts,
     StreamFacts,
 )
-from flask_natspubsub.observability.gathering import gather, server_facts
-from flask_natspubsub.settings import Settings
+from flask_natspubsub.doctor.gathering import gather, server_facts
 
 SOUND = Facts(
     server=ServerFacts(

@@ -13,7 +13,7 @@ import pytest
 from flask import Flask
 
 from flask_natspubsub import ConfigurationError, NatsPubsub
-from flask_natspubsub.state import AppState
+from flask_natspubsub.app.state import AppState
 
 
 def make_app(name: str = "shop", **settings: object) -> Flask:

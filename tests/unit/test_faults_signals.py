@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = """
 import signal, sys, threading
-from flask_natspubsub.worker.process import Process
+from flask_natspubsub.worker.processes.signals import Process
 
 class Signalled(Process):
     def work(self):

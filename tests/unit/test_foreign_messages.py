@@ -11,7 +11,7 @@ import pytest
 from flask import Flask
 
 from flask_natspubsub import NatsPubsub, RegistrationError, Retry, Subscriber
-from flask_natspubsub.subscribing.consumers import orphans
+from flask_natspubsub.subscribing.durables import orphans
 from flask_natspubsub.testing import TestBroker
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import pytest
 
+from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.errors import DecodingError, RegistrationError
-from flask_natspubsub.settings import Settings
 from flask_natspubsub.subscribing.registry import Registry
 from flask_natspubsub.subscribing.subscription import Subscription
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 from flask import Flask
+from flask_natspubsub.brokers.jetstream.client import _text_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_natspubsub import NatsPubsubError
-from flask_natspubsub.brokers.nats import _text_of
 from flask_natspubsub.brokers.wire import frame, header_block, parse_headers
+from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.messages import envelope as envelopes
 from flask_natspubsub.messages import subjects
 from flask_natspubsub.messages.lineage import Lineage, current_lineage
 from flask_natspubsub.messages.received import read
 from flask_natspubsub.observability import tracing
 from flask_natspubsub.publishing.draft import Draft, prepare
-from flask_natspubsub.settings import Settings
 from flask_natspubsub.subscribing.options import SubscriberOptions
 from flask_natspubsub.subscribing.retry import error_text
 

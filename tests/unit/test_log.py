@@ -14,7 +14,7 @@ import pytest
 
 from flask_natspubsub.cli import log
 from flask_natspubsub.cli.log import LineWriter
-from flask_natspubsub.subscribing.outcome import Outcome, OutcomeRecord, report
+from flask_natspubsub.worker.outcome import Outcome, OutcomeRecord, report
 
 from ..waiting import eventually
 

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
 from flask_natspubsub.brokers.base import CoreMessage, Delivery
-from flask_natspubsub.brokers.memory import MemoryBroker
 from tests.waiting import eventually
 
 from .memory_helpers import STREAM, broker_on_a_virtual_clock, config, fetch, publish, stream_config

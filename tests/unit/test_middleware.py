@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from flask_natspubsub.middleware import Middleware, compose, is_async
 from flask_natspubsub.subscribing.context import MessageContext, current_message, enter, leave
-from flask_natspubsub.subscribing.middleware import Middleware, compose, is_async
 
 
 def noting(log: list[str], name: str) -> Middleware:

@@ -8,11 +8,16 @@ from typing import Any
 
 import nats.errors
 import pytest
+from flask_natspubsub.brokers.jetstream.client import (
+    _Client,
+    _Connection,
+    _credentials,
+    _dial_error,
+)
+from flask_natspubsub.brokers.jetstream.connection import ConnectionRefused
 
-from flask_natspubsub.brokers.connection import ConnectionRefused
-from flask_natspubsub.brokers.nats import _Client, _Connection, _credentials, _dial_error
 from flask_natspubsub.brokers.wire import frame
-from flask_natspubsub.settings import Settings
+from flask_natspubsub.config.settings import Settings
 
 
 class WebSocket:

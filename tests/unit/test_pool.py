@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from flask_natspubsub.cli.worker import address
-from flask_natspubsub.worker import pool
-from flask_natspubsub.worker.lifeline import Child, exit_text
-from flask_natspubsub.worker.pool import Pool, Slot
-from flask_natspubsub.worker.vitals import Vitals
+from flask_natspubsub.worker.processes import supervisor
+from flask_natspubsub.worker.processes.child import Child, exit_text
+from flask_natspubsub.worker.processes.supervisor import Pool, Slot
+from flask_natspubsub.worker.processes.vitals import Vitals
 
 WELL = Vitals({"monitor": 0.2}, {"nats": True})
 
@@ -24,7 +24,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(pool, "time", clock)
+    monkeypatch.setattr(supervisor, "time", clock)
     return clock
 
 
@@ -67,7 +67,7 @@ def children(clock, monkeypatch):
         started.append(FakeChild(clock))
         return started[-1]
 
-    monkeypatch.setattr(pool, "Child", start)
+    monkeypatch.setattr(supervisor, "Child", start)
     monkeypatch.setattr(Pool, "_signal_within", lambda self, seconds: None)
     return started
 
@@ -181,7 +181,7 @@ def test_processes_that_cannot_be_started_are_a_crash_loop(clock, monkeypatch):
     def start(command):
         raise BlockingIOError(11, "no more processes")
 
-    monkeypatch.setattr(pool, "Child", start)
+    monkeypatch.setattr(supervisor, "Child", start)
     monkeypatch.setattr(Pool, "_signal_within", lambda self, seconds: None)
     failing = Pool(["worker"], 1, patience=30, silence=30)
     for _ in range(5):

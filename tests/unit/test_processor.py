@@ -23,7 +23,7 @@ from flask_natspubsub.errors import (
     PublishError,
 )
 from flask_natspubsub.messages.lineage import Lineage, current_lineage
-from flask_natspubsub.worker.asynchronous import AsyncHandlers
+from flask_natspubsub.worker.async_handlers import AsyncHandlers
 
 from .worker_helpers import FakeDelivery, Rig, envelope
 

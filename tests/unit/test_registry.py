@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.errors import RegistrationError
-from flask_natspubsub.settings import Settings
-from flask_natspubsub.subscribing.middleware import compose
+from flask_natspubsub.middleware import compose
 from flask_natspubsub.subscribing.registry import Registry, SubscriberGroup
 from flask_natspubsub.subscribing.subscriber import Subscriber
 

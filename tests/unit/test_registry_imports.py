@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.errors import ConfigurationError
-from flask_natspubsub.settings import Settings
 from flask_natspubsub.subscribing.registry import Registry
 
 SETTINGS = Settings(env="test", app_name="shop")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flask_natspubsub import BrokerError
-from flask_natspubsub.brokers import session
+from flask_natspubsub.brokers.jetstream import broker
 
 
 class Asked:
@@ -33,7 +33,7 @@ class Asked:
 def first_answer(asked: Asked) -> bytes:
     async def main() -> bytes:
         async with asyncio.timeout(30):
-            return await session._first_answer(asked)
+            return await broker._first_answer(asked)
 
     return asyncio.run(main())
 
@@ -42,7 +42,7 @@ def first_answer(asked: Asked) -> bytes:
 def test_a_question_without_an_answer_is_asked_again_and_any_answer_counts(
     answered: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "ASK_AGAIN", 0.05)
+    monkeypatch.setattr(broker, "ASK_AGAIN", 0.05)
     asked = Asked(answered, of=3)
 
     assert first_answer(asked) == b"%d" % answered
@@ -59,7 +59,7 @@ def test_what_is_answered_at_once_is_asked_once() -> None:
 def test_a_failure_is_an_answer_and_nothing_is_left_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "ASK_AGAIN", 0.05)
+    monkeypatch.setattr(broker, "ASK_AGAIN", 0.05)
     count = 0
 
     async def main() -> set[asyncio.Task[Any]]:
@@ -74,7 +74,7 @@ def test_a_failure_is_an_answer_and_nothing_is_left_behind(
             raise BrokerError("the connection was lost")
 
         with pytest.raises(BrokerError, match="was lost"):
-            await session._first_answer(ask)
+            await broker._first_answer(ask)
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert asyncio.run(main()) == set()

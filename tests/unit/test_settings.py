@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_natspubsub import ConfigurationError, NatsPubsub, settings
-from flask_natspubsub.settings import PREFIX, Settings, mask_url
+from flask_natspubsub import ConfigurationError, NatsPubsub
+from flask_natspubsub.config import settings
+from flask_natspubsub.config.settings import PREFIX, Settings, mask_url
 from tests.secrets import SECRET
 
 SECONDS = ["soon", -1, True, float("nan"), float("inf"), dt.timedelta(seconds=-1)]

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.errors import InvalidTopic, RegistrationError
-from flask_natspubsub.settings import Settings
 from flask_natspubsub.subscribing.options import OPTION_NAMES
 from flask_natspubsub.subscribing.registry import Registry
 from flask_natspubsub.subscribing.subscriber import Subscriber, SubscriberOptions

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.errors import RegistrationError
-from flask_natspubsub.settings import Settings
 from flask_natspubsub.subscribing.registry import Registry
 from flask_natspubsub.subscribing.subscriber import Subscriber
 from flask_natspubsub.subscribing.subscription import Subscription

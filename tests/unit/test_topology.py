@@ -10,7 +10,7 @@ import pytest
 from flask_natspubsub import TopologyError
 from flask_natspubsub.brokers.base import Change, StreamConfig, StreamInfo
 from flask_natspubsub.brokers.topology import plan, wanted_streams
-from flask_natspubsub.settings import Settings
+from flask_natspubsub.config.settings import Settings
 
 DAY = 24 * 3600.0
 

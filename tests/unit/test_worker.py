@@ -8,16 +8,16 @@ import threading
 from contextlib import nullcontext
 
 import pytest
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
 from flask_natspubsub.brokers.base import OutgoingMessage
-from flask_natspubsub.brokers.memory import MemoryBroker
 from flask_natspubsub.brokers.topology import wanted_streams
+from flask_natspubsub.deadletters.reader import DeadLetters
 from flask_natspubsub.errors import BrokerError, RegistrationError
-from flask_natspubsub.subscribing.deadletters import DeadLetters
 from flask_natspubsub.subscribing.registry import Registry
 from flask_natspubsub.subscribing.subscription import choose
 from flask_natspubsub.worker.gate import Gate
-from flask_natspubsub.worker.runner import Worker
+from flask_natspubsub.worker.worker import Worker
 from tests.waiting import eventually
 
 from .worker_helpers import SETTINGS, envelope
@@ -293,7 +293,7 @@ def test_a_start_that_fails_is_undone(place, error):
 def test_an_error_in_the_monitor_is_logged_and_makes_the_worker_unhealthy(
     place, caplog, monkeypatch
 ):
-    monkeypatch.setattr("flask_natspubsub.worker.runner.TICK", 0.05)
+    monkeypatch.setattr("flask_natspubsub.worker.worker.TICK", 0.05)
     worker = place.worker(lambda message: None).start()
     assert worker.is_healthy
     consumer = worker._consumers[0]

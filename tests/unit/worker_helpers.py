@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from flask_natspubsub.brokers.base import Consumption, Delivery
+from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.errors import PublishError
-from flask_natspubsub.settings import Settings
-from flask_natspubsub.subscribing.processor import Processor
 from flask_natspubsub.subscribing.registry import Registry
+from flask_natspubsub.worker.processor import Processor
 
 SETTINGS = Settings(urls=("memory://",), env="test", app_name="shop", backoff=(1.0, 10.0))
 

@@ -1,0 +1,1 @@
+"""What belongs to one application, and how its parts are put together."""

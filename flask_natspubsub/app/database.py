@@ -1,0 +1,113 @@
+"""The outbox and the inbox of one application, put together over its database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sqlalchemy as sa
+from flask import Flask, appcontext_tearing_down, request_finished
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from ..brokers.base import Broker
+from ..config.settings import Settings
+from ..database.adapter import Database
+from ..errors import ConfigurationError
+from ..inbox.inbox import Inbox, define_table
+from ..observability.health import Check
+from ..outbox.relay import Relay
+from ..outbox.store import OutboxStore
+from ..outbox.writer import OutboxWriter, define_tables
+
+DIALECTS = ("sqlite", "postgresql", "mysql", "mariadb")
+
+
+class Persistence:
+    """Everything of an application that needs its database.
+
+    :param committed: called after a transaction with outbox rows has been committed.
+    """
+
+    def __init__(
+        self,
+        app: Flask,
+        db: Any,
+        metadata: sa.MetaData | None,
+        settings: Settings,
+        committed: Callable[[], None],
+    ) -> None:
+        self.database = Database(app, db, metadata, settings.bind_key)
+        self.tables = define_tables(self.database.metadata)
+        self.inbox = Inbox(self.database, define_table(self.database.metadata), self.tables.lease)
+        self.store = OutboxStore(self.database, self.tables)
+        self.writer = OutboxWriter(
+            self.database, self.tables, settings.outbox_partitions, committed
+        )
+        self._settings = settings
+        request_finished.connect(self._on_response, app)
+        appcontext_tearing_down.connect(self._on_teardown, app)
+
+    def _on_response(self, sender: Flask, response: Any, **_: Any) -> None:
+        """After an error, nobody has forgotten the commit."""
+        if response.status_code >= 400:
+            self.database.forgive()
+
+    def make_relay(self, broker: Broker, relayed: Callable[[int], None]) -> Relay:
+        """Make a relay for the outbox; it is not started."""
+        retention = self._settings.inbox_retention
+        return Relay(
+            self.store, broker, self._settings, relayed, lambda: self.inbox.purge(retention)
+        )
+
+    def ddl(self, dialect: str | None = None) -> str:
+        """Return the SQL that creates the tables.
+
+        :param dialect: one of ``DIALECTS``; default: the database's own.
+        :raises ConfigurationError: another one.
+        """
+        name = dialect or self.database.dialect
+        if name not in DIALECTS:
+            raise ConfigurationError(f"Unknown dialect {name!r}.", f"Known: {', '.join(DIALECTS)}.")
+        target = sa.engine.url.URL.create(name).get_dialect()()
+        statements: list[CreateTable | CreateIndex] = []
+        tables = self.tables
+        for table in (tables.outbox, tables.lease, tables.stream, self.inbox.table):
+            statements.append(CreateTable(table))
+            statements += [CreateIndex(index) for index in sorted(table.indexes, key=_name)]
+        return "\n\n".join(f"{str(one.compile(dialect=target)).strip()};" for one in statements)
+
+    def _on_teardown(self, sender: Flask, exc: BaseException | None = None, **_: Any) -> None:
+        """After the teardown functions, those of the database's own extension among them."""
+        if exc is None:
+            self.database.end_of_context()
+
+    def require_tables(self) -> None:
+        """Check that the tables are there.
+
+        :raises TablesMissing: one of them is not.
+        :raises DatabaseError: the database failed.
+        """
+        with self.database.begin() as connection:
+            for table in (self.tables.outbox, self.tables.lease, self.inbox.table):
+                connection.execute(sa.select(sa.literal(1)).select_from(table).limit(1))
+
+    def health_checks(self) -> list[Check]:
+        """Return the checks of the database and the outbox."""
+        return [
+            Check("database", self._ping),
+            Check("outbox", self._outbox_health, required=False),
+        ]
+
+    def _ping(self) -> None:
+        with self.database.begin() as connection:
+            connection.execute(sa.select(1))
+
+    def _outbox_health(self) -> dict[str, Any]:
+        age = self.store.oldest_pending_age()
+        rewound = [record.name for record in self.store.streams.rewound()]
+        healthy = not rewound and (age is None or age < 60)
+        return {"ok": healthy, "oldest_pending_seconds": age, "rewound_streams": rewound}
+
+
+def _name(index: sa.Index) -> str:
+    return str(index.name)

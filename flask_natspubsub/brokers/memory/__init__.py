@@ -1,0 +1,1 @@
+"""A broker inside the process: JetStream's semantics without a server."""

@@ -1,0 +1,1 @@
+"""The user's database: where its tables are, and what its sessions are about to do."""

@@ -1,0 +1,1 @@
+"""``doctor``: gather facts, check them, and say what to do."""

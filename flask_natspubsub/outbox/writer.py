@@ -1,0 +1,298 @@
+"""The table of events to send: written in the caller's transaction, read by the relay.
+
+A row holds the encoded envelope, so what is sent is what was committed. ``OutboxWriter`` is
+what publishing uses, inside the user's session; the relay's side is ``store``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event, orm
+
+from ..database.adapter import (
+    BigInt,
+    Blob,
+    Database,
+    Identifier,
+    LongText,
+    Seconds,
+    database_now,
+    make_lease_table,
+)
+from ..database.session_events import expect_commit, flushed_classes, require_open
+from ..database.statements import insert_or_leave
+from ..messages.codec import encode_value
+from ..publishing.draft import Prepared
+from ..text import get_logger
+from .streams import stream_table
+
+_log = get_logger("flask_natspubsub")
+
+PENDING, SENT, PARKED = "pending", "sent", "parked"
+TABLE = "natspubsub_outbox"
+PENDING_INDEX = "ix_natspubsub_outbox_pending"
+DELAYED_INDEX = "ix_natspubsub_outbox_delayed"
+#: Ids that one query asks for.
+ID_CHUNK = 500
+_INFO = "natspubsub_outbox"
+#: The writer of the rows that wait in a session for its next flush.
+_WAITING = "natspubsub_waiting"
+#: Places of forgotten commits that are told apart; after so many it has been said often enough.
+_MOST_PLACES = 100
+
+
+class OutboxRow:
+    """A row that waits in the session for its next flush; mapped to the table of each metadata.
+
+    The session drops it with the savepoint that it was added in. It is not the session that
+    inserts it, but ``OutboxWriter.insert_waiting``.
+
+    :param named: whether another transaction may insert the same event id.
+    """
+
+    def __init__(self, values: dict[str, Any], *, named: bool) -> None:
+        self.event_id: str = values["event_id"]
+        self.values = values
+        self.named = named
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxTables:
+    """The tables in one metadata, and the class that maps to the outbox."""
+
+    outbox: sa.Table
+    lease: sa.Table
+    stream: sa.Table
+    row: type[OutboxRow]
+
+
+def define_tables(metadata: sa.MetaData) -> OutboxTables:
+    """Define the tables in the user's metadata, once."""
+    tables: OutboxTables | None = metadata.info.get(_INFO)
+    if tables is None:
+        outbox, lease = _outbox_table(metadata), make_lease_table(metadata)
+        row = type("NatsPubsubOutbox", (OutboxRow,), {})
+        # No more columns than needed: each costs something for each row.
+        orm.registry(metadata=metadata).map_imperatively(
+            row,
+            outbox,
+            primary_key=[outbox.c.event_id],
+            include_properties=["event_id"],
+        )
+        tables = OutboxTables(outbox, lease, stream_table(metadata), row)
+        metadata.info[_INFO] = tables
+    return tables
+
+
+def _outbox_table(metadata: sa.MetaData) -> sa.Table:
+    pending = sa.text("status = 'pending'")
+    # Two indexes: rows that are due some day do not stand in the way of those that are due now.
+    at_once = sa.text("status = 'pending' AND available_at IS NULL")
+    delayed = sa.text("status = 'pending' AND available_at IS NOT NULL")
+    sent, parked = sa.text("status = 'sent'"), sa.text("status = 'parked'")
+    return sa.Table(
+        TABLE,
+        metadata,
+        sa.Column("id", BigInt, primary_key=True, autoincrement=True),
+        sa.Column("event_id", Identifier, nullable=False, unique=True),
+        sa.Column("subject", sa.String(255), nullable=False),
+        sa.Column("headers", LongText, nullable=False),
+        sa.Column("payload", Blob, nullable=False),
+        sa.Column("ordering_key", Identifier),
+        sa.Column("partition", sa.Integer, nullable=False),
+        sa.Column("status", sa.String(8), nullable=False, default=PENDING),
+        sa.Column("available_at", Seconds),
+        sa.Column("attempts", sa.Integer, nullable=False, default=0),
+        sa.Column("last_error", sa.String(1024)),
+        sa.Column("created_at", Seconds, nullable=False, default=database_now()),
+        sa.Column("sent_at", Seconds),
+        sa.Column("stream", sa.String(255)),
+        sa.Column("stream_sequence", BigInt),
+        sa.Column("confirmed_at", Seconds),
+        sa.Index(
+            PENDING_INDEX,
+            "status", "partition", "id",
+            postgresql_where=at_once, sqlite_where=at_once,
+        ),
+        sa.Index(
+            DELAYED_INDEX,
+            "status", "partition", "available_at", "id",
+            postgresql_where=delayed, sqlite_where=delayed,
+        ),
+        sa.Index(
+            "ix_natspubsub_outbox_key",
+            "status", "ordering_key", "id",
+            postgresql_where=pending, sqlite_where=pending,
+        ),
+        sa.Index(
+            "ix_natspubsub_outbox_sent",
+            "status", "sent_at",
+            postgresql_where=sent, sqlite_where=sent,
+        ),
+        sa.Index(
+            "ix_natspubsub_outbox_parked",
+            "status", "id",
+            postgresql_where=parked, sqlite_where=parked,
+        ),
+    )  # fmt: skip
+
+
+class OutboxWriter:
+    """Adds rows to the caller's transaction.
+
+    :param partitions: over how many partitions the rows are spread.
+    :param committed: called after a transaction with rows in it has been committed; it must
+        not wait or raise. Only a hint: the relay finds the rows by itself.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        tables: OutboxTables,
+        partitions: int,
+        committed: Callable[[], None],
+    ) -> None:
+        self._database = database
+        self._tables = tables
+        self._partitions = partitions
+        self._hint = committed
+        self._warned = False
+        self._forgotten: set[str] = set()
+
+    def add(self, prepared: Sequence[Prepared]) -> list[bool]:
+        """Add rows to the session; they are inserted by its next flush and follow savepoints.
+
+        A message whose event id the caller chose is left out if the outbox has it already, also
+        if another transaction turns out to be the first to commit it.
+
+        :returns: for each message, whether it was there.
+        :raises PublishError: the session is just ending.
+        :raises TablesMissing: the tables are not in the database.
+        """
+        session = self._database.session
+        require_open(session)
+        table = self._tables.outbox
+        self._database.require_table(session, table)
+        seen = self._existing(session, {item.event_id for item in prepared if item.named})
+        known, new = [], []
+        for item in prepared:
+            known.append(item.event_id in seen)
+            if not known[-1]:
+                new.append(item)
+                seen.add(item.event_id)
+        if _is_flushing(session):
+            self.insert(session, new)
+        elif new:
+            row = self._tables.row
+            session.add_all(row(self._values(item), named=item.named) for item in new)
+            session.info[_WAITING] = self
+            expect_commit(session, self)
+        return known
+
+    def insert(self, session: orm.Session, prepared: Sequence[Prepared]) -> None:
+        """Insert rows at once, for those who are inside a flush already."""
+        self._database.require_table(session, self._tables.outbox)
+        if prepared:
+            named = any(item.named for item in prepared)
+            self._insert(session, [self._values(item) for item in prepared], or_leave=named)
+            expect_commit(session, self)
+
+    def insert_waiting(self, session: orm.Session) -> None:
+        """Insert the rows that were added to the session since its last flush.
+
+        The session would insert them into the schema of its tenant; and its flush would fail,
+        and with it the user's own rows, at an event id that another transaction has committed
+        meanwhile.
+        """
+        rows = [row for row in session.new if isinstance(row, self._tables.row)]
+        if rows:  # none, if their savepoint was rolled back
+            named = any(row.named for row in rows)
+            self._insert(session, [row.values for row in rows], or_leave=named)
+        for row in rows:
+            session.expunge(row)
+
+    def _insert(
+        self, session: orm.Session, rows: Sequence[dict[str, Any]], *, or_leave: bool
+    ) -> None:
+        table = self._tables.outbox
+        with self._database.in_place(session, table) as connection:
+            statement = sa.insert(table)
+            if or_leave:
+                statement = insert_or_leave(connection.dialect, table, table.c.event_id)
+            if any(isinstance(row["available_at"], sa.ClauseElement) for row in rows):
+                for row in rows:  # an expression: one by one
+                    connection.execute(statement.values(**row))
+            elif rows:
+                connection.execute(statement, rows)
+
+    def _existing(self, session: orm.Session, event_ids: set[str]) -> set[str]:
+        """Return those event ids that the session or the table has already."""
+        if not event_ids:
+            return set()
+        rows: list[Any] = [row for row in session.new if isinstance(row, self._tables.row)]
+        found = event_ids & {row.event_id for row in rows}
+        left, column = sorted(event_ids - found), self._tables.outbox.c.event_id
+        with self._database.in_place(session, column.table) as connection:
+            for start in range(0, len(left), ID_CHUNK):
+                query = sa.select(column).where(column.in_(left[start : start + ID_CHUNK]))
+                found.update(connection.scalars(query))
+        return found
+
+    def _values(self, item: Prepared) -> dict[str, Any]:
+        spread_by = item.ordering_key or item.event_id
+        due: Any = item.available_at
+        if item.delay is not None:
+            due = self._database.now() + item.delay
+        return {
+            "event_id": item.event_id,
+            "subject": item.outgoing.subject,
+            "headers": encode_value(item.outgoing.headers).decode(),
+            "payload": item.outgoing.payload,
+            "ordering_key": item.ordering_key,
+            "partition": zlib.crc32(spread_by.encode()) % self._partitions,
+            "available_at": due,
+        }
+
+    def committed(self, session: orm.Session) -> None:
+        """Hear that the session has committed a transaction with rows in it."""
+        self._hint()
+        if not self._warned and self._database.has_other_binds(session, flushed_classes(session)):
+            self._warned = True
+            _log.warning(
+                "a transaction wrote to another database than the one of the outbox: the two "
+                "commit one after the other, so a crash in between keeps the rows and loses the "
+                "event, or the reverse. NATSPUBSUB_BIND_KEY says in which one the outbox is"
+            )
+
+    def forgotten(self, place: str) -> None:
+        """Warn, once for each place, of events that nobody has committed."""
+        if place not in self._forgotten and len(self._forgotten) < _MOST_PLACES:
+            self._forgotten.add(place)
+            _log.warning(
+                "%s: published through the outbox, and the session ended without a commit: the "
+                "event was dropped, as was all else in that transaction. Commit the session; or "
+                "roll it back, if that is meant",
+                place,
+            )
+
+
+def _is_flushing(session: orm.Session) -> bool:
+    """Whether the session flushes just now, when it is too late for it to take a row.
+
+    There is no public way to ask; should this one go, the row waits for the next flush, if
+    there is one, and SQLAlchemy warns.
+    """
+    return bool(getattr(session, "_flushing", False))
+
+
+@event.listens_for(orm.Session, "before_flush")
+def _before_flush(session: orm.Session, context: object, instances: object) -> None:
+    writer: OutboxWriter | None = session.info.get(_WAITING)
+    if writer is not None:
+        writer.insert_waiting(session)
+        session.info.pop(_WAITING, None)

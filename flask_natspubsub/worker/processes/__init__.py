@@ -1,0 +1,1 @@
+"""The worker as processes: parent and children, signals, liveness, reloading."""
