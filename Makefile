@@ -37,8 +37,8 @@ lint: $(VENV)/.stamp-dev $(VENV)/.stamp-lint  ## check style and types
 	@$(RUN) -m mypy
 
 audit: $(VENV)/.stamp-base $(VENV)/.stamp-audit  ## check the licences and known weaknesses of the dependencies
-	@$(RUN) -m tests.licences
-	@$(RUN) -m tests.audit
+	@$(RUN) -m tests.tools.licences
+	@$(RUN) -m tests.tools.audit
 
 bench: $(VENV)/.stamp-dev $(VENV)/.stamp-bench  ## measure
 	@$(RUN) -m tests.bench $(ARGS)
@@ -74,11 +74,11 @@ $(VENV)/.stamp-%: pyproject.toml $(VENV)/.stamp-base
 	@$(PIP) install --group $*
 	@touch $@
 
-$(LOWEST)/.stamp: pyproject.toml tests/lowest.py $(VENV)/.stamp-base
+$(LOWEST)/.stamp: pyproject.toml tests/tools/lowest.py $(VENV)/.stamp-base
 	@echo "making $(LOWEST) ..."
 	@$(PYTHON) -m venv --clear $(LOWEST)
 	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
-	@$(RUN) -m tests.lowest > $(LOWEST)/constraints.txt
+	@$(RUN) -m tests.tools.lowest > $(LOWEST)/constraints.txt
 	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 	    --constraint $(LOWEST)/constraints.txt -e '.[all]' --group lowest
 	@touch $@

@@ -13,14 +13,13 @@ import pytest
 from flask import Flask
 
 from flask_natspubsub import NatsPubsub
-
-from . import ordinary_signals
-from .secrets import SECRET
-from .servers import NatsServer
-from .waiting import eventually
+from tests.support import ordinary_signals
+from tests.support.secrets import SECRET
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
-    from .databases import MysqlServer, PostgresServer
+    from tests.support.databases import MysqlServer, PostgresServer
 
 MakePubsub = Callable[..., NatsPubsub]
 
@@ -102,7 +101,9 @@ def nats_server() -> Iterator[NatsServer]:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     """A PostgreSQL server that all tests share; each makes databases of its own in it."""
-    from .databases import PostgresServer  # the driver and the server, only where they are used
+    from tests.support.databases import (
+        PostgresServer,  # the driver and the server, only where they are used
+    )
 
     with PostgresServer() as server:
         yield server
@@ -111,7 +112,7 @@ def postgres_server() -> Iterator[PostgresServer]:
 @pytest.fixture(scope="session")
 def mysql_server() -> Iterator[MysqlServer]:
     """A MariaDB or MySQL server that all tests share."""
-    from .databases import MysqlServer  # as above
+    from tests.support.databases import MysqlServer  # as above
 
     if not MysqlServer.is_available():
         pytest.skip(MysqlServer.MISSING)

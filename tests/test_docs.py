@@ -15,12 +15,12 @@ from pathlib import Path
 import click
 import pytest
 from flask import Flask
-from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
 import flask_natspubsub.cli
 from docs.generated import commands_text, presets_text, settings_text
 from flask_natspubsub import NatsPubsub, NatsPubsubError
 from flask_natspubsub.app import state
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.config import settings
 from flask_natspubsub.subscribing.options import OPTION_NAMES
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .torture.scenarios import SCENARIOS
+from tests.torture.scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "reliability").glob("*.md"))

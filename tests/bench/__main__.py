@@ -15,7 +15,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from tests.servers import NatsServer
+from tests.support.servers import NatsServer
 
 from . import consume, disk, growth, outbox, overheads, publish
 from .bars import write_pages

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from flask import Flask
 
 from flask_natspubsub import NatsPubsub
-from tests.servers import NatsServer
+from tests.support.servers import NatsServer
 
 from .harness import Comparison, Variant, measure
 from .peers import in_threads, per_second

@@ -15,7 +15,7 @@ from flask_natspubsub import NatsPubsub
 from flask_natspubsub.brokers.base import StoredAck
 from flask_natspubsub.database.adapter import Lease
 from flask_natspubsub.outbox.store import OutboxStore
-from tests.databases import PostgresServer, sqlite_url, use_wal
+from tests.support.databases import PostgresServer, sqlite_url, use_wal
 
 from .curves import Curve
 

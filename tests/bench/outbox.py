@@ -18,7 +18,7 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import Session
 
 from flask_natspubsub import NatsPubsub
-from tests.databases import PostgresServer, use_wal
+from tests.support.databases import PostgresServer, use_wal
 
 from .harness import Comparison, Variant, measure
 from .peers import NatsPy, per_second

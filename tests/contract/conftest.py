@@ -6,12 +6,12 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from flask_natspubsub.brokers.jetstream.client import NatsBroker
-from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
 from flask_natspubsub.brokers.base import Broker
+from flask_natspubsub.brokers.jetstream.client import NatsBroker
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.config.settings import Settings
-from tests.servers import NatsServer
+from tests.support.servers import NatsServer
 
 from .helpers import TIMEOUT, Place
 

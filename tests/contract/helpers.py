@@ -18,7 +18,7 @@ from flask_natspubsub.brokers.base import (
     StreamInfo,
 )
 from flask_natspubsub.errors import PublishError
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 TIMEOUT = 10.0
 

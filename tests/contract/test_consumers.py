@@ -13,7 +13,7 @@ from flask_natspubsub.errors import TopologyError
 from flask_natspubsub.subscribing.durables import complaints, delete, orphans, rename
 from flask_natspubsub.subscribing.registry import Registry
 from flask_natspubsub.subscribing.subscription import Subscription
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 from .helpers import Inbox, Place, ack
 

@@ -10,7 +10,7 @@ import pytest
 from flask_natspubsub.brokers.base import OutgoingMessage
 from flask_natspubsub.errors import TopologyError
 from flask_natspubsub.messages.headers import Headers
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 from .helpers import Inbox, Place, ack
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flask_natspubsub.brokers.base import CoreMessage, OutgoingMessage
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 from .helpers import Place
 

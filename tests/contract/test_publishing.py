@@ -16,7 +16,7 @@ from flask_natspubsub.errors import (
     PublishError,
     RequestDenied,
 )
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 from .helpers import Place, size_on_the_wire
 

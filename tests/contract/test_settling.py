@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.waiting import eventually, for_seconds
+from tests.support.waiting import eventually, for_seconds
 
 from .helpers import Inbox, Place, ack
 

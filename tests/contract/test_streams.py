@@ -6,7 +6,7 @@ import pytest
 
 from flask_natspubsub.brokers.base import Change, StreamConfig
 from flask_natspubsub.errors import TopologyError
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 from .helpers import Place, ack
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ..waiting import eventually
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

@@ -12,9 +12,8 @@ import pytest
 
 from example_app.demo.client import Client
 from example_app.demo.processes import Processes, flask_command, free_port, gunicorn_command
-
-from ..servers import NatsServer
-from ..waiting import eventually
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ..servers import nats_server_binary
-from ..waiting import eventually
+from tests.support.servers import nats_server_binary
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

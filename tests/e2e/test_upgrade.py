@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from ..databases import PostgresServer
-from ..servers import NatsServer
-from ..waiting import eventually
+from tests.support.databases import PostgresServer
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

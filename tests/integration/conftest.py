@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from ..conftest import MakePubsub
-from ..secrets import SECRET
-from ..servers import NatsServer
+from tests.conftest import MakePubsub
+from tests.support.secrets import SECRET
+from tests.support.servers import NatsServer
+
 from .project import Project
 from .shop import Shop
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from flask_natspubsub.brokers import make_broker
 from flask_natspubsub.config.settings import Settings
-
-from ..secrets import SECRET
-from ..waiting import eventually
+from tests.support.secrets import SECRET
+from tests.support.waiting import eventually
 
 #: Longer than any command takes, shorter than the ack_wait of 30 s after which a message that
 #: was not handed back would come again by itself.

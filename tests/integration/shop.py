@@ -15,8 +15,7 @@ from flask_natspubsub import MessageContext, NatsPubsub
 from flask_natspubsub.brokers.base import ConsumerInfo
 from flask_natspubsub.deadletters.reader import DeadLetterRecord
 from flask_natspubsub.worker.worker import Worker
-
-from ..waiting import eventually
+from tests.support.waiting import eventually
 
 TIMEOUT = 20.0
 

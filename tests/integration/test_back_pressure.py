@@ -15,9 +15,9 @@ from flask_natspubsub import NatsPubsub, PublishError
 from flask_natspubsub.brokers.jetstream import publish_window
 from flask_natspubsub.worker.processes.vitals import Heartbeat
 from tests.conftest import MakePubsub
-from tests.proxy import Proxy
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.proxy import Proxy
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

@@ -14,9 +14,9 @@ from flask_natspubsub import NatsPubsub, PublishError, message_published
 from flask_natspubsub.brokers.base import CoreMessage
 from flask_natspubsub.brokers.wire import FrameTap
 from tests.conftest import MakePubsub
-from tests.proxy import Proxy
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.proxy import Proxy
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 from .helpers import event_ids, stored
 

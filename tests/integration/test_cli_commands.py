@@ -10,7 +10,8 @@ import threading
 
 import pytest
 
-from ..waiting import eventually
+from tests.support.waiting import eventually
+
 from .project import TIMEOUT
 
 pytestmark = pytest.mark.real_server

@@ -12,9 +12,9 @@ from contextlib import closing
 import pytest
 
 from flask_natspubsub.outbox.store import LEASE_SECONDS
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually, for_seconds
 
-from ..servers import NatsServer
-from ..waiting import eventually, for_seconds
 from .project import TIMEOUT, Project, WorkerRun
 
 pytestmark = pytest.mark.real_server

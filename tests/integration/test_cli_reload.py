@@ -7,7 +7,8 @@ import signal
 
 import pytest
 
-from ..waiting import eventually
+from tests.support.waiting import eventually
+
 from .project import HANDLERS, TIMEOUT
 
 pytestmark = pytest.mark.real_server

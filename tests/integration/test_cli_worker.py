@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from ..servers import NatsServer
-from ..waiting import eventually
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
+
 from .project import TIMEOUT, Project
 
 pytestmark = pytest.mark.real_server

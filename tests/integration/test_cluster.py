@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import NatsCluster
 from tests.conftest import MakePubsub
-from tests.waiting import eventually
+from tests.support.cluster import NatsCluster
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

@@ -28,11 +28,11 @@ from flask_natspubsub import (
 from flask_natspubsub.brokers.jetstream import client, link
 from flask_natspubsub.brokers.topology import wanted_streams
 from tests.conftest import MakePubsub
-from tests.fake_server import FakeServer
-from tests.proxy import Proxy
-from tests.secrets import SECRET
-from tests.servers import NatsServer
-from tests.waiting import eventually, for_seconds
+from tests.support.fake_server import FakeServer
+from tests.support.proxy import Proxy
+from tests.support.secrets import SECRET
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually, for_seconds
 
 from .helpers import api, at_most, count, event_ids, refusal, stored, up
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flask_natspubsub.brokers.jetstream.pull import Pull
 
 import flask_natspubsub
 from flask_natspubsub import NatsPubsub
+from flask_natspubsub.brokers.jetstream.pull import Pull
 from tests.conftest import MakePubsub
-from tests.proxy import Proxy
-from tests.servers import NatsServer
-from tests.waiting import eventually, for_seconds
+from tests.support.proxy import Proxy
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually, for_seconds
 
 from .conftest import MakeShop
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

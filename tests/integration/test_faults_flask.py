@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from ..servers import NatsServer
+from tests.support.servers import NatsServer
+
 from .test_connection import free_port
 
 pytestmark = pytest.mark.real_server

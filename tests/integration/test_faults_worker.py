@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from flask import Flask
-from flask_natspubsub.brokers.jetstream.pull import NatsDelivery
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import MessageContext, NatsPubsub
+from flask_natspubsub.brokers.jetstream.pull import NatsDelivery
 from flask_natspubsub.worker.worker import Worker
+from tests.support.databases import sqlite_url
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
-from ..databases import sqlite_url
-from ..servers import NatsServer
-from ..waiting import eventually
 from .conftest import MakeShop
 from .project import Project
 from .shop import TIMEOUT, Shop

@@ -23,9 +23,9 @@ from flask import Flask
 
 from flask_natspubsub import NatsPubsub
 from flask_natspubsub.cli import natspubsub
-from tests.secrets import SECRET
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.secrets import SECRET
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

@@ -24,9 +24,9 @@ from flask import Flask
 
 from flask_natspubsub import NatsPubsub
 from tests.conftest import MakePubsub
-from tests.forking import in_child
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.forking import in_child
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 from .helpers import at_most, count, event_ids, stored
 from .test_connection import free_port

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from flask_natspubsub.brokers.jetstream.client import NatsBroker
 
 from flask_natspubsub.brokers.base import ConsumerConfig, StreamConfig
+from flask_natspubsub.brokers.jetstream.client import NatsBroker
 from flask_natspubsub.config.settings import Settings
-from tests.proxy import CutAfter, Filter, Proxy
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.proxy import CutAfter, Filter, Proxy
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

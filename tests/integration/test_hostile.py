@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from flask_natspubsub.messages.plain import MAX_DEPTH
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

@@ -25,10 +25,9 @@ from flask_natspubsub.testing import TestBroker
 from flask_natspubsub.worker.async_handlers import AsyncHandlers
 from flask_natspubsub.worker.outcome import Outcome
 from flask_natspubsub.worker.processor import Processor
-
-from ..databases import sqlite_url
-from ..unit.worker_helpers import FakeBox, FakeDelivery, envelope
-from ..waiting import eventually
+from tests.support.databases import sqlite_url
+from tests.support.waiting import eventually
+from tests.unit.worker_helpers import FakeBox, FakeDelivery, envelope
 
 LIMIT = 20
 

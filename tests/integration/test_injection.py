@@ -17,8 +17,8 @@ from flask_natspubsub import EncodingError, InvalidTopic
 from flask_natspubsub.cli.log import _LineFormatter
 from flask_natspubsub.observability.tracing import choose_trace_id
 from tests.conftest import MakePubsub
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 from .helpers import count, stored
 

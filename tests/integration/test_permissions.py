@@ -17,10 +17,10 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import BrokerError, NatsPubsub, PublishDenied
 from flask_natspubsub.cli import natspubsub
-from tests.databases import sqlite_url
-from tests.secrets import SECRET
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.databases import sqlite_url
+from tests.support.secrets import SECRET
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 from .helpers import refusal
 

@@ -29,9 +29,9 @@ from flask_natspubsub import (
 )
 from flask_natspubsub.brokers.jetstream import publish_window
 from tests.conftest import MakePubsub
-from tests.proxy import LoseAcks, Proxy
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.proxy import LoseAcks, Proxy
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 from .helpers import Outcome, api, at_most, count, event_ids, frames, seen_by_another_client, stored
 

@@ -15,9 +15,9 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub
 from flask_natspubsub.cli import natspubsub
-from tests.databases import sqlite_url
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.databases import sqlite_url
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

@@ -12,7 +12,7 @@ from flask_natspubsub.brokers import agreement
 from flask_natspubsub.brokers.jetstream import presence, strangers
 from flask_natspubsub.brokers.jetstream import pull as pull_module
 from flask_natspubsub.worker.worker import Worker
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 from .conftest import MakeShop
 from .helpers import api

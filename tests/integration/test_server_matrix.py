@@ -19,7 +19,7 @@ import pytest
 
 from flask_natspubsub import NatsPubsub
 from tests.conftest import MakePubsub
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 from .helpers import event_ids, stored
 from .test_connection import free_port

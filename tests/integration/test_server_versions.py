@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.server_versions import VERSIONS, binary
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.server_versions import VERSIONS, binary
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

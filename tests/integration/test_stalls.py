@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 
 from flask_natspubsub import Retry
-from tests.proxy import Proxy
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.proxy import Proxy
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 from .shop import Recorder, Shop
 

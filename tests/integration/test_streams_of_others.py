@@ -15,8 +15,8 @@ from flask_natspubsub import TopologyError
 from flask_natspubsub.brokers.jetstream import pull as pull_module
 from flask_natspubsub.doctor.checks import examine
 from flask_natspubsub.doctor.gathering import gather
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 from .conftest import MakeShop
 from .helpers import api

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from tests.certificates import Authority, KeyPair
 from tests.conftest import MakePubsub
-from tests.fake_server import FakeServer
-from tests.proxy import Proxy
-from tests.secrets import SECRET
-from tests.servers import NatsServer
+from tests.support.certificates import Authority, KeyPair
+from tests.support.fake_server import FakeServer
+from tests.support.proxy import Proxy
+from tests.support.secrets import SECRET
+from tests.support.servers import NatsServer
 
 from .helpers import refusal, up
 

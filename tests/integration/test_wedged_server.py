@@ -11,9 +11,9 @@ from flask_natspubsub import NatsPubsub, PublishError
 from flask_natspubsub.brokers.jetstream import client as nats_client
 from flask_natspubsub.brokers.jetstream import publish_window
 from tests.conftest import MakePubsub
-from tests.proxy import LoseAcks, Proxy
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from tests.support.proxy import LoseAcks, Proxy
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
 

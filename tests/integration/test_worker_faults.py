@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from flask_natspubsub.brokers.jetstream.client import NatsBroker
 
 from flask_natspubsub import PublishError
 from flask_natspubsub.brokers.base import StreamConfig
-from tests.proxy import Proxy
-from tests.servers import NatsServer
-from tests.waiting import eventually
+from flask_natspubsub.brokers.jetstream.client import NatsBroker
+from tests.support.proxy import Proxy
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 from .shop import by_hand
 

@@ -27,7 +27,7 @@ from flask_natspubsub import (
     worker_started,
     worker_stopped,
 )
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 from .shop import fail_until
 

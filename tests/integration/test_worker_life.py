@@ -10,7 +10,7 @@ import pytest
 from flask import Flask, current_app
 
 from flask_natspubsub import NatsPubsub, TopologyError
-from tests.waiting import eventually, for_seconds
+from tests.support.waiting import eventually, for_seconds
 
 from .shop import TIMEOUT, fail_until
 

@@ -14,8 +14,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from ..servers import NatsServer
-from ..waiting import eventually
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
+
 from .project import APP, HANDLERS, Project
 
 pytestmark = pytest.mark.real_server

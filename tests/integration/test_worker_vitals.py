@@ -9,8 +9,8 @@ import pytest
 from flask_natspubsub.worker import worker as worker_module
 from flask_natspubsub.worker.processes import vitals
 from flask_natspubsub.worker.processes.vitals import Heartbeat, Vitals
+from tests.support.waiting import eventually
 
-from ..waiting import eventually
 from .shop import TIMEOUT
 
 pytestmark = pytest.mark.real_server

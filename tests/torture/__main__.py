@@ -8,8 +8,9 @@ import sys
 import time
 from contextlib import ExitStack
 
-from .. import ordinary_signals
-from ..databases import PostgresServer
+from tests.support import ordinary_signals
+from tests.support.databases import PostgresServer
+
 from .kept import REPORT, STATE, Kept, commit
 from .ledger import HEADER, Result
 from .run import Run, Scenario

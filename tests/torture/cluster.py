@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Callable
 
 from flask_natspubsub import PublishError
+from tests.support.cluster import NatsCluster
+from tests.support.waiting import eventually, for_seconds
 
-from ..cluster import NatsCluster
-from ..waiting import eventually, for_seconds
 from .ledger import Result, count
 from .run import Run
 from .shop import SUBSCRIBER, TOPIC

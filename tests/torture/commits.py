@@ -17,8 +17,9 @@ import psycopg
 import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
-from ..databases import PostgresServer
-from ..waiting import eventually
+from tests.support.databases import PostgresServer
+from tests.support.waiting import eventually
+
 from .ledger import Result, count
 from .run import Run
 from .shop import db, place_order

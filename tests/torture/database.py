@@ -6,7 +6,8 @@ import os
 import time
 from pathlib import Path
 
-from ..waiting import eventually, for_seconds
+from tests.support.waiting import eventually, for_seconds
+
 from .ledger import Result, count
 from .processes import Child
 from .run import Run

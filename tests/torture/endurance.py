@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from ..forking import in_child
-from ..waiting import eventually
+from tests.support.forking import in_child
+from tests.support.waiting import eventually
+
 from .ledger import Result
 from .run import Run
 from .site import Site

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..waiting import eventually
+from tests.support.waiting import eventually
+
 from .ledger import Result
 from .outages import Crew, Shop
 from .run import Run

@@ -14,8 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..databases import postgres_version
-from ..servers import nats_server_binary
+from tests.support.databases import postgres_version
+from tests.support.servers import nats_server_binary
+
 from .ledger import COLUMNS, Result
 from .run import Scenario
 

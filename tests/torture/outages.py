@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from flask_natspubsub import PublishError
+from tests.support.waiting import eventually
 
-from ..waiting import eventually
 from .ledger import Result, count
 from .processes import Child
 from .run import Run

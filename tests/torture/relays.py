@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from ..waiting import eventually
+from tests.support.waiting import eventually
+
 from .ledger import Result, count_sent
 from .processes import Child
 from .run import Run

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 
-from ..waiting import eventually
+from tests.support.waiting import eventually
+
 from .ledger import Result, count
 from .run import Run
 from .site import Site

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ..databases import PostgresServer
+from tests.support.databases import PostgresServer
+
 from .ledger import Result
 
 PROGRESS_INTERVAL = 5.0

@@ -15,12 +15,12 @@ import sqlalchemy as sa
 
 from flask_natspubsub import NatsPubsub
 from flask_natspubsub.app.state import AppState
+from tests.support.cluster import NatsCluster
+from tests.support.databases import sqlite_url
+from tests.support.proxy import Proxy
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
-from ..cluster import NatsCluster
-from ..databases import sqlite_url
-from ..proxy import Proxy
-from ..servers import NatsServer
-from ..waiting import eventually
 from . import failpoints
 from .processes import Child, Children
 from .shop import TICKS, TOPIC, create_app, db, place_order

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ..databases import PostgresServer
+from tests.support.databases import PostgresServer
+
 from .run import Run, Scenario
 from .scenarios import SCENARIOS
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from flask_natspubsub.brokers.base import ConsumerConfig, Delivery, OutgoingMessage, StreamConfig
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.brokers.memory.clock import VirtualClock
-
-from flask_natspubsub.brokers.base import ConsumerConfig, Delivery, OutgoingMessage, StreamConfig
 
 STREAM = "events"
 

@@ -12,7 +12,7 @@ import pytest
 
 from flask_natspubsub.errors import HandlerInterrupted, HandlerTimeout
 from flask_natspubsub.worker.async_handlers import AsyncHandlers
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import click
 import pytest
 from flask import Flask
 from flask.cli import ScriptInfo
-from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
 from flask_natspubsub import NatsPubsub, NotConnected
 from flask_natspubsub.brokers.base import OutgoingMessage
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.cli import natspubsub
 
 

@@ -8,15 +8,14 @@ import sys
 
 import pytest
 from flask import Flask
-from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub
 from flask_natspubsub.app.database import DIALECTS
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.cli import natspubsub
-
-from ..databases import sqlite_url
-from ..secrets import SECRET
+from tests.support.databases import sqlite_url
+from tests.support.secrets import SECRET
 
 DATABASE_COMMANDS = [
     ["outbox", "status"],

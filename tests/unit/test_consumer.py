@@ -13,7 +13,7 @@ from flask_natspubsub.brokers.base import ConsumerInfo
 from flask_natspubsub.errors import BrokerError
 from flask_natspubsub.worker import consumer as module
 from flask_natspubsub.worker.consumer import SubscriberConsumer
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 from .worker_helpers import FakeBroker, FakeDelivery, Rig
 

@@ -6,10 +6,10 @@ import base64
 import json
 
 import pytest
-from flask_natspubsub.brokers.memory.broker import MemoryBroker
-from flask_natspubsub.brokers.memory.clock import VirtualClock
 
 from flask_natspubsub.brokers.base import OutgoingMessage, StreamConfig
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
+from flask_natspubsub.brokers.memory.clock import VirtualClock
 from flask_natspubsub.brokers.topology import wanted_streams
 from flask_natspubsub.deadletters.box import DeadLetterBox
 from flask_natspubsub.deadletters.reader import DeadLetters

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flask_natspubsub.brokers.jetstream.client import check_credentials
 
 from flask_natspubsub import ConfigurationError
+from flask_natspubsub.brokers.jetstream.client import check_credentials
 from flask_natspubsub.config.settings import Settings
-from tests import audit, licences
+from tests.tools import audit, licences
 
 
 def test_all_licences_are_allowed(capsys: pytest.CaptureFixture[str]) -> None:

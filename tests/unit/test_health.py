@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
 from flask_natspubsub import NatsPubsub
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from tests.conftest import MakePubsub
 
 PATHS = ["/health/", "/health/live", "/health/ready", "/health/detailed"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from flask_natspubsub.brokers.jetstream.client import _text_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_natspubsub import NatsPubsubError
+from flask_natspubsub.brokers.jetstream.client import _text_of
 from flask_natspubsub.brokers.wire import frame, header_block, parse_headers
 from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.messages import envelope as envelopes

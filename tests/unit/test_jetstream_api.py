@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 from flask_natspubsub.brokers.jetstream.stream_api import JetStreamApi
-
 from flask_natspubsub.messages.codec import decode_value, encode_value
 
 PAGE = 2

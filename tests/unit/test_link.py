@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
+
+from flask_natspubsub import BrokerError
 from flask_natspubsub.brokers.jetstream.link import (
     LONGEST_PAUSE,
     RETURN_WITHIN,
     Link,
     jittered,
 )
-
-from flask_natspubsub import BrokerError
 from flask_natspubsub.brokers.loop import BackgroundLoop
 from flask_natspubsub.brokers.wire import Route
 from flask_natspubsub.config.settings import Settings

@@ -15,8 +15,7 @@ import pytest
 from flask_natspubsub.cli import log
 from flask_natspubsub.cli.log import LineWriter
 from flask_natspubsub.worker.outcome import Outcome, OutcomeRecord, report
-
-from ..waiting import eventually
+from tests.support.waiting import eventually
 
 WORKER = logging.getLogger("flask_natspubsub.worker")
 HANDLED = Outcome("handled", "order.created", "e1", 2, 0.00342, subscriber="mailer")

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from flask_natspubsub.brokers.memory.broker import MemoryBroker
-from flask_natspubsub.brokers.memory.clock import SystemClock, VirtualClock
 
 from flask_natspubsub.brokers.base import Delivery, OutgoingMessage, StoredAck, StreamConfig
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
+from flask_natspubsub.brokers.memory.clock import SystemClock, VirtualClock
 from flask_natspubsub.errors import BrokerError, TopologyError
 
 from .memory_helpers import STREAM, broker_on_a_virtual_clock, config, fetch, publish

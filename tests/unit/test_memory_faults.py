@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
 from flask_natspubsub.brokers.base import Delivery, StoredAck
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.errors import NotConnected, PublishError
 
 from .memory_helpers import STREAM, broker_on_a_virtual_clock, config, fetch, publish

@@ -6,10 +6,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
 from flask_natspubsub.brokers.base import CoreMessage, Delivery
-from tests.waiting import eventually
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
+from tests.support.waiting import eventually
 
 from .memory_helpers import STREAM, broker_on_a_virtual_clock, config, fetch, publish, stream_config
 

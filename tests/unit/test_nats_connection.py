@@ -8,6 +8,7 @@ from typing import Any
 
 import nats.errors
 import pytest
+
 from flask_natspubsub.brokers.jetstream.client import (
     _Client,
     _Connection,
@@ -15,7 +16,6 @@ from flask_natspubsub.brokers.jetstream.client import (
     _dial_error,
 )
 from flask_natspubsub.brokers.jetstream.connection import ConnectionRefused
-
 from flask_natspubsub.brokers.wire import frame
 from flask_natspubsub.config.settings import Settings
 

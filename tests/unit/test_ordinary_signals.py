@@ -14,7 +14,7 @@ CHILD = "import signal; print(signal.getsignal(signal.{0}) is signal.SIG_IGN)"
 PARENT = """
 import signal, subprocess, sys
 signal.signal(signal.{0}, signal.SIG_IGN)
-from tests import ordinary_signals
+from tests.support import ordinary_signals
 if {1}:
     ordinary_signals.restore()
 subprocess.run([sys.executable, "-c", {2!r}], check=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from flask_natspubsub.brokers.jetstream.publish_window import WRITE, PublishWindow
-
 from flask_natspubsub.brokers.base import OutgoingMessage
+from flask_natspubsub.brokers.jetstream.publish_window import WRITE, PublishWindow
 from flask_natspubsub.config.settings import Settings
 
 

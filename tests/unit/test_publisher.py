@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 import pytest
 from flask import Flask
-from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
 from flask_natspubsub import (
     CircuitOpen,
@@ -29,6 +28,7 @@ from flask_natspubsub import (
     message_published,
 )
 from flask_natspubsub.brokers.base import OutgoingMessage, StoredMessage, Ticket
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.messages.lineage import Lineage, within
 from tests.conftest import MakePubsub
 

@@ -8,10 +8,10 @@ import json
 import random
 
 import pytest
-from flask_natspubsub.brokers.jetstream.pull import Pull, ReplyWriter
 
 from flask_natspubsub.brokers.base import ConsumerConfig
 from flask_natspubsub.brokers.jetstream import pull as module
+from flask_natspubsub.brokers.jetstream.pull import Pull, ReplyWriter
 
 CONFIG = ConsumerConfig(stream="events", durable="mailer", filter_subjects=("shop.>",))
 

@@ -12,7 +12,7 @@ from flask import Flask
 from flask_natspubsub import ConfigurationError, NatsPubsub
 from flask_natspubsub.config import settings
 from flask_natspubsub.config.settings import PREFIX, Settings, mask_url
-from tests.secrets import SECRET
+from tests.support.secrets import SECRET
 
 SECONDS = ["soon", -1, True, float("nan"), float("inf"), dt.timedelta(seconds=-1)]
 POSITIVE_SECONDS = [*SECONDS, 0, dt.timedelta(0)]

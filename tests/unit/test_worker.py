@@ -8,9 +8,9 @@ import threading
 from contextlib import nullcontext
 
 import pytest
-from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
 from flask_natspubsub.brokers.base import OutgoingMessage
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.brokers.topology import wanted_streams
 from flask_natspubsub.deadletters.reader import DeadLetters
 from flask_natspubsub.errors import BrokerError, RegistrationError
@@ -18,7 +18,7 @@ from flask_natspubsub.subscribing.registry import Registry
 from flask_natspubsub.subscribing.subscription import choose
 from flask_natspubsub.worker.gate import Gate
 from flask_natspubsub.worker.worker import Worker
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 from .worker_helpers import SETTINGS, envelope
 

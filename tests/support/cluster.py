@@ -13,14 +13,14 @@ from typing import Any
 from nats.aio.client import Client
 from nats.errors import Error
 
-from .servers import NatsServer
-from .waiting import eventually
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
 SIZE = 3
 TRIES = 3
 ELECTION_TIMEOUT = 60.0
 
-_quiet = logging.getLogger("tests.cluster")
+_quiet = logging.getLogger("tests.support.cluster")
 
 
 class NatsCluster:

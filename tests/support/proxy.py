@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from .managed import Managed
+from tests.support.managed import Managed
 
 #: Takes what the server sent, returns what the client gets.
 Filter = Callable[[bytes], bytes]

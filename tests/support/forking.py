@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from .waiting import eventually
+from tests.support.waiting import eventually
 
 
 def in_child(function: Callable[[], Any], timeout: float = 15) -> Any:

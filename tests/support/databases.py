@@ -14,8 +14,8 @@ from typing import Any
 import psycopg
 import sqlalchemy as sa
 
-from .managed import Managed
-from .waiting import eventually
+from tests.support.managed import Managed
+from tests.support.waiting import eventually
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it looks for a runtime folder that not every system has

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .managed import Managed
-from .waiting import eventually
+from tests.support.managed import Managed
+from tests.support.waiting import eventually
 
 START_TIMEOUT = 15.0
 STOP_TIMEOUT = 10.0

@@ -15,9 +15,9 @@ import pytest
 
 from flask_natspubsub.outbox.relay import Relay
 from flask_natspubsub.outbox.store import LEASE_SECONDS
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
-from ..servers import NatsServer
-from ..waiting import eventually
 from .conftest import MakeShop, MakeUrl
 from .shop import OutboxShop
 from .test_relay import wait_for_lease

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from ..databases import MysqlServer, PostgresServer, sqlite_url
-from ..servers import NatsServer
+from tests.support.databases import MysqlServer, PostgresServer, sqlite_url
+from tests.support.servers import NatsServer
+
 from .shop import OutboxShop, begin_transactions
 
 KINDS = ["sqlite", "postgresql", "mysql"]

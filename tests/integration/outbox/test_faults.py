@@ -12,8 +12,8 @@ import sqlalchemy as sa
 
 from flask_natspubsub import EncodingError, InvalidTopic, PublishDenied
 from flask_natspubsub.messages import ids
+from tests.support.waiting import eventually
 
-from ..waiting import eventually
 from .conftest import MakeShop
 from .shop import OutboxShop, message_of
 

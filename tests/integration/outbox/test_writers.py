@@ -12,9 +12,9 @@ import pytest
 import sqlalchemy as sa
 
 from flask_natspubsub.outbox.relay import Relay
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
-from ..servers import NatsServer
-from ..waiting import eventually
 from .conftest import MakeShop
 from .shop import OutboxShop, message_of
 from .test_relay import wait_for_lease

@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from tests.waiting import eventually, for_seconds
+from tests.support.waiting import eventually, for_seconds
 
 from .shop import OutboxShop
 

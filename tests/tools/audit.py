@@ -15,7 +15,7 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .licences import needed
+from tests.tools.licences import needed
 
 LIMIT = 90.0
 

@@ -22,8 +22,7 @@ from flask_natspubsub.brokers.base import (
 )
 from flask_natspubsub.brokers.topology import wakeup_subject
 from flask_natspubsub.outbox.relay import Relay
-
-from ..waiting import eventually
+from tests.support.waiting import eventually
 
 TIMEOUT = 20.0
 

@@ -12,25 +12,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+
+from flask_natspubsub import ConfigurationError
+from flask_natspubsub.brokers.base import ConsumerConfig, StoredAck
 from flask_natspubsub.brokers.jetstream.consumer_api import (
     CONSUMER_NOT_FOUND,
     Floor,
     Standing,
 )
 from flask_natspubsub.brokers.jetstream.stream_api import JetStreamApi
-
-from flask_natspubsub import ConfigurationError
-from flask_natspubsub.brokers.base import ConsumerConfig, StoredAck
 from flask_natspubsub.cli import natspubsub
 from flask_natspubsub.outbox import relay as relay_module
 from flask_natspubsub.outbox import verification
 from flask_natspubsub.outbox.rewind import StreamWatch
 from flask_natspubsub.outbox.verification import SentEvents
+from tests.conftest import MakePubsub
+from tests.integration.helpers import api
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually
 
-from ..conftest import MakePubsub
-from ..integration.helpers import api
-from ..servers import NatsServer
-from ..waiting import eventually
 from .conftest import MakeShop
 from .shop import OutboxShop
 

@@ -6,10 +6,11 @@ import time
 
 import pytest
 
-from ..integration.helpers import api
-from ..proxy import LoseAcks, Proxy
-from ..servers import NatsServer
-from ..waiting import eventually, for_seconds
+from tests.integration.helpers import api
+from tests.support.proxy import LoseAcks, Proxy
+from tests.support.servers import NatsServer
+from tests.support.waiting import eventually, for_seconds
+
 from .conftest import MakeShop
 from .shop import OutboxShop, is_subsequence
 from .test_relay import wait_for_lease, write

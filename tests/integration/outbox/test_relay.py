@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from flask_natspubsub.brokers.memory.broker import MemoryBroker
 
 from flask_natspubsub import PublishError
 from flask_natspubsub.brokers.base import StoredAck
+from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.database import adapter
 from flask_natspubsub.errors import DatabaseError, NotConnected, PublishDenied
 from flask_natspubsub.outbox import relay as relay_module
 from flask_natspubsub.outbox.relay import STAND_BY_INTERVAL, Relay
 from flask_natspubsub.outbox.store import CLEAN_BATCH
+from tests.support.waiting import eventually, for_seconds
 
-from ..waiting import eventually, for_seconds
 from .conftest import MakeShop
 from .shop import OutboxShop, is_subsequence
 

@@ -8,7 +8,7 @@ import socket
 import threading
 from typing import Any
 
-from .managed import Managed
+from tests.support.managed import Managed
 
 
 class FakeServer(Managed):

@@ -14,9 +14,9 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub
 from flask_natspubsub.cli import natspubsub
+from tests.integration.helpers import api
+from tests.support.servers import NatsServer
 
-from ..integration.helpers import api
-from ..servers import NatsServer
 from .conftest import MakeShop
 from .shop import OutboxShop, begin_before_savepoints, begin_transactions
 
