@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
-from flask import Flask, appcontext_tearing_down, request_finished
+from flask import Flask, request_finished
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from ..brokers.base import Broker
@@ -45,7 +45,6 @@ class Persistence:
         )
         self._settings = settings
         request_finished.connect(self._on_response, app)
-        appcontext_tearing_down.connect(self._on_teardown, app)
 
     def _on_response(self, sender: Flask, response: Any, **_: Any) -> None:
         """After an error, nobody has forgotten the commit."""
@@ -75,11 +74,6 @@ class Persistence:
             statements.append(CreateTable(table))
             statements += [CreateIndex(index) for index in sorted(table.indexes, key=_name)]
         return "\n\n".join(f"{str(one.compile(dialect=target)).strip()};" for one in statements)
-
-    def _on_teardown(self, sender: Flask, exc: BaseException | None = None, **_: Any) -> None:
-        """After the teardown functions, those of the database's own extension among them."""
-        if exc is None:
-            self.database.end_of_context()
 
     def require_tables(self) -> None:
         """Check that the tables are there.

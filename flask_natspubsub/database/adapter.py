@@ -1,111 +1,33 @@
 """The user's database, as the outbox and the inbox see it.
 
 A thin adapter over Flask-SQLAlchemy and Flask-SQLAlchemy-Lite: both put themselves in
-``app.extensions["sqlalchemy"]`` and have ``session`` and ``engines``. Everything that differs
-between SQLite, PostgreSQL, MariaDB and MySQL and is not about one table is here too: the
-database's clock, inserting what may be there already, time limits, leases.
+``app.extensions["sqlalchemy"]`` and have ``session`` and ``engines``. It knows where the user's
+tables are: the engine, the session, and the connection between the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, cast
 
 import sqlalchemy as sa
-from flask import Flask
+from flask import Flask, appcontext_tearing_down, current_app, has_app_context
 from sqlalchemy import orm
-from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.expression import FunctionElement
+from sqlalchemy.exc import SQLAlchemyError, UnboundExecutionError
+from sqlalchemy.util import ThreadLocalRegistry
 
 from ..errors import ConfigurationError, DatabaseError, TablesMissing
-from .binds import Binds, metadata_of
-from .session_events import begun, commits_by_itself, has_changes
-from .statements import Statement
+from .dialects import database_now
+from .session_events import end_of_scope, forgive, has_changes
 
 #: Longest time a statement of the relay or of a clean-up may take, seconds.
 STATEMENT_TIMEOUT = 10.0
-#: By less than this many seconds a clock may be put back without a lease being taken for it.
-CLOCK_STEP = 1.0
-
-BigInt = sa.BigInteger().with_variant(sa.Integer, "sqlite")
-Seconds: sa.Double[float] = sa.Double()
-Blob = sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
-LongText = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
-#: An id: MySQL's default collation would take "a" and "A" for the same one.
-Identifier = sa.String(255).with_variant(
-    mysql.VARCHAR(255, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
-)
+#: The execution option that has other schemas in the place of those of the tables.
+SCHEMA_MAP = "schema_translate_map"
 
 
-class database_now(FunctionElement[float]):
-    """Seconds since the epoch on the database's clock, which all processes share."""
-
-    type = Seconds
-    inherit_cache = True
-
-
-@compiles(database_now, "sqlite")
-def _now_sqlite(element: object, compiler: object, **options: object) -> str:
-    return "((julianday('now') - 2440587.5) * 86400.0)"
-
-
-@compiles(database_now, "postgresql")
-def _now_postgresql(element: object, compiler: object, **options: object) -> str:
-    # Not clock_timestamp(): it may change within a statement, so no index could be used.
-    return "CAST(EXTRACT(EPOCH FROM statement_timestamp()) AS DOUBLE PRECISION)"
-
-
-@compiles(database_now, "mysql")
-@compiles(database_now, "mariadb")
-def _now_mysql(element: object, compiler: object, **options: object) -> str:
-    # Of UTC: local time, by which UNIX_TIMESTAMP() goes, is set back once a year.
-    return "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6)) / 1e6)"
-
-
-def insert_new(connection: sa.Connection, table: sa.Table, values: Mapping[str, Any]) -> bool:
-    """Insert a row unless its key is there already; returns whether it was inserted.
-
-    Waits for a transaction that has inserted the same key and has not ended yet.
-    """
-    dialect = connection.dialect.name
-    statement: sa.Insert
-    if dialect == "postgresql":
-        statement = postgresql.insert(table).values(**values).on_conflict_do_nothing()
-    elif dialect == "sqlite":
-        statement = sqlite.insert(table).values(**values).on_conflict_do_nothing()
-    else:
-        statement = sa.insert(table).values(**values).prefix_with("IGNORE")
-    # Drivers count the rows of an INSERT, but SQLAlchemy keeps the count only if asked to.
-    result = connection.execute(statement, execution_options={"preserve_rowcount": True})
-    return result.rowcount == 1
-
-
-def make_lease_table(metadata: sa.MetaData) -> sa.Table:
-    """Define ``natspubsub_lease`` in the user's metadata."""
-    return sa.Table(
-        "natspubsub_lease",
-        metadata,
-        sa.Column("name", sa.String(191), primary_key=True),
-        sa.Column("owner", sa.String(64), nullable=False),
-        sa.Column("token", BigInt, nullable=False),
-        sa.Column("expires_at", Seconds, nullable=False),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A right that one process has until it expires; ``token`` grows with each owner."""
-
-    name: str
-    owner: str
-    token: int
-
-
-class Database(Binds):
+class Database:
     """The engine, the session and the metadata that the application uses.
 
     :param db: the Flask-SQLAlchemy or Flask-SQLAlchemy-Lite object.
@@ -116,11 +38,164 @@ class Database(Binds):
     def __init__(
         self, app: Flask, db: Any, metadata: sa.MetaData | None, bind_key: str | None
     ) -> None:
-        super().__init__(app, db, bind_key)
+        self.bind_key = bind_key
+        #: Whether a test may have put the sessions, and so this as well, on one connection.
+        self.joins_session = False
         #: Seconds by which a test has moved the clock of what is due.
         self.skew = 0.0
         self.metadata = metadata if metadata is not None else metadata_of(db, bind_key)
+        self._app = app
+        self._db = db
+        self._engines: Mapping[str | None, Any] | None = None
+        self._schema: dict[str | None, str | None] | None = None
         self._known_tables: set[str] = set()
+        appcontext_tearing_down.connect(self._on_teardown, app)
+
+    @property
+    def session(self) -> orm.Session:
+        """The caller's session.
+
+        :raises ConfigurationError: there is no application context.
+        """
+        if not has_app_context():
+            raise ConfigurationError(
+                "The outbox writes in the session of an application context, and there is none.",
+                "Use it inside 'with app.app_context():', or publish with outbox=False.",
+            )
+        session = self._db.session
+        return cast(orm.Session, session() if isinstance(session, orm.scoped_session) else session)
+
+    def present_session(self) -> orm.Session | None:
+        """Return the caller's session if there is one yet."""
+        if not has_app_context():
+            return None
+        session = self._db.session
+        if isinstance(session, orm.scoped_session):
+            return session() if session.registry.has() else None
+        return cast(orm.Session, session)
+
+    def forgive(self) -> None:
+        """Take it that the caller's session, if there is one yet, is to end without a commit."""
+        session = self.present_session()
+        if session is not None:
+            forgive(session)
+
+    def _on_teardown(self, sender: Flask, exc: BaseException | None = None, **_: Any) -> None:
+        """Look for a session of the application context that its end has left behind.
+
+        One that was made when the others had been removed already, by a teardown function.
+        """
+        if exc is not None:
+            return
+        session = vars(self._db).get("session")  # what is made when asked for is made anew
+        if not isinstance(session, orm.scoped_session):
+            return
+        with suppress(RuntimeError):  # the session may be that of a request
+            if not isinstance(session.registry, ThreadLocalRegistry) and session.registry.has():
+                end_of_scope(session())
+
+    @property
+    def engine(self) -> sa.Engine:
+        """The engine of the bind."""
+        return self.bind.engine
+
+    @property
+    def bind(self) -> sa.Engine | sa.Connection:
+        """Return the engine of the bind; tests may have put a connection in its place.
+
+        All are looked up once: the relay has no application context, and the end of one that
+        were pushed for each statement would run the application's teardown functions.
+        """
+        if self._engines is None:
+            if has_app_context() and current_app == self._app:
+                self._engines = self._db.engines
+            else:
+                with self._app.app_context():
+                    self._engines = self._db.engines
+        engines = cast(Mapping[str | None, sa.Engine], self._engines)
+        key = self.bind_key
+        if key not in engines and key is None:
+            key = "default"
+        if key not in engines:
+            raise ConfigurationError(
+                f"NATSPUBSUB_BIND_KEY is {self.bind_key!r}, and there is no such bind.",
+                f"Known: {', '.join(map(repr, engines))}.",
+            )
+        return (self.joins_session and self._connection_of_session()) or engines[key]
+
+    def _connection_of_session(self) -> sa.Connection | None:
+        """Return the connection that a test has bound the sessions to, if it has."""
+        with suppress(RuntimeError, UnboundExecutionError):  # no application context; no bind
+            session = self._db.session
+            bind = (session() if callable(session) else session).get_bind()
+            return bind if isinstance(bind, sa.Connection) and not bind.closed else None
+        return None
+
+    @contextmanager
+    def isolated(self) -> Iterator[None]:
+        """Have sessions within leave a test's own transaction as it was, if they fail."""
+        bind = self.bind
+        with begun(bind) if isinstance(bind, sa.Connection) else nullcontext():
+            yield
+
+    def _keep_schema(self, connection: sa.Connection, table: sa.Table) -> None:
+        """Name the schema in which an engine's connections look first, if the table is there."""
+        name = connection.dialect.default_schema_name
+        if connection.dialect.name != "postgresql" or table.schema is not None:
+            return
+        if sa.inspect(connection).has_table(table.name, schema=name):
+            self._schema = {None: name}
+
+    @contextmanager
+    def in_place(self, session: orm.Session, table: sa.Table) -> Iterator[sa.Connection]:
+        """Yield ``connection`` with the tables where the engine, and so the relay, finds them.
+
+        A session may put a tenant's schema in place of theirs, by ``schema_translate_map`` or by
+        PostgreSQL's ``search_path``.
+        """
+        connection = self.connection(session, table)
+        before = connection.get_execution_options().get(SCHEMA_MAP)
+        ours = self.engine.get_execution_options().get(SCHEMA_MAP) or self._schema
+        if before == ours:
+            yield connection
+            return
+        connection.execution_options(**{SCHEMA_MAP: ours})
+        try:
+            yield connection
+        finally:
+            connection.execution_options(**{SCHEMA_MAP: before})
+
+    def connection(self, session: orm.Session, table: sa.Table) -> sa.Connection:
+        """Return the connection of the session's transaction on which a table is read and written.
+
+        Where the session writes, also for reads: one that reads from a replica would miss what
+        was written a moment ago.
+
+        :raises ConfigurationError: the session writes to another database.
+        """
+        found = session.get_bind(clause=table)
+        if not self._is_ours(found):
+            found = writing_bind(session, table)
+        if self._is_ours(found):
+            return session.connection(bind_arguments={"bind": found})
+        raise ConfigurationError(
+            f"The session writes {table.name} to {found.engine.url!r}, and the relay "
+            f"reads it from {self.engine.url!r}.",
+            "Set NATSPUBSUB_BIND_KEY, and with Flask-SQLAlchemy-Lite the session's binds=.",
+        )
+
+    def _is_ours(self, bind: sa.Engine | sa.Connection) -> bool:
+        # With other options, an engine has another one of the same database for a base.
+        return bind.engine is self.engine or bind.engine.url == self.engine.url
+
+    def has_other_binds(self, session: orm.Session, classes: Iterable[type]) -> bool:
+        """Whether the rows of one of these classes are in another database than the outbox."""
+        if not has_app_context() or len(self._db.engines) < 2:
+            return False
+        tables = {one: orm.class_mapper(one).local_table for one in classes}
+        return any(
+            not self._is_ours(writing_bind(session, table, one)) for one, table in tables.items()
+        )
 
     @property
     def has_pending_changes(self) -> bool:
@@ -191,6 +266,58 @@ class Database(Binds):
         self._known_tables.add(table.name)
 
 
+def metadata_of(db: Any, bind_key: str | None) -> sa.MetaData:
+    """Return the metadata that the tables are to be defined in."""
+    metadatas = getattr(db, "metadatas", None)
+    if metadatas is not None and bind_key is not None:
+        if bind_key not in metadatas:
+            raise ConfigurationError(
+                f"NATSPUBSUB_BIND_KEY is {bind_key!r}, and no model has this __bind_key__.",
+                "Import the models before init_app, or pass metadata=.",
+            )
+        return cast(sa.MetaData, metadatas[bind_key])
+    metadata = getattr(db, "metadata", None)
+    if not isinstance(metadata, sa.MetaData):
+        raise ConfigurationError(
+            "The database object has no metadata to define the outbox tables in.",
+            "With Flask-SQLAlchemy-Lite, pass your models': init_app(app, db, Model.metadata).",
+        )
+    return metadata
+
+
+def writing_bind(
+    session: orm.Session, table: sa.FromClause, mapper: type | None = None
+) -> sa.Engine | sa.Connection:
+    """Return what a session is bound to when it writes, which may differ from where it reads.
+
+    As SQLAlchemy's docs have it, ``get_bind`` goes by the statement or by ``_flushing``.
+    """
+    inner = vars(session)
+    before = inner.get("_flushing", False)
+    inner["_flushing"] = True
+    try:
+        return session.get_bind(mapper, clause=sa.update(cast(sa.Table, table)))
+    finally:
+        inner["_flushing"] = before
+
+
+@contextmanager
+def begun(bind: sa.Engine | sa.Connection) -> Iterator[sa.Connection]:
+    """Begin on an engine; on a connection whose transaction is a test's, a part of that."""
+    if isinstance(bind, sa.Engine):
+        with bind.begin() as connection:
+            yield connection
+    else:
+        with bind.begin_nested():
+            yield bind
+
+
+def commits_by_itself(connection: sa.Connection) -> bool:
+    """Whether the user has set AUTOCOMMIT, for the connection or for the engine."""
+    of_engine = getattr(connection.dialect, "_on_connect_isolation_level", None)
+    return "AUTOCOMMIT" in (connection.get_execution_options().get("isolation_level"), of_engine)
+
+
 def _tables_missing() -> TablesMissing:
     return TablesMissing(
         "The tables of the outbox and the inbox are not in the database.",
@@ -211,94 +338,31 @@ def _first_line(error: SQLAlchemyError) -> str:
     return str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
 
 
-class Leases:
-    """Rights in ``natspubsub_lease``; at any time at most one owner holds a name.
+class Statement:
+    """A statement compiled once for each kind of database.
 
-    One with more time left than any lease is given was taken by a clock that was wrong then and
-    has been put back since: it counts as expired.
+    SQLAlchemy looks a statement up in its cache by walking through all of it, each time it is
+    executed: for the relay's query that takes ten times as long as the query.
+
+    :param clause: with a ``bindparam`` for each value that ``execute`` is to be given; numbers
+        and text only, since values and rows go past SQLAlchemy's types.
     """
 
-    def __init__(self, database: Database, table: sa.Table, seconds: float) -> None:
-        self.table = table
-        self.seconds = seconds
-        self._database = database
-        ours = [table.c[name] == sa.bindparam(f"its_{name}") for name in ("name", "owner", "token")]
-        self._renew = Statement(sa.update(table).where(*ours).values(expires_at=self._until()))
+    def __init__(self, clause: sa.Executable) -> None:
+        self._clause: Any = clause
+        self._compiled: dict[str, tuple[str, Any]] = {}
 
-    def acquire(self, name: str, owner: str) -> Lease | None:
-        """Take a free or expired lease; None while somebody else has it.
-
-        Looks before it writes, and in transactions of their own: those who wait for a lease
-        look often, and a look is all that SQLite can take beside a writer.
-        """
-        columns = self.table.c
-        look = sa.select(columns.token, self._is_free())
-        with self._database.begin() as connection:
-            row = connection.execute(look.where(columns.name == name)).first()
-        if row is None:
-            return self._create(Lease(name, owner, 1))
-        token, expired = row
-        return self._take(Lease(name, owner, int(token) + 1)) if expired else None
-
-    def _create(self, lease: Lease) -> Lease | None:
-        values = {"name": lease.name, "owner": lease.owner, "token": lease.token}
-        with self._database.begin() as connection:
-            created = insert_new(connection, self.table, values | {"expires_at": self._until()})
-        return lease if created else None
-
-    def _take(self, lease: Lease) -> Lease | None:
-        columns = self.table.c
-        statement = (
-            sa.update(self.table)
-            .where(columns.name == lease.name, columns.token == lease.token - 1)
-            .where(self._is_free())
-            .values(owner=lease.owner, token=lease.token, expires_at=self._until())
-        )
-        with self._database.begin() as connection:
-            return lease if connection.execute(statement).rowcount == 1 else None
-
-    def renew(self, lease: Lease) -> bool:
-        """Extend a lease; False if it is lost."""
-        with self._database.begin() as connection:
-            return self.renew_in(connection, lease)
-
-    def renew_in(self, connection: sa.Connection, lease: Lease) -> bool:
-        """Extend a lease within a transaction, which it thereby fences: False if it is lost."""
-        renewed = self._renew.execute(
-            connection, its_name=lease.name, its_owner=lease.owner, its_token=lease.token
-        )
-        return renewed.rowcount == 1
-
-    def release(self, lease: Lease) -> None:
-        """Give a lease back, so that another may take it at once."""
-        with self._database.begin() as connection:
-            connection.execute(sa.update(self.table).where(self._is(lease)).values(expires_at=0.0))
-
-    def holders(self) -> list[dict[str, Any]]:
-        """Return name, owner and remaining seconds of every lease."""
-        table = self.table
-        left = (table.c.expires_at - database_now()).label("seconds_left")
-        with self._database.begin() as connection:
-            query = sa.select(table.c.name, table.c.owner, left)
-            rows = connection.execute(query.where(table.c.owner != ""))
-            return [dict(row) for row in rows.mappings()]
-
-    def held(self) -> list[str]:
-        """Return the names of the leases that somebody has now."""
-        columns = self.table.c
-        held = sa.select(columns.name).where(columns.expires_at >= database_now())
-        with self._database.begin() as connection:
-            return list(connection.execute(held).scalars())
-
-    def _is(self, lease: Lease) -> sa.ColumnElement[bool]:
-        columns = self.table.c
-        return sa.and_(
-            columns.name == lease.name, columns.owner == lease.owner, columns.token == lease.token
-        )
-
-    def _is_free(self) -> sa.ColumnElement[bool]:
-        until = self.table.c.expires_at
-        return sa.or_(until < database_now(), until > self._until() + CLOCK_STEP)
-
-    def _until(self) -> sa.ColumnElement[float]:
-        return database_now() + self.seconds
+    def execute(self, connection: sa.Connection, **values: Any) -> sa.CursorResult[Any]:
+        """Execute it; the rows have the names of the columns."""
+        if connection.get_execution_options().get(SCHEMA_MAP):
+            return connection.execute(self._clause, values)
+        dialect = connection.dialect
+        known = self._compiled.get(dialect.name)
+        if known is None:
+            compiled = self._clause.compile(dialect=dialect)
+            known = self._compiled[dialect.name] = str(compiled), compiled
+        text, compiled = known
+        given = compiled.construct_params(values)
+        if compiled.positional:
+            given = tuple(given[name] for name in compiled.positiontup)
+        return connection.exec_driver_sql(text, given)

@@ -1,25 +1,27 @@
-"""What the user's session is about to do: whether a row can be committed in it, and is.
+"""What the user's sessions tell: the only listeners, and what each does in which order.
 
 A row that is added while the session commits, rolls back or closes is in no transaction; one
-whose session ends without a commit is dropped without a word. Both are noticed here.
+whose session ends without a commit is dropped silently. Both are noticed here. What belongs to one
+session is in its ``SessionRecord``; what the outbox and the inbox do with it is theirs.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
-from typing import Protocol, cast
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import sqlalchemy as sa
 from sqlalchemy import event, orm
 
 from ..errors import PublishError
 
-_FLUSHED = "natspubsub_flushed"
-_WRITER = "natspubsub_writer"
-_PLACES = "natspubsub_places"
+#: Where a session keeps its record.
+RECORD = "natspubsub"
+#: Set on a connection whose transaction the database may have ended, after an error.
+FAILED = "natspubsub_failed"
+
 _SESSION_MODULE = orm.Session.__module__
 #: Functions of SQLAlchemy that end a transaction.
 _ENDS = frozenset({"commit", "rollback", "close", "_close_impl"})
@@ -30,7 +32,10 @@ _PASSED_THROUGH = frozenset(
 
 
 class Writer(Protocol):
-    """Whoever has written rows in a session, and hears what became of them."""
+    """The outbox, as a session knows it that has rows for it."""
+
+    def insert_waiting(self, session: orm.Session) -> None:
+        """Insert the rows that were added since the last flush."""
 
     def committed(self, session: orm.Session) -> None:
         """Hear of the commit."""
@@ -40,6 +45,56 @@ class Writer(Protocol):
 
         :param place: file and line of the first of the lost publishes.
         """
+
+
+class Work(Protocol):
+    """The handler that works in a session."""
+
+    def on_commit_by_handler(self, session: orm.Session) -> None:
+        """Hear that the handler commits by itself."""
+
+
+class Feed(Protocol):
+    """Watches models: what a flush is about to do to them, and has done."""
+
+    def look_before(self, session: orm.Session) -> None:
+        """Look at a flush that begins."""
+
+    def look(self, session: orm.Session) -> None:
+        """Look at a flush that ends."""
+
+
+#: The feeds there are: a listener cannot be taken away, and must not keep an extension alive.
+feeds: WeakSet[Any] = WeakSet()
+
+
+class SessionRecord:
+    """What is known of one session.
+
+    ``waiting`` has rows for the next flush; ``writer`` has rows in the transaction, published at
+    ``places`` (by the transaction or savepoint that they are in). ``flushed`` are the classes
+    of what was flushed: it is in none of the session's collections, and not committed either.
+    """
+
+    __slots__ = ("flushed", "places", "waiting", "work", "writer")
+
+    def __init__(self) -> None:
+        self.waiting: Writer | None = None
+        self.writer: Writer | None = None
+        self.places: dict[object, str] = {}
+        self.flushed: set[type] = set()
+        self.work: Work | None = None
+
+
+def record_of(session: orm.Session) -> SessionRecord:
+    """Return the record of a session, made at the first call."""
+    record: SessionRecord | None = session.info.get(RECORD)
+    if record is None:
+        record = session.info[RECORD] = SessionRecord()
+    return record
+
+
+# --- rows that wait for a commit
 
 
 def require_open(session: orm.Session) -> None:
@@ -84,35 +139,40 @@ def _is_of(session: orm.Session, frame: FrameType) -> bool:
     )
 
 
-# --- rows that wait for a commit
+def expect_commit(session: orm.Session, writer: Writer, *, waiting: bool) -> None:
+    """Have ``writer`` told what becomes of the rows that were just added to the session.
 
-
-def expect_commit(session: orm.Session, writer: Writer) -> None:
-    """Have ``writer`` told what becomes of the rows that were just added to the session."""
-    session.info[_WRITER] = writer
+    :param waiting: whether they are inserted by the next flush.
+    """
+    record = session.info.get(RECORD) or record_of(session)
+    record.writer = writer
+    if waiting:
+        record.waiting = writer
     transaction = session.get_nested_transaction() or session.get_transaction()
-    places = session.info.setdefault(_PLACES, {})
-    if transaction is not None and transaction not in places:
-        places[transaction] = _place()
-
-
-def awaits_commit(session: orm.Session) -> bool:
-    """Whether the session's transaction, if it is not just ending, has rows of the outbox."""
-    return bool(session.is_active and session.info.get(_PLACES))
+    if transaction is not None and transaction not in record.places:
+        record.places[transaction] = _place()
 
 
 def end_of_scope(session: orm.Session) -> None:
     """Take it that nobody will use the session any more: its context has ended."""
-    places: dict[object, str] = session.info.pop(_PLACES, None) or {}
-    writer: Writer | None = session.info.get(_WRITER)
-    for place in list(places.values())[:1]:
-        if writer is not None:
-            writer.forgotten(place)
+    record = record_of(session)
+    places, record.places = list(record.places.values()), {}
+    if places and record.writer is not None:
+        record.writer.forgotten(places[0])
 
 
 def forgive(session: orm.Session) -> None:
     """Take it that the session ends without a commit on purpose, if it does."""
-    session.info.pop(_PLACES, None)
+    record_of(session).places.clear()
+
+
+def has_changes(session: orm.Session) -> bool:
+    """Whether the session has changes that are neither committed nor being committed."""
+    if not session.is_active:
+        return False
+    record = session.info.get(RECORD)
+    flushed = record is not None and (record.flushed or record.places)
+    return bool(flushed or session.new or session.dirty or session.deleted)
 
 
 def _place() -> str:
@@ -125,96 +185,80 @@ def _place() -> str:
     return "an unknown place"
 
 
+# --- the listeners: they run for every session of the process
+
+
+@event.listens_for(orm.Session, "before_flush")
+def _before_flush(session: orm.Session, context: object, instances: object) -> None:
+    """Insert the rows of the outbox that wait, then have the models looked at."""
+    record = session.info.get(RECORD)
+    if record is not None and record.waiting is not None:
+        record.waiting.insert_waiting(session)
+        record.waiting = None
+    for feed in list(feeds):
+        feed.look_before(session)
+
+
+@event.listens_for(orm.Session, "after_flush")
+def _after_flush(session: orm.Session, context: object) -> None:
+    """Note the classes of what was flushed, then report the changes of models."""
+    record = session.info.get(RECORD) or record_of(session)
+    for objects in (session.new, session.dirty, session.deleted):
+        record.flushed.update(map(type, objects))
+    for feed in list(feeds):
+        feed.look(session)
+
+
+@event.listens_for(orm.Session, "before_commit")
+def _before_commit(session: orm.Session) -> None:
+    """Notice a handler's own commit; the end of a savepoint is none."""
+    record = session.info.get(RECORD)
+    work = None if record is None else record.work
+    if work is not None and session.get_nested_transaction() is None:
+        work.on_commit_by_handler(session)
+
+
 @event.listens_for(orm.Session, "after_commit")
-def _on_commit(session: orm.Session) -> None:
-    """Pass it on. A savepoint's release comes here too, and has committed nothing yet."""
-    if not session.in_nested_transaction():
-        session.info.pop(_PLACES, None)
-        writer: Writer | None = session.info.pop(_WRITER, None)
-        if writer is not None:
-            writer.committed(session)
+def _after_commit(session: orm.Session) -> None:
+    """Tell the writer. A savepoint's release comes here too, and has committed nothing yet."""
+    record = session.info.get(RECORD)
+    if record is None or record.writer is None or session.in_nested_transaction():
+        return
+    writer, record.writer = record.writer, None
+    record.places.clear()
+    writer.committed(session)
 
 
 @event.listens_for(orm.Session, "after_rollback")
-def _on_rollback(session: orm.Session) -> None:
-    places = session.info.get(_PLACES)
-    if places:
-        places.pop(session.get_nested_transaction() or session.get_transaction(), None)
+def _after_rollback(session: orm.Session) -> None:
+    record = session.info.get(RECORD)
+    if record is not None and record.places:
+        record.places.pop(session.get_nested_transaction() or session.get_transaction(), None)
 
 
 @event.listens_for(orm.Session, "after_transaction_end")
-def _on_transaction_end(session: orm.Session, transaction: orm.SessionTransaction) -> None:
-    places: dict[orm.SessionTransaction, str] = session.info.get(_PLACES) or {}
-    place = places.pop(transaction, None)
+def _after_transaction_end(session: orm.Session, transaction: orm.SessionTransaction) -> None:
+    """Pass a savepoint's rows on to its parent; of a transaction, look whether it was forgotten."""
+    record = session.info.get(RECORD)
+    if record is None:
+        return
+    place = record.places.pop(transaction, None)
     if transaction.parent is not None:
         if place is not None:  # the end of a savepoint: its rows are its parent's now
-            places.setdefault(transaction.parent, place)
+            record.places.setdefault(transaction.parent, place)
         return
-    session.info.pop(_FLUSHED, None)
-    session.info.pop(_PLACES, None)
-    writer: Writer | None = session.info.pop(_WRITER, None)
-    # An error on its way is reason enough for the end; whoever has bound the session to a
-    # connection may still commit that.
+    writer, record.writer = record.writer, None
+    record.places.clear()
+    record.flushed.clear()
+    # An error on its way is reason enough for the end; a session that is bound to a connection
+    # may have its work committed there.
     meant = sys.exc_info()[0] is not None or isinstance(session.bind, sa.Connection)
     if place is not None and writer is not None and not meant:
         writer.forgotten(place)
 
 
-# --- what has been flushed: it is in none of the session's collections, and not committed either
-
-
-@event.listens_for(orm.Session, "after_flush")
-def _on_flush(session: orm.Session, context: object) -> None:
-    flushed = session.info.setdefault(_FLUSHED, set())
-    for objects in (session.new, session.dirty, session.deleted):
-        flushed.update(map(type, objects))
-
-
-def flushed_classes(session: orm.Session) -> set[type]:
-    """Return the classes of what was flushed in the session's transaction."""
-    found: set[type] = session.info.get(_FLUSHED, set())
-    return found
-
-
-def has_changes(session: orm.Session) -> bool:
-    """Whether the session has changes that are neither committed nor being committed."""
-    if not session.is_active:
-        return False
-    pending = flushed_classes(session) or session.new or session.dirty or session.deleted
-    return bool(pending) or awaits_commit(session)
-
-
-# --- transactions as they are meant
-
-
-def writing_bind(
-    session: orm.Session, table: sa.FromClause, mapper: type | None = None
-) -> sa.Engine | sa.Connection:
-    """Return what a session is bound to when it writes, which may differ from where it reads.
-
-    As SQLAlchemy's docs have it, ``get_bind`` goes by the statement or by ``_flushing``.
-    """
-    inner = vars(session)
-    before = inner.get("_flushing", False)
-    inner["_flushing"] = True
-    try:
-        return session.get_bind(mapper, clause=sa.update(cast(sa.Table, table)))
-    finally:
-        inner["_flushing"] = before
-
-
-@contextmanager
-def begun(bind: sa.Engine | sa.Connection) -> Iterator[sa.Connection]:
-    """Begin on an engine; on a connection whose transaction is a test's, a part of that."""
-    if isinstance(bind, sa.Engine):
-        with bind.begin() as connection:
-            yield connection
-    else:
-        with bind.begin_nested():
-            yield bind
-
-
-def commits_by_itself(connection: sa.Connection) -> bool:
-    """Whether the user has set AUTOCOMMIT, for the connection or for the engine."""
-    of_engine = getattr(connection.dialect, "_on_connect_isolation_level", None)
-    return "AUTOCOMMIT" in (connection.get_execution_options().get("isolation_level"), of_engine)
+@event.listens_for(sa.Engine, "handle_error")
+def _on_error(context: sa.ExceptionContext) -> None:
+    """Note that the database may have ended the transaction."""
+    if context.connection is not None and not context.connection.invalidated:
+        context.connection.info[FAILED] = True

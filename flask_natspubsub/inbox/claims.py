@@ -15,8 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.sql.dml import ReturningInsert
 
-from ..database.adapter import database_now, insert_new
-from ..database.statements import table_name
+from ..database.dialects import database_now, insert_new, table_name
 
 #: Longest wait for another transaction that has the row; seconds.
 WAIT = 2.0

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import event, orm
+from sqlalchemy import orm
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError, StatementError
 
-from ..database.adapter import Database, Identifier, Seconds, database_now, insert_new
+from ..database.adapter import Database
+from ..database.dialects import Identifier, Seconds, database_now, insert_new
+from ..database.session_events import FAILED, record_of
 from ..errors import DatabaseError, InboxBusy, NatsPubsubError
 from ..messages.identity import Handling, subscriber_key
 from ..text import get_logger
@@ -26,8 +28,6 @@ from .takeover import Takeover
 _log = get_logger("flask_natspubsub.worker")
 
 _INFO = "natspubsub_inbox"
-_WORK = "natspubsub_work"
-_FAILED = "natspubsub_failed"
 CLEAN_BATCH = 1000
 RENAME_BATCH = 500
 
@@ -94,7 +94,7 @@ class Inbox:
     def claim(self, session: orm.Session, handling: Handling) -> bool:
         """Insert the row in the session's transaction; False if it is there already."""
         with self._database.in_place(session, self.table) as connection:
-            connection.info.pop(_FAILED, None)
+            connection.info.pop(FAILED, None)
             new = self._claims.insert(connection, _key(handling))
             return new and self._takeover.claim(connection, handling)
 
@@ -107,7 +107,7 @@ class Inbox:
     def has(self, session: orm.Session, handling: Handling) -> bool:
         """Whether the session's transaction still has the row; looks after an error only."""
         with self._database.in_place(session, self.table) as connection:
-            if _FAILED not in connection.info:
+            if FAILED not in connection.info:
                 return True
             return connection.execute(self._find, _key(handling)).first() is not None
 
@@ -198,7 +198,7 @@ class HandlerWork:
         self._claimed_in = session.get_transaction()
         self._by_itself = False
         if once:
-            session.info[_WORK] = self
+            record_of(session).work = self
             self._let_begin(session)
 
     def _let_begin(self, session: orm.Session) -> None:
@@ -211,7 +211,7 @@ class HandlerWork:
         begin = session.begin
 
         def begin_within(nested: bool = False) -> orm.SessionTransaction:
-            begun = session.info.get(_WORK) is self and session.in_transaction()
+            begun = record_of(session).work is self and session.in_transaction()
             return begin(nested=nested or begun)
 
         vars(session)["begin"] = begin_within
@@ -224,7 +224,7 @@ class HandlerWork:
         :raises DatabaseError: the connection was lost, and nobody knows what is committed.
         """
         session = self._inbox.session
-        session.info.pop(_WORK, None)
+        record_of(session).work = None
         try:
             if self._once and not self._still_claimed(session):
                 session.rollback()
@@ -271,21 +271,6 @@ class HandlerWork:
         self._inbox.warn_of_commit(self._handling.old_subscriber)
         if session.get_transaction() is self._claimed_in:
             self._inbox.unclaim(session, self._handling)
-
-
-@event.listens_for(orm.Session, "before_commit")
-def _on_commit(session: orm.Session) -> None:
-    """Notice a handler's own commit; the end of a savepoint is none."""
-    work: HandlerWork | None = session.info.get(_WORK)
-    if work is not None and session.get_nested_transaction() is None:
-        work.on_commit_by_handler(session)
-
-
-@event.listens_for(sa.Engine, "handle_error")
-def _on_error(context: sa.ExceptionContext) -> None:
-    """Note that the database may have ended the transaction."""
-    if context.connection is not None and not context.connection.invalidated:
-        context.connection.info[_FAILED] = True
 
 
 def _key(handling: Handling) -> dict[str, str]:

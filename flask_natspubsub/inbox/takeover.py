@@ -12,7 +12,7 @@ import threading
 
 import sqlalchemy as sa
 
-from ..database.adapter import database_now, insert_new
+from ..database.dialects import database_now, insert_new
 from ..messages.identity import Handling
 from .claims import Claims
 

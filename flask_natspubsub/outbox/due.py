@@ -10,8 +10,7 @@ import msgspec
 import sqlalchemy as sa
 
 from ..brokers.base import OutgoingMessage
-from ..database.adapter import Database
-from ..database.statements import Statement
+from ..database.adapter import Database, Statement
 from .writer import DELAYED_INDEX, PENDING
 
 #: Bytes of payloads and headers that are read together; one row is read, however large.

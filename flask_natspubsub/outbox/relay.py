@@ -33,7 +33,7 @@ from .store import CLEAN_BATCH, LEASE_SECONDS, PARTITION, Failure, OutboxStore, 
 from .writer import SENT
 
 if TYPE_CHECKING:
-    from ..database.adapter import Lease
+    from ..database.leases import Lease
 
 _log = get_logger("flask_natspubsub.relay")
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ..database.adapter import Database, database_now
+from ..database.adapter import Database
+from ..database.dialects import database_now
 from .writer import ID_CHUNK, PENDING, SENT
 
 #: Rows read and compared together.

@@ -9,8 +9,9 @@ import msgspec
 import sqlalchemy as sa
 
 from ..brokers.base import OutgoingMessage, StoredAck
-from ..database.adapter import Database, Lease, Leases, database_now
-from ..database.statements import table_name
+from ..database.adapter import Database
+from ..database.dialects import database_now, table_name
+from ..database.leases import Lease, Leases
 from ..errors import PublishError
 from ..text import printable
 from .due import DueRow, DueRows, is_pending, message_of

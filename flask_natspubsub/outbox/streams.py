@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from ..brokers.base import StreamInfo
-from ..database.adapter import BigInt, Database, Identifier, Seconds, database_now, insert_new
+from ..database.adapter import Database
+from ..database.dialects import BigInt, Identifier, Seconds, database_now, insert_new
 
 TABLE = "natspubsub_stream"
 

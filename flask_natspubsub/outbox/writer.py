@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import event, orm
+from sqlalchemy import orm
 
-from ..database.adapter import (
+from ..database.adapter import Database
+from ..database.dialects import (
     BigInt,
     Blob,
-    Database,
     Identifier,
     LongText,
     Seconds,
     database_now,
-    make_lease_table,
+    insert_or_leave,
 )
-from ..database.session_events import expect_commit, flushed_classes, require_open
-from ..database.statements import insert_or_leave
+from ..database.leases import make_lease_table
+from ..database.session_events import expect_commit, record_of, require_open
 from ..messages.codec import encode_value
 from ..publishing.draft import Prepared
 from ..text import get_logger
@@ -40,8 +40,6 @@ DELAYED_INDEX = "ix_natspubsub_outbox_delayed"
 #: Ids that one query asks for.
 ID_CHUNK = 500
 _INFO = "natspubsub_outbox"
-#: The writer of the rows that wait in a session for its next flush.
-_WAITING = "natspubsub_waiting"
 #: Places of forgotten commits that are told apart; after so many it has been said often enough.
 _MOST_PLACES = 100
 
@@ -190,8 +188,7 @@ class OutboxWriter:
         elif new:
             row = self._tables.row
             session.add_all(row(self._values(item), named=item.named) for item in new)
-            session.info[_WAITING] = self
-            expect_commit(session, self)
+            expect_commit(session, self, waiting=True)
         return known
 
     def insert(self, session: orm.Session, prepared: Sequence[Prepared]) -> None:
@@ -200,7 +197,7 @@ class OutboxWriter:
         if prepared:
             named = any(item.named for item in prepared)
             self._insert(session, [self._values(item) for item in prepared], or_leave=named)
-            expect_commit(session, self)
+            expect_commit(session, self, waiting=False)
 
     def insert_waiting(self, session: orm.Session) -> None:
         """Insert the rows that were added to the session since its last flush.
@@ -261,7 +258,7 @@ class OutboxWriter:
     def committed(self, session: orm.Session) -> None:
         """Hear that the session has committed a transaction with rows in it."""
         self._hint()
-        if not self._warned and self._database.has_other_binds(session, flushed_classes(session)):
+        if not self._warned and self._database.has_other_binds(session, record_of(session).flushed):
             self._warned = True
             _log.warning(
                 "a transaction wrote to another database than the one of the outbox: the two "
@@ -288,11 +285,3 @@ def _is_flushing(session: orm.Session) -> bool:
     there is one, and SQLAlchemy warns.
     """
     return bool(getattr(session, "_flushing", False))
-
-
-@event.listens_for(orm.Session, "before_flush")
-def _before_flush(session: orm.Session, context: object, instances: object) -> None:
-    writer: OutboxWriter | None = session.info.get(_WAITING)
-    if writer is not None:
-        writer.insert_waiting(session)
-        session.info.pop(_WAITING, None)

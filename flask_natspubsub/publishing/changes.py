@@ -14,18 +14,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import sqlalchemy as sa
-from sqlalchemy import event, orm
+from sqlalchemy import orm
 
+from ..database.session_events import feeds
 from ..errors import ConfigurationError, EncodingError
 from ..messages.plain import plain_value
 from ..messages.subjects import normalize_topic
 
 _log = logging.getLogger("flask_natspubsub")
-
-_BEFORE = "natspubsub_before"
 
 #: Columns that are not published unless they are named.
 SECRET = re.compile(
@@ -65,6 +63,10 @@ class _Before:
     derived: dict[str, Any]
 
 
+#: By the state of an object and its model.
+_Known = dict[tuple[Any, _Model], _Before]
+
+
 class ChangeFeed:
     """Watches models and reports what each flush did to them.
 
@@ -75,7 +77,7 @@ class ChangeFeed:
         self._report = report
         self._models: list[_Model] = []
         self._left_out: set[tuple[type, str]] = set()
-        _feeds.add(self)
+        feeds.add(self)
 
     def watch(self, model: type, topic: str, fields: Iterable[str] | None = None) -> None:
         """Report the changes of a model as ``{topic}.created``, ``.updated``, ``.deleted``.
@@ -109,7 +111,8 @@ class ChangeFeed:
 
     def look_before(self, session: orm.Session) -> None:
         """Note what the flush that begins is going to change."""
-        before = session.info[_BEFORE]
+        before: _Known = {}
+        session.info[self] = before
         for obj in session.dirty:
             for model in self._models:
                 if isinstance(obj, model.cls):
@@ -121,16 +124,19 @@ class ChangeFeed:
 
     def look(self, session: orm.Session) -> None:
         """Report what the flush that is ending has done."""
+        before = session.info.pop(self, {})
         changes = [
-            change for obj, kind in _touched(session) for change in self._of(session, obj, kind)
+            change
+            for obj, kind in _touched(session, before)
+            for change in self._of(session, obj, kind, before)
         ]
         if changes:
             self._report(session, changes)
 
-    def _of(self, session: orm.Session, obj: object, kind: str) -> Iterable[Change]:
+    def _of(self, session: orm.Session, obj: object, kind: str, before: _Known) -> Iterable[Change]:
         for model in self._models:
             if isinstance(obj, model.cls):
-                message = _message(session, obj, kind, model)
+                message = _message(session, obj, kind, model, before)
                 if message is not None:
                     yield Change(f"{model.topic}.{kind}", self._plain(message, model))
 
@@ -197,28 +203,10 @@ def _key(key: Any) -> Any:
     return json.dumps(key) if key is None or isinstance(key, (bool, int, float)) else key
 
 
-#: All that there are: a listener cannot be taken away, and must not keep an extension alive.
-_feeds: WeakSet[ChangeFeed] = WeakSet()
-
-
-@event.listens_for(orm.Session, "before_flush")
-def _before_flush(session: orm.Session, context: object, instances: object) -> None:
-    session.info[_BEFORE] = {}
-    for feed in list(_feeds):
-        feed.look_before(session)
-
-
-@event.listens_for(orm.Session, "after_flush")
-def _after_flush(session: orm.Session, context: object) -> None:
-    for feed in list(_feeds):
-        feed.look(session)
-    session.info.pop(_BEFORE, None)
-
-
-def _touched(session: orm.Session) -> list[tuple[object, str]]:
+def _touched(session: orm.Session, before: _Known) -> list[tuple[object, str]]:
     """Return the objects of the flush; the session keeps the changed ones in no order."""
     found = [(obj, "created") for obj in session.new]
-    expressions = {state for (state, _), one in session.info[_BEFORE].items() if one.changed}
+    expressions = {state for (state, _), one in before.items() if one.changed}
     changed = [
         obj
         for obj in session.dirty
@@ -235,7 +223,9 @@ def _order(obj: object) -> tuple[str, list[tuple[int, str]]]:
     return type(obj).__name__, [(len(str(part)), str(part)) for part in identity]
 
 
-def _message(session: orm.Session, obj: object, kind: str, model: _Model) -> dict[str, Any] | None:
+def _message(
+    session: orm.Session, obj: object, kind: str, model: _Model, known: _Known
+) -> dict[str, Any] | None:
     state: Any = sa.inspect(obj)
     if kind == "created":
         # What was never set is NULL, unless the database has made a value nobody has read yet.
@@ -245,7 +235,7 @@ def _message(session: orm.Session, obj: object, kind: str, model: _Model) -> dic
     values = dict(zip(model.keys, state.identity, strict=True)) | _loaded(state, model.fields)
     if kind == "deleted":
         return values
-    before = session.info[_BEFORE].get((state, model), _Before([], {}))
+    before = known.get((state, model), _Before([], {}))
     values |= _fetched(session, state, model, [*before.changed, *model.derived])
     missing = object()
     changed = [

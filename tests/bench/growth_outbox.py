@@ -13,7 +13,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub
 from flask_natspubsub.brokers.base import StoredAck
-from flask_natspubsub.database.adapter import Lease
+from flask_natspubsub.database.leases import Lease
 from flask_natspubsub.outbox.store import OutboxStore
 from tests.support.databases import PostgresServer, sqlite_url, use_wal
 
