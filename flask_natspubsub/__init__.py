@@ -31,8 +31,7 @@ from .errors import (
     TopologyError,
 )
 from .extension import NatsPubsub
-from .messages.lineage import current_trace_id
-from .observability.tracing import TraceIdFilter
+from .observability.tracing import TraceIdFilter, current_trace_id
 from .publishing.draft import Draft, PublishReceipt
 from .publishing.publisher import PartlyPublished
 from .signals import (

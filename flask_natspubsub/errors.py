@@ -205,6 +205,20 @@ class PayloadTooLarge(PublishError):
         self.size = size
         self.limit = limit
 
+    @classmethod
+    def of(cls, name: str, size: int, limit: int) -> PayloadTooLarge:
+        """Make the error for a message of ``size`` bytes.
+
+        :param name: its topic or subject.
+        """
+        return cls(
+            f"The message for {name!r} has {size:,} bytes with its headers; "
+            f"the server takes {limit:,}.",
+            "Publish a reference to the data instead, or raise max_payload on the server.",
+            size=size,
+            limit=limit,
+        )
+
 
 class NoStreamForSubject(PublishError):
     """No JetStream stream stores the subject."""

@@ -17,7 +17,8 @@ from ..inbox.inbox import Inbox, define_table
 from ..observability.health import Check
 from ..outbox.relay import Relay
 from ..outbox.store import OutboxStore
-from ..outbox.writer import OutboxWriter, define_tables
+from ..outbox.tables import define_tables
+from ..outbox.writer import OutboxWriter
 
 DIALECTS = ("sqlite", "postgresql", "mysql", "mariadb")
 

@@ -13,17 +13,18 @@ from ..brokers.base import Broker, StreamConfig
 from ..brokers.topology import wakeup_subject, wanted_streams
 from ..config.settings import Settings
 from ..errors import ConfigurationError, PublishError
-from ..middleware import compose
+from ..middleware import Middleware
 from ..observability.health import Check
-from ..publishing.draft import PublishReceipt
-from ..publishing.publisher import Outbox, Publisher
-from ..signals import message_published, outbox_relayed, send
+from ..observability.tracing import current_lineage
+from ..publishing.publisher import Publisher
+from ..signals import outbox_relayed, send
 from ..subscribing.registry import Registry
 from ..subscribing.subscription import Subscription
 from ..text import get_logger
 
 if TYPE_CHECKING:
     from ..outbox.relay import Relay
+    from ..outbox.writer import OutboxWriter
     from .database import Persistence
 
 EXTENSION = "natspubsub"
@@ -58,15 +59,13 @@ class AppState:
         self._persistence: Persistence | None = None
         self._warned = False
         self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
-        self.publisher = Publisher(
-            settings,
-            self.broker,
-            extension.publishing,
-            compose,
-            self._published,
-            self._outbox,
-            self._before_direct,
-        )
+        #: The publish middleware, now and as it grows.
+        self.publish_middleware: Sequence[Middleware] = extension.publishing
+        #: Returns the ids that a message published here inherits.
+        self.lineage = current_lineage
+        #: The writer of the outbox, once something has asked for it.
+        self.writer: OutboxWriter | None = None
+        self.publisher = Publisher(self)
         if db is not None or settings.use_outbox or settings.use_inbox:
             self.attach_database(db, metadata)
 
@@ -153,6 +152,7 @@ class AppState:
         from .database import Persistence  # SQLAlchemy is an optional dependency
 
         self._persistence = Persistence(self.app, db, metadata, self.settings, self._committed)
+        self.writer = self._persistence.writer
         self.checks += self._persistence.health_checks()
         return self._persistence
 
@@ -179,7 +179,8 @@ class AppState:
         self._relays.add(relay)
         return relay
 
-    def _outbox(self) -> Outbox:
+    def outbox(self) -> OutboxWriter:
+        """Return the writer of the outbox; see ``attach_database`` for the errors."""
         return self.require_persistence().writer
 
     def _committed(self) -> None:
@@ -188,7 +189,8 @@ class AppState:
             relay.nudge()
         self.broker().send(wakeup_subject(self.settings), b"")
 
-    def _before_direct(self) -> None:
+    def before_direct(self) -> None:
+        """Warn, once, of a publish that bypasses the outbox while the session has changes."""
         pending = self._persistence is not None and self._persistence.database.has_pending_changes
         if pending and not self._warned:
             self._warned = True
@@ -204,9 +206,6 @@ class AppState:
         """Send one of the extension's signals for this application."""
         if signal.receivers:
             send(signal, self.app, **arguments)
-
-    def _published(self, receipt: PublishReceipt) -> None:
-        self.emit(message_published, receipt=receipt)
 
     def close(self, timeout: float) -> None:
         """Close the broker; the next use makes a new one."""

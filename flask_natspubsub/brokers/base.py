@@ -16,22 +16,10 @@ from typing import Literal
 import msgspec
 
 from ..errors import PublishError
+from ..messages.message import Message, StoredMessage
 from ..signals import call_guarded
 
 DeliverPolicy = Literal["all", "new", "last"]
-
-
-class OutgoingMessage(msgspec.Struct, frozen=True, gc=False):
-    """One message on its way out.
-
-    :param subject: the full NATS subject.
-    :param payload: the encoded envelope.
-    :param headers: in the order they are sent; ``Nats-Msg-Id`` among them.
-    """
-
-    subject: str
-    payload: bytes
-    headers: Mapping[str, str]
 
 
 class StoredAck(msgspec.Struct, frozen=True, gc=False, rename={"sequence": "seq"}):
@@ -42,18 +30,28 @@ class StoredAck(msgspec.Struct, frozen=True, gc=False, rename={"sequence": "seq"
     duplicate: bool = False
 
 
+#: What became of a message: where it is stored, or why not; None while nobody knows.
+Result = StoredAck | PublishError | None
+
+# The broker gives each message its result within the timeout and a half second; a wait that is
+# longer than this in addition means that the broker's thread itself is stuck.
+_STUCK = 1.0
+
+
 class Ticket:
     """The outcome, to come, of a batch of messages handed to a broker together.
 
     A bare lock is the waiter: it costs a tenth of an Event. Results are written by one thread
     at a time (the broker's) and read by others only after the lock was released.
+
+    :param size: how many messages.
     """
 
     __slots__ = ("_callbacks", "_open", "_waiter", "results")
 
     def __init__(self, size: int) -> None:
         #: One entry a message, in order: ``StoredAck`` or the ``PublishError``.
-        self.results: list[StoredAck | PublishError | None] = [None] * size
+        self.results: list[Result] = [None] * size
         self._open = size
         self._waiter = threading.Lock()
         self._callbacks: list[Callable[[Ticket], None]] = []
@@ -65,8 +63,8 @@ class Ticket:
         """Whether every message has its result."""
         return self._open == 0
 
-    def settle(self, index: int, result: StoredAck | PublishError) -> None:
-        """Write the result of message ``index``; a second result for it is ignored."""
+    def set_result(self, index: int, result: StoredAck | PublishError) -> None:
+        """Set the result of message ``index``; a second result for it is ignored."""
         if self.results[index] is not None:
             return
         self.results[index] = result
@@ -84,6 +82,21 @@ class Ticket:
             return False
         self._waiter.release()
         return True
+
+    def results_within(self, timeout: float) -> list[Result]:
+        """Wait for the results, for ``timeout`` seconds and a moment; none of them is None.
+
+        A broker gives each message its result in that time. What has none, since the broker's
+        thread is stuck, gets a ``PublishError`` with the outcome ``unknown``.
+        """
+        if self.wait(timeout + _STUCK):
+            return self.results
+        error = PublishError(
+            f"The broker's thread did not answer within {timeout + _STUCK:g} s.",
+            "A thread that keeps the interpreter busy may starve it.",
+            outcome="unknown",
+        )
+        return [error if result is None else result for result in self.results]
 
     def on_done(self, callback: Callable[[Ticket], None]) -> None:
         """Call ``callback`` when all results are in, at once if they are; any thread."""
@@ -225,25 +238,6 @@ class ConsumerInfo(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
 
 
-class StoredMessage(msgspec.Struct, frozen=True):
-    """A message read from a stream without consuming it."""
-
-    stream: str
-    sequence: int
-    subject: str
-    headers: Mapping[str, str]
-    data: bytes
-    timestamp: float
-
-
-class CoreMessage(msgspec.Struct, frozen=True):
-    """A message received outside any stream."""
-
-    subject: str
-    headers: Mapping[str, str]
-    data: bytes
-
-
 class Change(msgspec.Struct, frozen=True):
     """One thing ``setup`` did, would do, or found and left alone.
 
@@ -354,7 +348,7 @@ class Broker(ABC):
     # --- publishing
 
     @abstractmethod
-    def submit(self, messages: Sequence[OutgoingMessage], timeout: float) -> Ticket:
+    def submit(self, messages: Sequence[Message], timeout: float) -> Ticket:
         """Hand messages over to be stored, in order; does not wait for the answer.
 
         Each message gets a result within ``timeout`` seconds (plus half a second). Blocks,
@@ -391,7 +385,7 @@ class Broker(ABC):
         """
 
     @abstractmethod
-    def listen(self, subject: str, callback: Callable[[CoreMessage], None]) -> CoreSubscription:
+    def listen(self, subject: str, callback: Callable[[Message], None]) -> CoreSubscription:
         """Call ``callback`` (broker's thread) for every message sent to ``subject``."""
 
     # --- looking after streams

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from ..errors import BrokerError, NotConnected, PublishError, RequestDenied
-from .base import Broker, OutgoingMessage, StoredAck, StoredMessage
+from ..messages.message import Message, StoredMessage
+from .base import Broker, Result, StoredAck
 
 MESSAGE_ID = "Nats-Msg-Id"
 #: Which dead letter a message is the replay of; see ``deadletters.reader``.
@@ -22,10 +23,8 @@ _ANOTHER = "#"
 #: How long to look for what the stream has under the ids of a batch; seconds.
 LOOK_TIMEOUT = 2.0
 
-Result = StoredAck | PublishError | None
 
-
-def store_one(broker: Broker, message: OutgoingMessage, timeout: float) -> StoredAck:
+def store_one(broker: Broker, message: Message, timeout: float) -> StoredAck:
     """Store one message and wait; the error of the publish if that fails."""
     (result,) = _store(broker, [message], timeout)
     result = checked([message], [result], broker, timeout)[0]
@@ -35,7 +34,7 @@ def store_one(broker: Broker, message: OutgoingMessage, timeout: float) -> Store
 
 
 def checked(
-    messages: Sequence[OutgoingMessage], results: Sequence[Result], broker: Broker, timeout: float
+    messages: Sequence[Message], results: Sequence[Result], broker: Broker, timeout: float
 ) -> Sequence[Result]:
     """Return the results with those messages stored again whose id another message had.
 
@@ -65,15 +64,12 @@ def is_known_as(headers: Mapping[str, str], event_id: str) -> bool:
     return found == event_id or found.startswith(event_id + _ANOTHER)
 
 
-def _store(broker: Broker, messages: Sequence[OutgoingMessage], timeout: float) -> list[Result]:
-    ticket = broker.submit(messages, timeout)
-    if not ticket.wait(timeout + 1.0):
-        raise PublishError("The broker's thread did not answer.", outcome="unknown")
-    return ticket.results
+def _store(broker: Broker, messages: Sequence[Message], timeout: float) -> list[Result]:
+    return broker.submit(messages, timeout).results_within(timeout)
 
 
 def _stolen(
-    messages: Sequence[OutgoingMessage],
+    messages: Sequence[Message],
     acks: Sequence[StoredAck],
     doubtful: Sequence[int],
     broker: Broker,
@@ -93,15 +89,15 @@ def _stolen(
     ]
 
 
-def _is_ours(stored: StoredMessage, message: OutgoingMessage) -> bool:
+def _is_ours(stored: StoredMessage, message: Message) -> bool:
     same_replay = stored.headers.get(REPLAY_OF) == message.headers.get(REPLAY_OF)
     return stored.subject == message.subject and same_replay
 
 
-def _under_own_id(message: OutgoingMessage) -> OutgoingMessage:
+def _under_own_id(message: Message) -> Message:
     """Return the message under an id that no other subject's message gets; always the same one."""
     whose = f"{message.subject} {message.headers.get(REPLAY_OF, '')}"
     own = hashlib.sha256(whose.encode()).hexdigest()[:16]
     event_id = message.headers.get(MESSAGE_ID, "")
     headers = {**message.headers, MESSAGE_ID: f"{event_id}{_ANOTHER}{own}"}
-    return OutgoingMessage(message.subject, message.payload, headers)
+    return Message(message.subject, message.data, headers)

@@ -14,10 +14,10 @@ import click
 import msgspec
 
 from ..app.state import AppState
-from ..brokers.base import CoreMessage
 from ..errors import DecodingError
 from ..messages.codec import decode_object, encode_value
 from ..messages.headers import for_json
+from ..messages.message import Message, StoredMessage
 from ..messages.received import Received, read
 from ..messages.subjects import filter_for, topic_of
 from ..text import printable
@@ -122,9 +122,9 @@ def tail_command(
     subject = filter_for(state.settings.env, producer, topic)
     dead_letters = f"{state.settings.env}.dlq."
     show = _print_json_line if as_json else _print_line
-    inbox: queue.Queue[CoreMessage] = queue.Queue(TAIL_BUFFER)
+    inbox: queue.Queue[Message] = queue.Queue(TAIL_BUFFER)
 
-    def keep(message: CoreMessage) -> None:
+    def keep(message: Message) -> None:
         if producer == "dlq" or not message.subject.startswith(dead_letters):
             try:
                 inbox.put_nowait(message)
@@ -144,19 +144,19 @@ def tail_command(
             click.echo(err=True)
 
 
-def _received(inbox: queue.Queue[CoreMessage]) -> Iterator[CoreMessage]:
+def _received(inbox: queue.Queue[Message]) -> Iterator[Message]:
     while True:
         yield inbox.get()
 
 
-def _read(message: CoreMessage) -> Received | None:
+def _read(message: Message) -> Received | None:
     try:
-        return read(message.data, message.headers, message.subject, "-", 0)
+        return read(StoredMessage(message.subject, message.data, message.headers, "-", 0, 0.0))
     except DecodingError:
         return None
 
 
-def _print_line(message: CoreMessage) -> None:
+def _print_line(message: Message) -> None:
     known = _read(message)
     topic = known.topic if known else topic_of(message.subject)
     body = encode_value(known.message) if known else message.data
@@ -173,7 +173,7 @@ def _print_line(message: CoreMessage) -> None:
     click.echo(cut(line, width()))
 
 
-def _print_json_line(message: CoreMessage) -> None:
+def _print_json_line(message: Message) -> None:
     known = _read(message)
     fields: dict[str, Any] = {"subject": message.subject, "headers": for_json(message.headers)}
     if known is None:

@@ -7,12 +7,13 @@ one place or the other whatever dies in between.
 
 from __future__ import annotations
 
-from ..brokers.base import Broker, Delivery, OutgoingMessage, StoredMessage
+from ..brokers.base import Broker, Delivery
 from ..brokers.storing import MESSAGE_ID, store_one
 from ..config.settings import Settings
 from ..errors import PayloadTooLarge
 from ..messages.identity import place_key
 from ..messages.ids import now_timestamp
+from ..messages.message import Message, StoredMessage
 from ..messages.subjects import dead_letter_subject
 from ..subscribing.reading import try_read
 from ..subscribing.retry import GiveUpReason, error_text
@@ -50,11 +51,11 @@ class DeadLetterBox:
         """
         own = self._headers(delivery, subscription, reason, error)
         subject = self._subject(subscription)
-        message = OutgoingMessage(subject, delivery.data, kept(delivery.headers) | own)
+        message = Message(subject, delivery.data, kept(delivery.headers) | own)
         try:
             store_one(self._broker, message, self._settings.publish_timeout)
         except PayloadTooLarge:
-            message = OutgoingMessage(subject, b"", own | {BODY_OMITTED: "true"})
+            message = Message(subject, b"", own | {BODY_OMITTED: "true"})
             store_one(self._broker, message, self._settings.publish_timeout)
 
     def _headers(
@@ -100,7 +101,7 @@ class DeadLetterBox:
     def start_trial(self, delivery: Delivery, subscription: Subscription) -> None:
         """Note that this message is about to be run alone."""
         subject = self._trial_subject(delivery, subscription)
-        store_one(self._broker, OutgoingMessage(subject, b"", {}), self._settings.publish_timeout)
+        store_one(self._broker, Message(subject, b"", {}), self._settings.publish_timeout)
 
     def end_trial(self, delivery: Delivery, subscription: Subscription) -> None:
         """Forget the marker: the message's fate is settled."""

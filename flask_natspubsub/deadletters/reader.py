@@ -14,11 +14,12 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..brokers.base import Broker, OutgoingMessage, StoredAck, StoredMessage
+from ..brokers.base import Broker, StoredAck
 from ..brokers.storing import store_one
 from ..config.settings import Settings
 from ..errors import BrokerError, ReplayRefused
 from ..messages.identity import place_key
+from ..messages.message import Message, StoredMessage
 from ..messages.subjects import RESERVED_TOPIC, is_subject, matches, normalize_topic, slug, topic_of
 from ..subscribing.subscription import Subscription
 from .replays import replay_headers
@@ -158,7 +159,7 @@ class DeadLetters:
             addressee=addressee,
             force=force,
         )
-        message = OutgoingMessage(record.original_subject, original.data, headers)
+        message = Message(record.original_subject, original.data, headers)
         ack = store_one(self._broker, message, self._settings.publish_timeout)
         self.discard(record)
         return ack

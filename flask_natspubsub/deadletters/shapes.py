@@ -6,9 +6,10 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-from ..brokers.base import Delivery, StoredMessage
+from ..brokers.base import Delivery
 from ..errors import DecodingError
 from ..messages.codec import decode_object, encode_value
+from ..messages.message import StoredMessage
 from ..messages.received import Received, read
 from .replays import number
 
@@ -24,7 +25,9 @@ def try_read(
     """
     body = source.data if data is None else data
     try:
-        return read(body, source.headers, subject, source.stream, source.sequence)
+        return read(
+            StoredMessage(subject, body, source.headers, source.stream, source.sequence, 0.0)
+        )
     except DecodingError:
         return None
 

@@ -22,14 +22,6 @@ from .plain import MAX_DEPTH, step
 _ENCODER = msgspec.json.Encoder()
 
 
-def message_type_of(message: object) -> str | None:
-    """Return the class name of a typed message; None for a dict or another mapping."""
-    # The first question costs a tenth of the second, and dicts are what is published most.
-    if type(message) is dict or isinstance(message, Mapping):
-        return None
-    return type(message).__name__
-
-
 def encode_value(value: object) -> bytes:
     """Encode what is not a message, such as a request to the server, as msgspec does.
 
@@ -60,14 +52,9 @@ def decode_object(data: bytes) -> dict[str, Any]:
     value = decode_value(data)
     if type(value) is not dict:
         raise DecodingError(f"The data is not a JSON object but {_json_kind(value)}.")
-    if not is_surely_shallow(data) and _is_too_deep(value):
+    if data.count(b"{") + data.count(b"[") > MAX_DEPTH and _is_too_deep(value):
         raise DecodingError(f"The JSON is nested deeper than {MAX_DEPTH} levels.")
     return value
-
-
-def is_surely_shallow(data: bytes) -> bool:
-    """Whether JSON has no more brackets than levels allowed, however they are nested."""
-    return data.count(b"{") + data.count(b"[") <= MAX_DEPTH
 
 
 def build_decoder(annotation: Any, *, plain: bool = False) -> Callable[[Any], Any]:
@@ -81,12 +68,12 @@ def build_decoder(annotation: Any, *, plain: bool = False) -> Callable[[Any], An
     :raises RegistrationError: messages cannot be decoded into this type.
     """
     if annotation in (inspect.Parameter.empty, Any, object) or (plain and annotation is bytes):
-        return _identity
+        return as_received
     kind = typing.get_origin(annotation) or annotation
     if not isinstance(kind, type):
         raise _unsupported(annotation)
     if kind in (dict, Mapping, MutableMapping):
-        return _identity
+        return as_received
     if hasattr(kind, "model_validate_json"):
         return _pydantic_decoder(kind)
     if issubclass(kind, msgspec.Struct) or dataclasses.is_dataclass(kind):
@@ -100,7 +87,8 @@ def build_decoder(annotation: Any, *, plain: bool = False) -> Callable[[Any], An
 _PLAIN_TYPES = (list, tuple, set, frozenset, str, int, float, bool)
 
 
-def _identity(message: Any) -> Any:
+def as_received(message: Any) -> Any:
+    """Return the message: what decodes for a handler that asks for no type."""
     return message
 
 

@@ -26,7 +26,18 @@ _HEADER_NAME = r"[!-9;-~]+"  # printable ASCII without space and colon
 _IDENTIFIER = rf"[!-~]{{1,{MAX_IDENTIFIER_LENGTH}}}"
 #: With the separators of lines and paragraphs, and what turns the direction of a text round.
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+#: W3C Trace Context level 1, https://www.w3.org/TR/trace-context/; its first group is the trace id.
+TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 _ENCODER = msgspec.json.Encoder()
+
+
+class Lineage(msgspec.Struct, frozen=True, gc=False):
+    """Ids that a published message inherits unless its publisher gives others."""
+
+    trace_id: str | None = None
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    traceparent: str | None = None
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -150,6 +161,20 @@ def check_identifier(value: str, what: str) -> str:
             f"The {what} {value!r:.80} cannot be sent.",
             f"Use 1 to {MAX_IDENTIFIER_LENGTH} printable ASCII characters without spaces.",
             path=what,
+        )
+    return value
+
+
+def check_traceparent(value: object) -> str:
+    """Return ``value`` if it is a W3C trace context.
+
+    :raises EncodingError: it is none.
+    """
+    if not isinstance(value, str) or not re.fullmatch(TRACEPARENT, value):
+        raise EncodingError(
+            f"{value!r:.80} is not a W3C trace context.",
+            "It looks like '00-<32 hex digits>-<16 hex digits>-01'.",
+            path="traceparent",
         )
     return value
 

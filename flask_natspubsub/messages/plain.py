@@ -33,6 +33,14 @@ _PLAIN_KEY = r"[A-Za-z_][A-Za-z0-9_-]*"
 Converter = Callable[[Any, int], Any]
 
 
+def message_type_of(message: object) -> str | None:
+    """Return the class name of a typed message; None for a dict or another mapping."""
+    # The first question costs a tenth of the second, and dicts are what is published most.
+    if type(message) is dict or isinstance(message, Mapping):
+        return None
+    return type(message).__name__
+
+
 def plain_object(message: object) -> dict[str, Any]:
     """Return a message as dicts, lists, strings, numbers, booleans and None only.
 

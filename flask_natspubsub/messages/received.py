@@ -8,15 +8,16 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 
 from ..errors import DecodingError
 from ..text import printable
-from .codec import decode_object, is_surely_shallow
+from .codec import decode_object
 from .envelope import CONTROL, MAX_IDENTIFIER_LENGTH
 from .ids import parse_timestamp
+from .plain import MAX_DEPTH
 from .subjects import topic_of
 
 
@@ -53,9 +54,31 @@ class Received(msgspec.Struct, frozen=True, gc=False):
         return decode_object(self.data) if self.data else {}
 
 
-def read(
-    data: bytes, headers: Mapping[str, str], subject: str, stream: str, sequence: int
-) -> Received:
+class Readable(Protocol):
+    """A message with its place in a stream: a delivery, or one that was only looked up."""
+
+    @property
+    def data(self) -> bytes:
+        """The bytes received."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers received."""
+
+    @property
+    def subject(self) -> str:
+        """The subject that it was sent to."""
+
+    @property
+    def stream(self) -> str:
+        """The stream that stores it."""
+
+    @property
+    def sequence(self) -> int:
+        """Its number there."""
+
+
+def read(source: Readable) -> Received:
     """Read a message of any of the packages that speak the wire format.
 
     What is missing or of the wrong type beside the message is None, or taken from the
@@ -63,11 +86,12 @@ def read(
 
     :raises DecodingError: no JSON object, or none with a message in it.
     """
+    data = source.data
     fields = _usual_fields(data) or _lenient_fields(decode_object(data))
-    event_id = fields.event_id or _header_id(headers)
+    event_id = fields.event_id or _header_id(source.headers)
     return Received(
-        event_id or f"{stream}:{sequence}",
-        fields.topic or printable(topic_of(subject)),
+        event_id or f"{source.stream}:{source.sequence}",
+        fields.topic or printable(topic_of(source.subject)),
         fields.message,
         fields.message_type,
         fields.producer,
@@ -80,18 +104,16 @@ def read(
     )
 
 
-def read_plain(
-    message: Any, headers: Mapping[str, str], subject: str, stream: str, sequence: int
-) -> Received:
+def read_plain(message: Any, source: Readable) -> Received:
     """Take a message of another system, which has no envelope: its headers say what is known."""
-    event_id = _header_id(headers)
+    event_id = _header_id(source.headers)
     return Received(
-        event_id or f"{stream}:{sequence}",
-        printable(subject),
+        event_id or f"{source.stream}:{source.sequence}",
+        printable(source.subject),
         message,
         None,
         None,
-        _text(headers.get("trace_id")),
+        _text(source.headers.get("trace_id")),
         None,
         None,
         None,
@@ -127,8 +149,8 @@ _FIELDS = msgspec.json.Decoder(_Fields)
 
 def _usual_fields(data: bytes) -> _Fields | None:
     """Read what is as it should be, in one go; None if anything needs a closer look."""
-    if not is_surely_shallow(data):
-        return None
+    if data.count(b"{") + data.count(b"[") > MAX_DEPTH:
+        return None  # more brackets than levels allowed, however they are nested
     try:
         fields = _FIELDS.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError):

@@ -1,27 +1,80 @@
-"""The trace id of a request: taken from its headers, kept, logged and sent back.
+"""Where a message comes from: the ids that what is published here inherits.
+
+Those of a request are taken from its headers, kept with the request, logged and sent back. Those of
+a handler are kept in a context variable, so threads, greenlets and tasks each see their own.
 
 ``traceparent`` is read as W3C Trace Context level 1 defines it: https://www.w3.org/TR/trace-context/
 """
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import random
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import msgspec
 from flask import Flask, Response, has_request_context, request
 
-from ..messages.lineage import Lineage, ask_requests, current_lineage, current_trace_id, within
+from ..messages.envelope import TRACEPARENT, Lineage
 
 _ALLOWED = r"[A-Za-z0-9._:/+=@-]{1,128}"
-_TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 _HEADER_W3C = "HTTP_TRACEPARENT"
 # In the request's own environment: ``g`` is shared by a request made inside another one. All ids
 # but the one that goes back are put together when somebody asks for them.
 _TRACE_ID = "flask_natspubsub.trace_id"
 _LINEAGE = "flask_natspubsub.lineage"
+
+
+class _Entered(msgspec.Struct, frozen=True, gc=False):
+    """What ``enter`` was given, and the ids of the request that it was called in."""
+
+    lineage: Lineage
+    within: Lineage | None
+
+
+Token = contextvars.Token[_Entered | None]
+
+_NONE = Lineage()
+_entered: ContextVar[_Entered | None] = ContextVar("flask_natspubsub.lineage", default=None)
+
+
+def current_lineage() -> Lineage:
+    """Return the ids in force here; all None where nothing has set them."""
+    request_ids, entered = _of_request(), _entered.get()
+    # A request made inside a handler has its own; a handler run inside a request too.
+    if entered is not None and (request_ids is None or request_ids is entered.within):
+        return entered.lineage
+    return request_ids or _NONE
+
+
+def current_trace_id() -> str | None:
+    """Return the trace id of the request or message being handled; None outside of both."""
+    return current_lineage().trace_id
+
+
+def enter(lineage: Lineage) -> Token:
+    """Set the ids; pass the token to ``leave``."""
+    return _entered.set(_Entered(lineage, _of_request()))
+
+
+def leave(token: Token) -> None:
+    """Restore what was set before ``enter``."""
+    _entered.reset(token)
+
+
+@contextmanager
+def within(lineage: Lineage) -> Iterator[None]:
+    """Set the ids for a block."""
+    token = enter(lineage)
+    try:
+        yield
+    finally:
+        leave(token)
 
 
 class TraceIdFilter(logging.Filter):
@@ -44,7 +97,7 @@ def choose_trace_id(trace_header: str | None, traceparent: str | None) -> str:
     """
     if trace_header and re.fullmatch(_ALLOWED, trace_header):
         return trace_header
-    w3c = re.fullmatch(_TRACEPARENT, traceparent) if traceparent else None
+    w3c = re.fullmatch(TRACEPARENT, traceparent) if traceparent else None
     return w3c[1] if w3c else random.randbytes(16).hex()  # noqa: S311 - nothing secret
 
 
@@ -103,9 +156,6 @@ def _of_request() -> Lineage | None:
     lineage: Lineage | None = environ.get(_LINEAGE)
     if lineage is None and _TRACE_ID in environ:
         parent = environ.get(_HEADER_W3C, "")
-        w3c = parent if re.fullmatch(_TRACEPARENT, parent) else None
+        w3c = parent if re.fullmatch(TRACEPARENT, parent) else None
         lineage = environ[_LINEAGE] = Lineage(environ[_TRACE_ID], traceparent=w3c)
     return lineage
-
-
-ask_requests(_of_request)

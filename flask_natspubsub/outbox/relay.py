@@ -20,17 +20,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..brokers.base import Broker, CoreMessage, StoredAck, Ticket
-from ..brokers.storing import LOOK_TIMEOUT, Result, checked
+from ..brokers.base import Broker, Result, StoredAck, Ticket
+from ..brokers.storing import LOOK_TIMEOUT, checked
 from ..brokers.topology import wakeup_subject
 from ..config.settings import Settings
 from ..errors import NatsPubsubError, PublishError
-from ..publishing.publisher import STUCK
+from ..messages.message import Message
 from ..text import get_logger
-from .due import DueRow, runs
 from .rewind import StreamWatch
-from .store import CLEAN_BATCH, LEASE_SECONDS, PARTITION, Failure, OutboxStore, Published
-from .writer import SENT
+from .store import DueRow, Failure, OutboxStore, Published, runs
+from .tables import SENT
+from .upkeep import CLEAN_BATCH, LEASE_SECONDS, PARTITION
 
 if TYPE_CHECKING:
     from ..database.leases import Lease
@@ -207,7 +207,7 @@ class Relay:
         """The partitions whose leases this relay holds."""
         return sorted(self._held)
 
-    def _on_hint(self, message: CoreMessage) -> None:
+    def _on_hint(self, message: Message) -> None:
         if message.data == RELEASED:
             self._next_try = 0.0
             self._wake.set()
@@ -299,7 +299,7 @@ class Relay:
         if not self._is_ours(held, self._timeout):
             return None
         self.beat = time.monotonic()
-        return self._broker.submit([row.message for row in rows], self._timeout)
+        return self._broker.submit(rows, self._timeout)
 
     def _land(
         self, first: Ticket | None, parts: Sequence[Sequence[DueRow]], held: _Held
@@ -318,8 +318,8 @@ class Relay:
                 ticket = self._launch(rows, held)
             if ticket is None:
                 break
-            ticket.wait(self._timeout + STUCK)
-            stuck |= done.add(rows, self._checked(rows, ticket.results, held))
+            results = ticket.results_within(self._timeout)
+            stuck |= done.add(rows, self._checked(rows, results, held))
             self._watch.note([(r.event_id, done.sent[r.id]) for r in rows if r.id in done.sent])
             if done.errors and time.monotonic() - self.beat > self._timeout / 2:
                 break  # no answer came, and to wait for the others would take as long again
@@ -335,7 +335,7 @@ class Relay:
         duplicates = [r for r in results if isinstance(r, StoredAck) and r.duplicate]
         if not duplicates or not self._is_ours(held, self._timeout + LOOK_TIMEOUT):
             return results
-        return checked([row.message for row in rows], results, self._broker, self._timeout)
+        return checked(rows, results, self._broker, self._timeout)
 
     def _mark(self, held: _Held, done: Published) -> None:
         failures = {row.id: self._failure(row, error) for row, error in done.errors.values()}

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from ..database.adapter import Database
 from ..database.dialects import database_now
-from .writer import ID_CHUNK, PENDING, SENT
+from .tables import ID_CHUNK, PENDING, SENT
 
 #: Rows read and compared together.
 PAGE = 500

@@ -1,28 +1,39 @@
-"""The relay's and the commands' side of the outbox: short transactions of their own."""
+"""The relay's side of the outbox: which rows are due, and marking what became of them.
+
+No more is read at once than fits in memory; no transaction waits for the network.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import sqlalchemy as sa
 
-from ..brokers.base import OutgoingMessage, StoredAck
-from ..database.adapter import Database
+from ..brokers.base import Result, StoredAck
+from ..database.adapter import Database, Statement
 from ..database.dialects import database_now, table_name
-from ..database.leases import Lease, Leases
+from ..database.leases import Lease
 from ..errors import PublishError
+from ..messages.message import Message
 from ..text import printable
-from .due import DueRow, DueRows, is_pending, message_of
-from .sent import SentRows
-from .streams import StreamRecords
-from .writer import PARKED, PENDING, SENT, OutboxTables
+from .tables import DELAYED_INDEX, PARKED, PENDING, OutboxTables, is_pending
+from .upkeep import OutboxUpkeep
 
-LEASE_SECONDS = 10.0
-CLEAN_BATCH = 1000
-#: The lease of a partition is called this and its number.
-PARTITION = "outbox/"
+#: Bytes of payloads and headers that are read together; one row is read, however large.
+BATCH_BYTES = 16 * 1024 * 1024
+_OF_ROW = "id", "event_id", "subject", "ordering_key", "attempts", "size", "payload", "headers"
+
+
+class DueRow(Message, frozen=True, gc=False):
+    """A row that the relay may send."""
+
+    id: int
+    event_id: str
+    ordering_key: str | None
+    attempts: int
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -45,9 +56,7 @@ class Published(msgspec.Struct):
     sent: dict[int, StoredAck]
     errors: dict[int, tuple[DueRow, PublishError]]
 
-    def add(
-        self, rows: Sequence[DueRow], results: Sequence[StoredAck | PublishError | None]
-    ) -> set[str | None]:
+    def add(self, rows: Sequence[DueRow], results: Sequence[Result]) -> set[str | None]:
         """Take in the results of rows; returns the keys of which none may follow."""
         stuck: set[str | None] = set()
         for row, result in zip(rows, results, strict=True):
@@ -60,16 +69,127 @@ class Published(msgspec.Struct):
         return stuck - {None}  # rows without a key wait for none
 
 
-class OutboxStore(DueRows):
-    """The relay's and the commands' side of the table."""
+class OutboxStore(OutboxUpkeep):
+    """Reads what may be sent, in the order in which it must be, and marks what was sent."""
 
     def __init__(self, database: Database, tables: OutboxTables) -> None:
-        super().__init__(database, tables.outbox)
-        self.leases = Leases(database, tables.lease, LEASE_SECONDS)
-        self.sent = SentRows(database, tables.outbox)
-        self.streams = StreamRecords(database, tables.stream)
+        super().__init__(database, tables)
+        #: By the clock's skew, which only tests have, and the columns read.
+        self._due: dict[tuple[float, tuple[str, ...]], Statement] = {}
         #: By the dialect and the name of the table.
         self._marks: dict[tuple[str, str], sa.TextClause] = {}
+
+    def due(self, partition: int, limit: int) -> list[DueRow]:
+        """Read what may be sent, oldest first: ``BATCH_BYTES`` at most, or one row.
+
+        A row whose key has an older row that is not due yet, or is still in another partition,
+        waits for it; one that had to wait itself, until no older one of its key is left.
+        """
+        with self.database.begin() as connection:
+            return self._read_due(connection, partition, limit, after=0)
+
+    def due_behind(self, partition: int, limit: int, ahead: Sequence[DueRow]) -> list[DueRow]:
+        """Read what may be sent behind rows on their way, up to the first with an ordering key.
+
+        Nothing if others belong before those by now: a transaction that had taken its ids before
+        theirs was committed since, or one of a key is due. They have to be read first, and the
+        other rows of their transaction behind them.
+        """
+        last, count = ahead[-1].id, len(ahead)
+        with self.database.begin() as connection:
+            found = self._read_due(connection, partition, limit, after=last)
+            # In this order: what could be seen then, can be seen now.
+            first: Sequence[Any] = ()
+            if found:
+                first = self._find_due(
+                    connection, ("id",), partition=partition, most=count, after=0
+                )
+        if [row_id for (row_id,) in first] != [row.id for row in ahead]:
+            return []
+        return list(itertools.takewhile(lambda row: row.ordering_key is None, found))
+
+    def _read_due(
+        self, connection: sa.Connection, partition: int, limit: int, *, after: int
+    ) -> list[DueRow]:
+        """Read rows with what they carry, as many as fit together.
+
+        What is small comes with the row, so that all of it fits; the rest is fetched once it is
+        known how much of it does.
+        """
+        found = _fitting(
+            self._find_due(
+                connection,
+                _OF_ROW,
+                partition=partition,
+                most=limit,
+                after=after,
+                small=BATCH_BYTES // limit,
+            )
+        )
+        large = [row.id for row in found if row.payload is None]
+        carried = self._carried_by(connection, large) if large else {}
+        return [_due_row(row, carried.get(row.id)) for row in found]
+
+    def _carried_by(
+        self, connection: sa.Connection, ids: Sequence[int]
+    ) -> dict[int, tuple[bytes, str]]:
+        columns = self.table.c
+        query = sa.select(columns.id, columns.payload, columns.headers).where(columns.id.in_(ids))
+        return {row.id: (row.payload, row.headers) for row in connection.execute(query)}
+
+    def _find_due(
+        self, connection: sa.Connection, names: tuple[str, ...], **values: int
+    ) -> Sequence[Any]:
+        key = self.database.skew, names
+        statement = self._due.get(key)
+        if statement is None:
+            statement = self._due[key] = Statement(self._due_query(names))
+        return statement.execute(connection, **values).all()
+
+    def _due_query(self, names: Sequence[str]) -> sa.Select[Any]:
+        partition = sa.bindparam("partition", type_=sa.Integer)
+        limit = sa.bindparam("most", type_=sa.Integer)
+        columns, older = self.table.c, self.table.alias("older")
+        older_of_key = sa.and_(
+            is_pending(older),
+            older.c.ordering_key == columns.ordering_key,
+            older.c.id < columns.id,
+        )
+        not_ours = sa.or_(older.c.available_at.is_not(None), older.c.partition != partition)
+        at_once = self._pending_in(partition, names).where(
+            columns.available_at.is_(None),
+            sa.or_(columns.ordering_key.is_(None), ~sa.exists().where(older_of_key, not_ours)),
+        )
+        delayed = self._pending_in(partition, names).where(
+            columns.available_at <= self.database.now(),
+            sa.or_(columns.ordering_key.is_(None), ~sa.exists().where(older_of_key)),
+        )
+        # Two arms, each in the order of its index: to read a batch takes as long however many
+        # rows are due some day, and however many are due now.
+        arms = (
+            at_once.order_by(columns.id).limit(limit).subquery(),
+            delayed.order_by(columns.available_at, columns.id).limit(limit).subquery(),
+        )
+        both = sa.union_all(*(sa.select(arm) for arm in arms)).subquery()
+        return sa.select(both).order_by(both.c.id).limit(limit)
+
+    def _pending_in(self, partition: sa.BindParameter[int], names: Sequence[str]) -> sa.Select[Any]:
+        table, columns = self.table, self.table.c
+        size = sa.func.length(columns.payload) + sa.func.length(columns.headers)
+        is_small = size <= sa.bindparam("small", type_=sa.Integer)
+        read = dict(columns) | {
+            "size": size.label("size"),
+            "payload": sa.case((is_small, columns.payload)).label("payload"),
+            "headers": sa.case((is_small, columns.headers)).label("headers"),
+        }
+        query = sa.select(*(read[name] for name in names)).where(
+            is_pending(table),
+            columns.partition == partition,
+            columns.id > sa.bindparam("after", type_=sa.Integer),
+        )
+        for dialect in ("mysql", "mariadb"):  # it would go through all rows sent, in order of ids
+            query = query.with_hint(table, f"FORCE INDEX ({DELAYED_INDEX})", dialect)
+        return query
 
     def mark(
         self,
@@ -114,142 +234,37 @@ class OutboxStore(DueRows):
             )
         )
 
-    def pending_messages(self) -> list[OutgoingMessage]:
-        """Return what is still to be sent, due or not, oldest first."""
-        columns = self.table.c
-        query = (
-            sa.select(columns.subject, columns.payload, columns.headers)
-            .where(is_pending(self.table))
-            .order_by(columns.id)
-        )
-        with self.database.begin() as connection:
-            return [message_of(*row) for row in connection.execute(query)]
 
-    def adopt(self, partitions: int) -> int:
-        """Move pending rows out of partitions that nobody relays; returns how many.
-
-        They were written by a process that has a higher NATSPUBSUB_OUTBOX_PARTITIONS: one that
-        has not learnt of a lower one, or the first of a deploy that raises it.
-        """
-        columns = self.table.c
-        stray = _is_pending_by_index(self.table), columns.partition >= partitions
-        with self.database.begin() as connection:
-            found = connection.execute(sa.select(columns.partition).where(*stray).limit(1)).first()
-        if found is None:
-            return 0
-        relayed = [
-            int(name.removeprefix(PARTITION))
-            for name in self.leases.held()
-            if name.startswith(PARTITION)
-        ]
-        rows = sa.select(columns.id).where(*stray, columns.partition.not_in(relayed))
-        with self.database.begin() as connection:
-            ids = [row.id for row in connection.execute(rows.limit(CLEAN_BATCH))]
-            if not ids:
-                return 0
-            move = sa.update(self.table).where(columns.id.in_(ids), columns.status == PENDING)
-            place = columns.partition % partitions
-            return connection.execute(move.values(partition=place)).rowcount
-
-    # --- for the commands and health
-
-    def counts(self) -> dict[str, Any]:
-        """Return the number of rows of each status, and the age of the oldest pending one."""
-        table = self.table
-        by_status = sa.select(table.c.status, sa.func.count()).group_by(table.c.status)
-        with self.database.begin() as connection:
-            found = {row[0]: int(row[1]) for row in connection.execute(by_status)}
-        return {status: found.get(status, 0) for status in (PENDING, SENT, PARKED)} | {
-            "oldest_pending_seconds": self.oldest_pending_age()
-        }
-
-    def oldest_pending_age(self) -> float | None:
-        """Return how long the oldest due row has been waiting, in seconds; None if none is.
-
-        One look at the index for each partition that has rows, however many rows those are.
-        """
-        columns, now = self.table.c, self.database.now()
-        age = database_now() - columns.created_at
-        pending = sa.select(columns.partition, age).where(is_pending(self.table)).limit(1)
-        first_of = (
-            pending.where(columns.available_at.is_(None)).order_by(columns.partition, columns.id),
-            pending.where(columns.available_at <= now).order_by(
-                columns.partition, columns.available_at
-            ),
-        )
-        ages: list[float] = []
-        with self.database.begin() as connection:
-            for oldest in first_of:
-                partition = -1
-                while row := connection.execute(
-                    oldest.where(columns.partition > partition)
-                ).first():
-                    partition, seconds = row
-                    ages.append(max(0.0, float(seconds)))
-        return max(ages, default=None)
-
-    def list(self, status: str | None, limit: int, after: int = 0) -> list[dict[str, Any]]:
-        """Return rows without their payload, oldest first."""
-        table = self.table
-        columns = [column for column in table.c if column.name not in ("payload", "headers")]
-        query = sa.select(*columns).where(table.c.id > after).order_by(table.c.id).limit(limit)
-        if status is not None:
-            query = query.where(table.c.status == _literal(status))
-        with self.database.begin() as connection:
-            return [dict(row) for row in connection.execute(query).mappings()]
-
-    def retry(self, ids: Sequence[int] | None = None) -> int:
-        """Make parked rows, and rows that are backing off, due at once; returns how many."""
-        table = self.table
-        # What has failed before has a time at which it is due again.
-        waiting = sa.and_(
-            is_pending(table), table.c.available_at.is_not(None), table.c.attempts > 0
-        )
-        where = sa.or_(table.c.status == _literal(PARKED), waiting)
-        if ids is not None:
-            where = sa.and_(where, table.c.id.in_(ids))
-        statement = (
-            sa.update(table).where(where).values(status=PENDING, attempts=0, available_at=None)
-        )
-        with self.database.begin() as connection:
-            return connection.execute(statement).rowcount
-
-    def purge(self, status: str, older_than: float, batch: int = CLEAN_BATCH) -> int:
-        """Delete up to ``batch`` rows of a status that are older than so many seconds.
-
-        :returns: how many; fewer than ``batch`` means that there are no more.
-        """
-        table = self.table
-        old = sa.select(table.c.id).where(self._is_old(status, older_than)).limit(batch)
-        with self.database.begin() as connection:
-            ids = [row.id for row in connection.execute(old)]
-            if not ids:
-                return 0
-            delete = sa.delete(table).where(table.c.id.in_(ids), table.c.status == status)
-            return connection.execute(delete).rowcount
-
-    def count_old(self, status: str, older_than: float) -> int:
-        """Return how many rows ``purge`` would delete, were it called until none is left."""
-        query = sa.select(sa.func.count()).where(self._is_old(status, older_than))
-        with self.database.begin() as connection:
-            return int(connection.execute(query).scalar_one())
-
-    def _is_old(self, status: str, older_than: float) -> sa.ColumnElement[bool]:
-        columns = self.table.c
-        age = columns.sent_at if status == SENT else columns.created_at
-        return sa.and_(columns.status == _literal(status), age < database_now() - older_than)
+def runs(rows: Sequence[DueRow]) -> list[list[DueRow]]:
+    """Cut rows, in order, so that no part has two of one ordering key."""
+    found: list[list[DueRow]] = []
+    keys: set[str] = set()
+    for row in rows:
+        if not found or row.ordering_key in keys:
+            found.append([])
+            keys = set()
+        found[-1].append(row)
+        if row.ordering_key is not None:
+            keys.add(row.ordering_key)
+    return found
 
 
-def _literal(status: str) -> sa.ColumnElement[str]:
-    """Write it into the text of the query: a bound value does not show that an index fits."""
-    return sa.literal(status, sa.String, literal_execute=True)
+def _fitting(found: Sequence[Any]) -> Sequence[Any]:
+    """Return the first rows, as many as are not too large together; one at least."""
+    total = 0
+    for count, row in enumerate(found):
+        total += row.size
+        if count and total > BATCH_BYTES:
+            return found[:count]
+    return found
 
 
-def _is_pending_by_index(table: sa.FromClause) -> sa.ColumnElement[bool]:
-    """Say it in such a way that the index of what is delayed, and that of what is not, fit."""
-    at = table.c.available_at
-    return sa.or_(
-        sa.and_(is_pending(table), at.is_(None)), sa.and_(is_pending(table), at.is_not(None))
+def _due_row(found: Any, carried: tuple[bytes, str] | None) -> DueRow:
+    """Make a row of what was read; ``carried`` is what was fetched later."""
+    row_id, event_id, subject, key, attempts, _, *small = found
+    data, headers = carried or small
+    return DueRow(
+        subject, bytes(data), msgspec.json.decode(headers), row_id, event_id, key, attempts
     )
 
 

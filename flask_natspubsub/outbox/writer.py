@@ -1,143 +1,29 @@
-"""The table of events to send: written in the caller's transaction, read by the relay.
+"""Writes rows of the outbox into the caller's transaction, in the user's own session.
 
-A row holds the encoded envelope, so what is sent is what was committed. ``OutboxWriter`` is
-what publishing uses, inside the user's session; the relay's side is ``store``.
+``OutboxWriter`` is what publishing uses; the relay's side is ``store``.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy import orm
 
 from ..database.adapter import Database
-from ..database.dialects import (
-    BigInt,
-    Blob,
-    Identifier,
-    LongText,
-    Seconds,
-    database_now,
-    insert_or_leave,
-)
-from ..database.leases import make_lease_table
+from ..database.dialects import insert_or_leave
 from ..database.session_events import expect_commit, record_of, require_open
-from ..messages.codec import encode_value
 from ..publishing.draft import Prepared
 from ..text import get_logger
-from .streams import stream_table
+from .tables import ID_CHUNK, OutboxTables
 
 _log = get_logger("flask_natspubsub")
 
-PENDING, SENT, PARKED = "pending", "sent", "parked"
-TABLE = "natspubsub_outbox"
-PENDING_INDEX = "ix_natspubsub_outbox_pending"
-DELAYED_INDEX = "ix_natspubsub_outbox_delayed"
-#: Ids that one query asks for.
-ID_CHUNK = 500
-_INFO = "natspubsub_outbox"
 #: Places of forgotten commits that are told apart; after so many it has been said often enough.
 _MOST_PLACES = 100
-
-
-class OutboxRow:
-    """A row that waits in the session for its next flush; mapped to the table of each metadata.
-
-    The session drops it with the savepoint that it was added in. It is not the session that
-    inserts it, but ``OutboxWriter.insert_waiting``.
-
-    :param named: whether another transaction may insert the same event id.
-    """
-
-    def __init__(self, values: dict[str, Any], *, named: bool) -> None:
-        self.event_id: str = values["event_id"]
-        self.values = values
-        self.named = named
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxTables:
-    """The tables in one metadata, and the class that maps to the outbox."""
-
-    outbox: sa.Table
-    lease: sa.Table
-    stream: sa.Table
-    row: type[OutboxRow]
-
-
-def define_tables(metadata: sa.MetaData) -> OutboxTables:
-    """Define the tables in the user's metadata, once."""
-    tables: OutboxTables | None = metadata.info.get(_INFO)
-    if tables is None:
-        outbox, lease = _outbox_table(metadata), make_lease_table(metadata)
-        row = type("NatsPubsubOutbox", (OutboxRow,), {})
-        # No more columns than needed: each costs something for each row.
-        orm.registry(metadata=metadata).map_imperatively(
-            row,
-            outbox,
-            primary_key=[outbox.c.event_id],
-            include_properties=["event_id"],
-        )
-        tables = OutboxTables(outbox, lease, stream_table(metadata), row)
-        metadata.info[_INFO] = tables
-    return tables
-
-
-def _outbox_table(metadata: sa.MetaData) -> sa.Table:
-    pending = sa.text("status = 'pending'")
-    # Two indexes: rows that are due some day do not stand in the way of those that are due now.
-    at_once = sa.text("status = 'pending' AND available_at IS NULL")
-    delayed = sa.text("status = 'pending' AND available_at IS NOT NULL")
-    sent, parked = sa.text("status = 'sent'"), sa.text("status = 'parked'")
-    return sa.Table(
-        TABLE,
-        metadata,
-        sa.Column("id", BigInt, primary_key=True, autoincrement=True),
-        sa.Column("event_id", Identifier, nullable=False, unique=True),
-        sa.Column("subject", sa.String(255), nullable=False),
-        sa.Column("headers", LongText, nullable=False),
-        sa.Column("payload", Blob, nullable=False),
-        sa.Column("ordering_key", Identifier),
-        sa.Column("partition", sa.Integer, nullable=False),
-        sa.Column("status", sa.String(8), nullable=False, default=PENDING),
-        sa.Column("available_at", Seconds),
-        sa.Column("attempts", sa.Integer, nullable=False, default=0),
-        sa.Column("last_error", sa.String(1024)),
-        sa.Column("created_at", Seconds, nullable=False, default=database_now()),
-        sa.Column("sent_at", Seconds),
-        sa.Column("stream", sa.String(255)),
-        sa.Column("stream_sequence", BigInt),
-        sa.Column("confirmed_at", Seconds),
-        sa.Index(
-            PENDING_INDEX,
-            "status", "partition", "id",
-            postgresql_where=at_once, sqlite_where=at_once,
-        ),
-        sa.Index(
-            DELAYED_INDEX,
-            "status", "partition", "available_at", "id",
-            postgresql_where=delayed, sqlite_where=delayed,
-        ),
-        sa.Index(
-            "ix_natspubsub_outbox_key",
-            "status", "ordering_key", "id",
-            postgresql_where=pending, sqlite_where=pending,
-        ),
-        sa.Index(
-            "ix_natspubsub_outbox_sent",
-            "status", "sent_at",
-            postgresql_where=sent, sqlite_where=sent,
-        ),
-        sa.Index(
-            "ix_natspubsub_outbox_parked",
-            "status", "id",
-            postgresql_where=parked, sqlite_where=parked,
-        ),
-    )  # fmt: skip
 
 
 class OutboxWriter:
@@ -247,9 +133,9 @@ class OutboxWriter:
             due = self._database.now() + item.delay
         return {
             "event_id": item.event_id,
-            "subject": item.outgoing.subject,
-            "headers": encode_value(item.outgoing.headers).decode(),
-            "payload": item.outgoing.payload,
+            "subject": item.subject,
+            "headers": msgspec.json.encode(item.headers).decode(),
+            "payload": item.data,
             "ordering_key": item.ordering_key,
             "partition": zlib.crc32(spread_by.encode()) % self._partitions,
             "available_at": due,

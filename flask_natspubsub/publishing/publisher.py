@@ -1,31 +1,52 @@
 """From what a view says to a stored message: prepare, hand over, wait.
 
-One path for all: a ``Draft`` goes through the publish middleware, becomes a ``Prepared``
-message, and is either written to the outbox, in the caller's transaction, or handed to the
-broker together with others, whose ``StoredAck`` becomes the ``PublishReceipt``.
+One path for all: a ``Draft`` goes through the publish middleware and is encoded to a ``Message``,
+which is either written to the outbox, in the caller's transaction, or handed to the broker
+together with others, whose ``StoredAck`` becomes the ``PublishReceipt``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..brokers.base import Broker, StoredAck, Ticket
-from ..brokers.storing import Result, checked
+import msgspec
+
+from ..brokers.base import Broker, Result, StoredAck, Ticket
+from ..brokers.storing import checked
 from ..brokers.wire import header_block
+from ..config.parsers import seconds as parse_seconds
 from ..config.settings import Settings
-from ..errors import PayloadTooLarge, PublishError
-from ..messages.lineage import current_lineage
+from ..errors import (
+    ConfigurationError,
+    EncodingError,
+    PayloadTooLarge,
+    PublishError,
+)
+from ..messages.envelope import (
+    SCHEMA_VERSION,
+    Envelope,
+    Lineage,
+    check_identifier,
+    check_traceparent,
+    headers_for,
+    resource_id_of,
+)
+from ..messages.ids import format_timestamp, new_event_id, now_timestamp
+from ..messages.plain import message_type_of, plain_object
+from ..messages.subjects import subject_for
+from ..middleware import compose
 from ..signals import message_published
 from .breaker import CircuitBreaker
-from .draft import Draft, Prepared, PublishReceipt, prepare
+from .draft import Draft, Prepared, Publication, PublishReceipt
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-# The broker settles each message within its timeout and a half second; a wait that is longer
-# than this in addition means that the broker's thread itself is stuck.
-STUCK = 1.0
+#: More than what stands around the name and the value of a header, and around all of them.
+_HEADER_ROOM = 16
+_NO_IDS = (None, None, None, None)
+_ID_NAMES = ("event_id", "trace_id", "correlation_id", "causation_id")
 
 
 class PartlyPublished(PublishError):
@@ -53,38 +74,46 @@ class Outbox(Protocol):
         """Add rows to the caller's transaction; whether each was there already."""
 
 
-Compose = Callable[[Sequence[Any], Callable[[Draft], Any]], Callable[[Draft], Any]]
+class Ports(Protocol):
+    """What publishing needs of the application; see ``app.state.AppState``."""
+
+    @property
+    def settings(self) -> Settings:
+        """The application's settings."""
+
+    @property
+    def publish_middleware(self) -> Sequence[Any]:
+        """The publish middleware, now and as it grows."""
+
+    @property
+    def lineage(self) -> Callable[[], Lineage]:
+        """Returns the ids that a message inherits."""
+
+    @property
+    def writer(self) -> Outbox | None:
+        """The outbox, once something has asked for it."""
+
+    def broker(self) -> Broker:
+        """Return the broker, made at the first call."""
+
+    def outbox(self) -> Outbox:
+        """Return the outbox; ConfigurationError where there is no database."""
+
+    def before_direct(self) -> None:
+        """Look at the caller's session before a publish that bypasses the outbox."""
+
+    def emit(self, signal: Any, **arguments: Any) -> None:
+        """Send a signal for the application."""
 
 
 class Publisher:
-    """Publishes for one application.
+    """Publishes for one application."""
 
-    :param broker: returns the broker, making it at the first call.
-    :param middleware: the publish middleware, now and as it grows.
-    :param compose: wraps a function of a draft in middleware.
-    :param published: told of every message that was stored.
-    :param outbox: returns the outbox; ConfigurationError where there is no database.
-    :param before_direct: called before a publish that goes round the outbox.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        broker: Callable[[], Broker],
-        middleware: Sequence[Any],
-        compose: Compose,
-        published: Callable[[PublishReceipt], None],
-        outbox: Callable[[], Outbox],
-        before_direct: Callable[[], None],
-    ) -> None:
+    def __init__(self, app: Ports) -> None:
+        settings = app.settings
         self.breaker = CircuitBreaker(settings.breaker_threshold, settings.breaker_reset)
+        self._app = app
         self._settings = settings
-        self._broker = broker
-        self._middleware = middleware
-        self._compose = compose
-        self._published = published
-        self._outbox = outbox
-        self._before_direct = before_direct
         #: Whether the user's code may run in the broker's thread: ``publish_nowait`` was used.
         self._calls_back = False
 
@@ -92,19 +121,18 @@ class Publisher:
 
     def publish(self, draft: Draft, timeout: float | None = None) -> PublishReceipt:
         """Publish one message and wait until it is stored."""
-        if not self._middleware:
-            return self._publish(draft, timeout)
-        publish = self._compose(self._middleware, lambda inner: self._publish(inner, timeout))
-        receipt = publish(draft)
-        if not isinstance(receipt, PublishReceipt):
-            raise _no_result(receipt)
-        return receipt
+        if not self._app.publish_middleware:
+            return self._send_all([prepare(draft, self._settings, self._app.lineage())], timeout)[0]
 
-    def _publish(self, draft: Draft, timeout: float | None) -> PublishReceipt:
-        prepared = prepare(draft, self._settings, current_lineage())
-        if prepared.outbox:
-            return self._write([prepared])[0]
-        return self._send([prepared], timeout)[0]
+        def publish(inner: Draft) -> Publication:
+            prepared = self._prepare_for_middleware(inner)
+            self._send_all([prepared], timeout)
+            return _publication_of(prepared)
+
+        result = compose(self._app.publish_middleware, publish)(draft)
+        if not isinstance(result, Publication) or result.receipt is None:
+            raise _no_result(result)
+        return result.receipt
 
     def publish_all(
         self, drafts: Iterable[Draft], timeout: float | None = None
@@ -141,10 +169,12 @@ class Publisher:
         """
         prepared = self.prepare_all([draft])
         if prepared[0].outbox:
-            done(self._write(prepared)[0])
+            done(self._send_all(prepared, timeout)[0])
             return
+        seconds = self._settings.publish_timeout if timeout is None else timeout
+        broker = self._app.broker()
 
-        def settle(results: Sequence[Result]) -> None:
+        def finish(results: Sequence[Result]) -> None:
             try:
                 receipt = self._receipts(prepared, results)[0]
             except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
@@ -159,33 +189,43 @@ class Publisher:
                 from ..brokers.threads import start_thread  # brings asyncio
 
                 def look() -> None:
-                    settle(checked([prepared[0].outgoing], ticket.results, broker, seconds))
+                    finish(checked(prepared, ticket.results, broker, seconds))
 
                 # The broker's thread must not wait for what it is asked itself.
                 start_thread(look, "natspubsub-duplicate")
             else:
-                settle(ticket.results)
+                finish(ticket.results)
 
         if self.breaker.failures:
             self.breaker.check()
-        seconds = self._settings.publish_timeout if timeout is None else timeout
         self._calls_back = True
-        broker = self._broker()
-        broker.submit([prepared[0].outgoing], seconds).on_done(answered)
+        broker.submit(prepared, seconds).on_done(answered)
 
     def prepare_all(self, drafts: Iterable[Draft]) -> list[Prepared]:
         """Run drafts through the middleware and encode them."""
-        if not self._middleware:
-            lineage = current_lineage()
+        middleware = self._app.publish_middleware
+        if not middleware:
+            lineage = self._app.lineage()
             return [prepare(draft, self._settings, lineage) for draft in drafts]
-        wrapped = self._compose(
-            self._middleware, lambda draft: prepare(draft, self._settings, current_lineage())
-        )
-        prepared = [wrapped(draft) for draft in drafts]
-        for item in prepared:
-            if not isinstance(item, Prepared):
-                raise _no_result(item)
-        return prepared
+        made: dict[int, Prepared] = {}
+
+        def make(draft: Draft) -> Publication:
+            prepared = self._prepare_for_middleware(draft)
+            publication = _publication_of(prepared)
+            made[id(publication)] = prepared
+            return publication
+
+        wrapped = compose(middleware, make)
+        publications = [wrapped(draft) for draft in drafts]
+        for publication in publications:
+            if id(publication) not in made:
+                raise _no_result(publication)
+        return [made[id(publication)] for publication in publications]
+
+    def _prepare_for_middleware(self, draft: Draft) -> Prepared:
+        prepared = prepare(draft, self._settings, self._app.lineage())
+        publication = Publication(prepared.event_id, prepared.topic, prepared.subject)
+        return msgspec.structs.replace(prepared, publication=publication)
 
     def send(
         self, prepared: Sequence[Prepared], timeout: float | None = None
@@ -196,85 +236,195 @@ class Publisher:
         keeps it or, if the rest fails and the caller rolls back, drops it.
         """
         rows = [item for item in prepared if item.outbox]
-        if not rows:
-            return self._send(prepared, timeout)
-        written = iter(self._write(rows))
-        sent = iter(self._send([item for item in prepared if not item.outbox], timeout))
+        if not rows or len(rows) == len(prepared):
+            return self._send_all(prepared, timeout)
+        written = iter(self._send_all(rows, timeout))
+        sent = iter(self._send_all([item for item in prepared if not item.outbox], timeout))
         return [next(written if item.outbox else sent) for item in prepared]
 
-    def _write(self, rows: Sequence[Prepared]) -> list[PublishReceipt]:
-        outbox = self._outbox()
-        limit = self._broker().max_payload
-        for row in rows:
-            size = len(header_block(row.outgoing.headers)) + len(row.outgoing.payload)
-            if size > limit:
-                raise PayloadTooLarge(
-                    f"The message for {row.topic!r} has {size:,} bytes with its headers; "
-                    f"the server takes {limit:,}.",
-                    "Publish a reference to the data instead, or raise max_payload there.",
-                    size=size,
-                    limit=limit,
-                )
-        known = outbox.add(rows)
-        return [row.outbox_receipt(duplicate=there) for row, there in zip(rows, known, strict=True)]
+    # --- handing over
 
-    def _send(self, prepared: Sequence[Prepared], timeout: float | None) -> list[PublishReceipt]:
+    def _send_all(
+        self, prepared: Sequence[Prepared], timeout: float | None
+    ) -> list[PublishReceipt]:
+        """Write messages to the outbox, or send them; all of them go the same way."""
         if not prepared:
             return []
-        self._before_direct()
+        try:
+            if prepared[0].outbox:
+                return self._write(prepared)
+            return self._send(prepared, timeout)
+        except PublishError as error:
+            for item in prepared:
+                if item.publication is not None:
+                    item.publication.set_result(error)
+            raise
+
+    def _write(self, rows: Sequence[Prepared]) -> list[PublishReceipt]:
+        outbox = self._app.writer or self._app.outbox()
+        limit = self._app.broker().max_payload
+        receipts = []
+        for row in rows:
+            texts = "".join(row.headers) + "".join(row.headers.values())
+            # As many bytes as there may be at most; exactly only where that could be too many.
+            if len(row.data) + 4 * len(texts) + _HEADER_ROOM * (len(row.headers) + 1) > limit:
+                size = len(header_block(row.headers)) + len(row.data)
+                if size > limit:
+                    raise PayloadTooLarge.of(row.topic, size, limit)
+        for row, known in zip(rows, outbox.add(rows), strict=True):
+            receipt = PublishReceipt(
+                row.event_id, row.topic, row.subject, None, None, known, "outbox"
+            )
+            receipts.append(receipt)
+            if row.publication is not None:
+                row.publication.set_result(receipt)
+        return receipts
+
+    def _send(self, prepared: Sequence[Prepared], timeout: float | None) -> list[PublishReceipt]:
+        self._app.before_direct()
         if self.breaker.failures:
             self.breaker.check()
         seconds = self._settings.publish_timeout if timeout is None else timeout
-        broker = self._broker()
+        broker = self._app.broker()
         if self._calls_back and broker.is_own_thread:
             raise PublishError(
                 "A receiver of message_published, or a callback of publish_nowait, cannot wait "
                 "for another publish: it runs in the thread that would have to send it.",
                 "Use publish_nowait there.",
             )
-        ticket = broker.submit([item.outgoing for item in prepared], seconds)
-        if not ticket.wait(seconds + STUCK):
-            self.breaker.failure()
-            raise PublishError(
-                f"The broker's thread did not answer within {seconds + STUCK:g} s.",
-                "A thread that keeps the interpreter busy may starve it.",
-                outcome="unknown",
-            )
-        results: Sequence[Result] = ticket.results
+        results: Sequence[Result] = broker.submit(prepared, seconds).results_within(seconds)
         for result in results:
             if type(result) is StoredAck and result.duplicate:
-                results = checked([item.outgoing for item in prepared], results, broker, seconds)
+                results = checked(prepared, results, broker, seconds)
                 break
         return self._receipts(prepared, results)
 
     def _receipts(
         self, prepared: Sequence[Prepared], results: Sequence[Result]
     ) -> list[PublishReceipt]:
-        receipts = []
+        """Return the receipts; the error for all, theirs or ``PartlyPublished``, if one failed."""
+        receipts: list[PublishReceipt] = []
+        errors: list[PublishError] = []
+        both: list[PublishReceipt | PublishError] = []
         for item, result in zip(prepared, results, strict=True):
             if type(result) is StoredAck:
-                receipts.append(item.receipt(result))
+                receipt = PublishReceipt(
+                    item.event_id,
+                    item.topic,
+                    item.subject,
+                    result.stream,
+                    result.sequence,
+                    result.duplicate,
+                    "stored",
+                )
+                receipts.append(receipt)
+                both.append(receipt)
+            elif isinstance(result, PublishError):
+                errors.append(result)
+                both.append(result)
+            if item.publication is not None:
+                item.publication.set_result(both[-1])
         if message_published.receivers:
             for receipt in receipts:
-                self._published(receipt)
-        if len(receipts) == len(prepared):
-            if self.breaker.failures:
-                self.breaker.success()
-            return receipts
-        raise self._failure(prepared, results)
+                self._app.emit(message_published, receipt=receipt)
+        if errors:
+            raise self._failure(both, errors)
+        if self.breaker.failures:
+            self.breaker.success()
+        return receipts
 
-    def _failure(self, prepared: Sequence[Prepared], answers: Sequence[Result]) -> PublishError:
+    def _failure(
+        self, results: Sequence[PublishReceipt | PublishError], errors: Sequence[PublishError]
+    ) -> PublishError:
         """Count the failure, and return the error for all: theirs, or ``PartlyPublished``."""
-        results = [
-            item.receipt(answer) if isinstance(answer, StoredAck) else cast(PublishError, answer)
-            for item, answer in zip(prepared, answers, strict=True)
-        ]
-        errors = [result for result in results if isinstance(result, PublishError)]
         if any(error.temporary for error in errors):
             self.breaker.failure()
         if len(errors) < len(results) or len({type(error) for error in errors}) > 1:
             return PartlyPublished(results)
         return errors[0]
+
+
+def prepare(draft: Draft, settings: Settings, lineage: Lineage) -> Prepared:
+    """Check and encode; every error here is the caller's to mend, and nothing was sent.
+
+    :param lineage: the ids that the message inherits.
+    """
+    subject = subject_for(settings.env, settings.app_name, draft.topic)
+    envelope = _envelope(draft, settings.app_name, lineage)
+    traceparent = lineage.traceparent
+    if draft.traceparent is not None:
+        traceparent = check_traceparent(draft.traceparent)
+    headers = headers_for(envelope, draft.headers, traceparent)
+    data, event_id = envelope.encode(), envelope.event_id
+    named = draft.event_id is not None
+    if draft.outbox if draft.outbox is not None else settings.use_outbox:
+        when = _when(draft)
+        return Prepared(subject, data, headers, event_id, draft.topic, True, named, *when)
+    if draft.delay is not None or draft.available_at is not None:
+        raise _needs_outbox()
+    return Prepared(subject, data, headers, event_id, draft.topic, False, named)
+
+
+def _envelope(draft: Draft, producer: str, lineage: Lineage) -> Envelope:
+    own = draft.event_id, draft.trace_id, draft.correlation_id, draft.causation_id
+    if own != _NO_IDS:
+        for value, name in zip(own, _ID_NAMES, strict=True):
+            if value is not None:
+                check_identifier(value, name)
+    event_id, trace_id, correlation_id, causation_id = own
+    message = plain_object(draft.message)
+    message_type = draft.message_type or message_type_of(draft.message)
+    domain = resource = action = resource_id = None
+    if draft.event is not None:
+        domain, resource, action = draft.event
+        resource_id = resource_id_of(message)
+    at = draft.occurred_at
+    return Envelope(
+        event_id=event_id or new_event_id(),
+        topic=draft.topic,
+        producer=producer,
+        occurred_at=now_timestamp() if at is None else format_timestamp(at),
+        schema_version=SCHEMA_VERSION,
+        message=message,
+        message_type=message_type,
+        trace_id=trace_id or lineage.trace_id,
+        domain=domain,
+        resource=resource,
+        action=action,
+        resource_id=resource_id,
+        correlation_id=correlation_id or lineage.correlation_id,
+        causation_id=causation_id or lineage.causation_id,
+    )
+
+
+def _needs_outbox() -> ConfigurationError:
+    return ConfigurationError(
+        "A message with delay= or available_at= needs the outbox, which keeps it until then.",
+        "Publish it with outbox=True, or set NATSPUBSUB_USE_OUTBOX.",
+    )
+
+
+def _when(draft: Draft) -> tuple[str | None, float | None, float | None]:
+    """Return the ordering key, the delay in seconds, and the time since the epoch of a draft."""
+    key, at, delay = draft.ordering_key, draft.available_at, None
+    if key is not None:
+        check_identifier(key, "ordering_key")
+    try:
+        delay = None if draft.delay is None else parse_seconds(draft.delay)
+    except ValueError as error:
+        raise EncodingError(
+            f"delay is {draft.delay!r}.", f"Allowed: {error}.", path="delay"
+        ) from None
+    if at is not None and getattr(at, "tzinfo", None) is None:
+        raise EncodingError(
+            f"available_at is {at!r}.", "Allowed: an aware datetime.", path="available_at"
+        )
+    return key, delay, None if at is None else at.timestamp()
+
+
+def _publication_of(prepared: Prepared) -> Publication:
+    assert prepared.publication is not None
+    return prepared.publication
 
 
 def _no_result(got: object) -> PublishError:

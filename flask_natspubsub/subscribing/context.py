@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -120,23 +120,14 @@ def _with_fields(fields: dict[str, Any]) -> MessageContext:
     return MessageContext(**fields)
 
 
-_current: ContextVar[MessageContext] = ContextVar("flask_natspubsub.current_message")
+#: The context of the message being handled, for whoever handles it.
+CURRENT: ContextVar[MessageContext] = ContextVar("flask_natspubsub.current_message")
 
 #: The context of the message being handled; any other use of it raises RuntimeError.
 current_message: MessageContext = LocalProxy(  # type: ignore[assignment]  # stands in for it
-    _current,
+    CURRENT,
     unbound_message=(
         "No message is being handled here. 'current_message' works inside a subscriber's "
         "handler and its middleware; in a thread started there, pass the context on yourself."
     ),
 )
-
-
-def enter(context: MessageContext) -> Token[MessageContext]:
-    """Make ``context`` the ``current_message``; pass the token to ``leave``."""
-    return _current.set(context)
-
-
-def leave(token: Token[MessageContext]) -> None:
-    """Restore what was the ``current_message`` before ``enter``."""
-    _current.reset(token)

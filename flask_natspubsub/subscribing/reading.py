@@ -18,13 +18,6 @@ Read = Callable[[Delivery], Received]
 Decoder = Callable[..., Any]
 
 
-def in_envelope(delivery: Delivery) -> Received:
-    """Read a message of a package that speaks the wire format."""
-    return read(
-        delivery.data, delivery.headers, delivery.subject, delivery.stream, delivery.sequence
-    )
-
-
 def reader(envelope: bool | Decoder | None, *, is_foreign: bool, annotation: Any) -> Read:
     """Return what reads a subscriber's messages.
 
@@ -34,18 +27,15 @@ def reader(envelope: bool | Decoder | None, *, is_foreign: bool, annotation: Any
     :param annotation: of the message in the handler.
     """
     if envelope is True or (envelope is None and not is_foreign):
-        return in_envelope
+        return read
     decode = _decoder(annotation) if isinstance(envelope, bool | None) else _guarded(envelope)
 
     def as_it_is(delivery: Delivery) -> Received:
-        message = decode(delivery.data, delivery.headers)
-        return read_plain(
-            message, delivery.headers, delivery.subject, delivery.stream, delivery.sequence
-        )
+        return read_plain(decode(delivery.data, delivery.headers), delivery)
 
     def either(delivery: Delivery) -> Received:
         try:
-            return in_envelope(delivery)
+            return read(delivery)
         except DecodingError:
             return as_it_is(delivery)
 

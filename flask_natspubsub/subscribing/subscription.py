@@ -11,11 +11,12 @@ from ..brokers.base import ConsumerConfig, DeliverPolicy
 from ..config.settings import Settings
 from ..errors import RegistrationError
 from ..messages import identity, subjects
+from ..messages.received import read
 from ..middleware import Middleware, is_async
 from . import handlers
 from .handlers import AnyHandler, Handler
 from .options import SubscriberOptions
-from .reading import Read, in_envelope, reader
+from .reading import Read, reader
 from .subscriber import Declaration
 
 T = TypeVar("T")
@@ -63,7 +64,7 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     middleware: tuple[Middleware, ...]
     stream: str | None = None
     elsewhere: str = ""
-    read: Read = in_envelope
+    read: Read = read
 
     @property
     def key(self) -> str:

@@ -16,7 +16,7 @@ import msgspec
 from flask import Flask
 
 from ..app.state import EXTENSION, AppState
-from ..brokers.base import ConsumerConfig, OutgoingMessage, StoredMessage, StreamConfig
+from ..brokers.base import ConsumerConfig, StreamConfig
 from ..brokers.memory.broker import MemoryBroker
 from ..brokers.memory.clock import VirtualClock
 from ..brokers.topology import wanted_streams
@@ -25,10 +25,12 @@ from ..deadletters.reader import DeadLetterRecord, DeadLetters
 from ..errors import DecodingError, HandlerVerdict, PublishError
 from ..messages.codec import encode_value
 from ..messages.headers import Headers
-from ..messages.lineage import current_lineage
+from ..messages.message import Message, StoredMessage
 from ..messages.received import read
 from ..messages.subjects import matches, normalize_topic, overlaps, subject_for, topic_of
-from ..publishing.draft import Draft, prepare
+from ..observability.tracing import current_lineage
+from ..publishing.draft import Draft
+from ..publishing.publisher import prepare
 from ..subscribing.subscription import Subscription
 from ..worker.async_handlers import AsyncHandlers
 from ..worker.outcome import Outcome
@@ -117,7 +119,7 @@ class TestBroker:
             if state.persistence is not None:
                 rows = state.persistence.store.pending_messages()
                 stored += [
-                    StoredMessage("", 0, row.subject, row.headers, row.payload, 0) for row in rows
+                    StoredMessage(row.subject, row.data, row.headers, "", 0, 0.0) for row in rows
                 ]
         return [found for found in map(_published, stored) if found is not None]
 
@@ -185,10 +187,10 @@ class TestBroker:
         )
         if isinstance(message, bytes):
             subject = subject_for(settings.env, settings.app_name, topic)
-            outgoing = OutgoingMessage(subject, message, Headers(headers or {}))
+            outgoing = Message(subject, message, Headers(headers or {}))
         else:
             draft = Draft(topic, message, headers=headers or {}, **envelope)
-            outgoing = prepare(draft, settings, current_lineage()).outgoing
+            outgoing = prepare(draft, settings, current_lineage())
         with self._connected():
             self._broker.want(wanted_streams(settings))
             (result,) = self._broker.submit([outgoing], 1.0).results
@@ -213,7 +215,7 @@ class TestBroker:
         """
         self._prepare()  # which makes the streams of others that subscribers name
         payload = data if isinstance(data, bytes) else encode_value(data)
-        outgoing = OutgoingMessage(subject, payload, Headers(headers or {}))
+        outgoing = Message(subject, payload, Headers(headers or {}))
         with self._connected():
             (result,) = self._broker.submit([outgoing], 1.0).results
         if isinstance(result, Exception):
@@ -419,7 +421,7 @@ def _raise(outcome: Outcome) -> None:
 
 def _published(stored: StoredMessage) -> Published | None:
     try:
-        received = read(stored.data, stored.headers, stored.subject, stored.stream, stored.sequence)
+        received = read(stored)
     except DecodingError:
         return None
     return Published(

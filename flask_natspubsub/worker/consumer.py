@@ -16,6 +16,7 @@ import msgspec
 from ..brokers.base import Broker, Consumption, Delivery
 from ..errors import NatsPubsubError
 from ..text import get_logger
+from .gate import Gate
 from .outcome import Outcome
 from .processor import Processor
 
@@ -50,6 +51,17 @@ class Job(msgspec.Struct, eq=False):
     expired: bool = False
 
 
+class Ran(msgspec.Struct, frozen=True):
+    """What came of running a job.
+
+    :param outcome: None if the worker is stopping, and the message is handed back.
+    :param following: the job to go on with, if there is one.
+    """
+
+    outcome: Outcome | None = None
+    following: Job | None = None
+
+
 class SubscriberConsumer:
     """Pulls for one subscription and hands jobs to the worker's threads.
 
@@ -60,6 +72,7 @@ class SubscriberConsumer:
     :param slots: handler threads of the worker.
     :param prefetch: most messages in hand, unless there are more handlers at once.
     :param dispatch: puts a job on the worker's queue.
+    :param gate: lets the handlers of a worker run side by side, or one alone.
     :param hand_bytes: most bytes in hand, unless the messages of all handlers are more.
     """
 
@@ -71,6 +84,7 @@ class SubscriberConsumer:
         slots: int,
         prefetch: int,
         dispatch: Callable[[Job], None],
+        gate: Gate,
         hand_bytes: int = HAND_BYTES,
     ) -> None:
         self.processor = processor
@@ -83,6 +97,7 @@ class SubscriberConsumer:
         self._broker = broker
         self._stream = stream
         self._dispatch = dispatch
+        self._gate = gate
         self._jobs: set[Job] = set()
         #: Of those, the ones that no handler has begun with.
         self._waiting: set[Job] = set()
@@ -223,16 +238,23 @@ class SubscriberConsumer:
 
     # --- the handler threads
 
-    def run(
-        self, job: Job, process: Callable[[Delivery], Outcome]
-    ) -> tuple[Outcome | None, Job | None]:
-        """Process a job, and ask for more.
+    def run(self, job: Job) -> Ran:
+        """Process a job, alone in the worker if it is over its limit, and ask for more."""
+        delivery = job.delivery
+        if delivery.attempt > self.subscription.max_deliver and self.processor.is_over_limit(
+            delivery
+        ):
+            with self._gate.alone(job):
+                return self._run(job, self.processor.process_alone)
+        self._gate.enter(job)
+        try:
+            return self._run(job, self.processor.process)
+        finally:
+            self._gate.leave(job)
 
-        :returns: what became of it, None if the worker is stopping and it is handed back; and
-            the job to go on with, if there is one.
-        """
+    def _run(self, job: Job, process: Callable[[Delivery], Outcome]) -> Ran:
         if self._stopping or not _take(self._waiting, job):
-            return None, None
+            return Ran()
         job.started = time.monotonic()
         try:
             outcome = process(job.delivery)
@@ -241,7 +263,7 @@ class SubscriberConsumer:
             if following is not None:
                 self._dispatch(following)
             raise
-        return outcome, self._finished(job, job.started)
+        return Ran(outcome, self._finished(job, job.started))
 
     def _finished(self, job: Job, started: float) -> Job | None:
         """Count a job as done; returns the next one."""

@@ -1,8 +1,8 @@
 """What happens to one delivery, from top to bottom.
 
-decode -> context and trace -> app context -> middleware -> handler -> ack; on an error:
-retry later, drop, or dead letter first and then terminate. Everything about a message's fate
-is decided here; threads, pulls and time limits are the worker's.
+read -> context and trace -> app context -> inbox -> decode -> middleware -> handler -> commit ->
+ack; on an error: retry later, drop, or dead letter first and then terminate. Everything about a
+message's fate is decided here; threads, pulls and time limits are the worker's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ..brokers.base import Delivery
 from ..deadletters.box import DeadLetterBox
-from ..deadletters.replays import forced_id, is_for
+from ..deadletters.replays import REPLAY_FOR, REPLAY_FORCE, forced_id, is_for
 from ..errors import (
     DatabaseError,
     DeadLetter,
@@ -29,14 +29,15 @@ from ..errors import (
     NeverFinished,
     Retry,
 )
-from ..messages import lineage
+from ..messages.codec import as_received
+from ..messages.envelope import Lineage
 from ..messages.identity import Handling, handling, unnamed_handling
 from ..messages.received import Received
 from ..messages.subjects import topic_of
 from ..middleware import compose
+from ..observability import tracing
 from ..signals import message_dead_lettered, message_handled, message_received, message_retried
-from ..subscribing import context as message_context
-from ..subscribing.context import DeliveryContext, MessageContext
+from ..subscribing.context import CURRENT, DeliveryContext, MessageContext
 from ..subscribing.reading import try_read
 from ..subscribing.retry import (
     Drop,
@@ -52,6 +53,8 @@ from ..subscribing.tracebacks import of_application, place_of_error
 from .attempts import Attempts
 from .outcome import Outcome, Result, report
 
+#: Headers that each message is asked for.
+_ASKED = (REPLAY_FOR, REPLAY_FORCE, "traceparent")
 #: What a handler raises to say what is to become of the message; it is no failure.
 _DELIBERATE = (Discard, DeadLetter, Retry)
 #: Sends a signal of this package for the application.
@@ -63,15 +66,6 @@ class Work(Protocol):
 
     def commit(self) -> bool:
         """Make it last; False, with nothing done, if another delivery was quicker."""
-
-
-class _NoWork:
-    def commit(self) -> bool:
-        """Nothing is open."""
-        return True
-
-
-_NO_WORK = _NoWork()
 
 
 class Transactions(Protocol):
@@ -123,9 +117,16 @@ class Processor:
         received: Received | None = None
         try:
             received = self.subscription.read(delivery)
-            if not is_for(delivery.headers, self.subscription):
+            addressee, forced, traceparent = map(delivery.headers.get, _ASKED)
+            if addressee is not None and not is_for(delivery.headers, self.subscription):
                 return self._settle(delivery, received, "skipped", started)
-            return self._handle(delivery, received, started)
+            event_id = received.event_id
+            if forced is not None:
+                event_id = forced_id(delivery.headers, event_id)
+            ids = Lineage(
+                received.trace_id, received.correlation_id, received.event_id, traceparent
+            )
+            return self._handle(delivery, received, ids, event_id, started)
         except BaseException as error:  # noqa: BLE001 - sys.exit() in a handler is a failure too
             if failed is not None:
                 failed()
@@ -135,25 +136,26 @@ class Processor:
             if self._clocks:
                 self._clocks.pop(delivery, None)
 
-    def _handle(self, delivery: Delivery, received: Received, started: float) -> Outcome:
-        context = self._context(delivery, received)
-        own = lineage.Lineage(
-            received.trace_id,
-            received.correlation_id,
-            received.event_id,
-            delivery.headers.get("traceparent"),
-        )
-        outer, before = lineage.enter(own), message_context.enter(context)
+    def _handle(
+        self, delivery: Delivery, received: Received, ids: Lineage, event_id: str, started: float
+    ) -> Outcome:
+        """Run the handler, with its context and ids in force, and settle the delivery.
+
+        :param event_id: by which the inbox knows the message.
+        """
+        context = DeliveryContext.of(delivery, received, self.subscription.name)
+        outer, before = tracing.enter(ids), CURRENT.set(context)
         try:
             with self._app_context():
-                committed = self._work(delivery, received, context)
+                committed = self._work(delivery, received, context, event_id)
         finally:
-            message_context.leave(before)
-            lineage.leave(outer)
+            CURRENT.reset(before)
+            tracing.leave(outer)
         if not committed:
             return self._settle(delivery, received, "skipped", started)
         outcome = self._settle(delivery, received, "handled", started)
-        self._emit(message_handled, context=context, seconds=outcome.seconds)
+        if message_handled.receivers:
+            self._emit(message_handled, context=context, seconds=outcome.seconds)
         return outcome
 
     def _settle(
@@ -174,32 +176,35 @@ class Processor:
             self._attempts.forget(delivery)
         return outcome
 
-    def _work(self, delivery: Delivery, received: Received, context: MessageContext) -> bool:
+    def _work(
+        self, delivery: Delivery, received: Received, context: MessageContext, event_id: str
+    ) -> bool:
         """Run the handler in its transaction; False if another delivery was or is quicker."""
-        work: Work | None = _NO_WORK
+        work: Work | None = None
         if self._transactions is not None:
-            once = self.subscription.inbox
-            work = self._transactions.begin(self._handling(delivery, received), once=once)
-        if work is None:
-            return False
-        if work is not _NO_WORK and self._is_taken_over(delivery):
-            raise HandlerTimeout("The message was handed back while the inbox waited for it.")
-        if work is not _NO_WORK:
+            known_by = self._handling(delivery, received, event_id)
+            work = self._transactions.begin(known_by, once=self.subscription.inbox)
+            if work is None:
+                return False
+            if self._is_taken_over(delivery):
+                raise HandlerTimeout("The message was handed back while the inbox waited for it.")
             self._clocks[delivery] = time.monotonic()
-        message = self.subscription.decode(received.message)
-        self._emit(message_received, context=context)
+        message, decode = received.message, self.subscription.decode
+        if decode is not as_received:
+            message = decode(message)
+        if message_received.receivers:
+            self._emit(message_received, context=context)
         self._call(delivery, context, message)
         if not self._decides(delivery, "handler"):
             raise HandlerTimeout("The handler ended after its message was handed back.")
-        return work.commit()
+        return work is None or work.commit()
 
-    def _handling(self, delivery: Delivery, received: Received) -> Handling:
+    def _handling(self, delivery: Delivery, received: Received, event_id: str) -> Handling:
         """Return what the inbox knows this event and this subscriber by."""
         app, name = self.subscription.app, self.subscription.name
         if not received.is_named:
             place = (delivery.stream, delivery.sequence, delivery.timestamp)
             return unnamed_handling(app, name, *place)
-        event_id = forced_id(delivery.headers, received.event_id)
         return handling(app, name, delivery.subject, event_id)
 
     def _call(self, delivery: Delivery, context: MessageContext, message: Any) -> None:
@@ -213,9 +218,6 @@ class Processor:
         if result is not None and inspect.isawaitable(result):
             self._clocks[delivery] = None
             self._run_async(result, subscription.timeout)
-
-    def _context(self, delivery: Delivery, received: Received) -> MessageContext:
-        return DeliveryContext.of(delivery, received, self.subscription.name)
 
     # --- errors
 
@@ -324,7 +326,7 @@ class Processor:
     ) -> None:
         delivery.nak(verdict.delay)
         if received is not None:
-            context = self._context(delivery, received)
+            context = DeliveryContext.of(delivery, received, self.subscription.name)
             self._emit(message_retried, context=context, delay=verdict.delay, error=error)
 
     def give_up(
@@ -345,7 +347,11 @@ class Processor:
                 return "retried", f"{text}; the dead letter could not be stored: {failure}"
         delivery.term(reason)
         self._attempts.forget(delivery)
-        context = None if received is None else self._context(delivery, received)
+        context = (
+            None
+            if received is None
+            else DeliveryContext.of(delivery, received, self.subscription.name)
+        )
         self._emit(message_dead_lettered, context=context, reason=reason, error=error)
         return "dead_lettered", f"{reason}: {text}"
 

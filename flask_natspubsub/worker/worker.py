@@ -21,7 +21,6 @@ from ..text import get_logger
 from .async_handlers import AsyncHandlers
 from .consumer import HAND_BYTES, LEAST_BYTES, STOP_TIMEOUT, Job, SubscriberConsumer
 from .gate import Gate
-from .outcome import Outcome
 from .processor import Emit, Processor, Transactions
 
 _log = get_logger("flask_natspubsub.worker")
@@ -104,6 +103,7 @@ class Worker:
                 self.concurrency,
                 settings.prefetch,
                 self._queue.put,
+                self._gate,
                 hand_bytes,
             )
             for subscription in subscriptions
@@ -327,7 +327,8 @@ class Worker:
         while job is not None:
             job.thread, following = thread, None
             try:
-                following = self._run(job)[1]  # an outcome that is kept keeps the error's frames
+                # Its outcome is not kept: it keeps the error's frames.
+                following = job.consumer.run(job).following
             except BaseException:  # noqa: BLE001 - a fault of this package must not end the thread
                 _log.exception("%s: not processed", job.consumer.subscription.name)
             if job.expired:
@@ -339,17 +340,6 @@ class Worker:
                 self._queue.put(following)
             job, since = self._queue.get(), time.monotonic()
         self._queue.put(None)  # the next thread ends of it too
-
-    def _run(self, job: Job) -> tuple[Outcome | None, Job | None]:
-        processor = job.consumer.processor
-        if processor.is_over_limit(job.delivery):
-            with self._gate.alone(job):
-                return job.consumer.run(job, processor.process_alone)
-        self._gate.enter(job)
-        try:
-            return job.consumer.run(job, processor.process)
-        finally:
-            self._gate.leave(job)
 
     # --- the monitor
 

@@ -8,12 +8,13 @@ from collections import deque
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from flask_natspubsub.brokers.base import OutgoingMessage
 from flask_natspubsub.brokers.loop import BackgroundLoop
 from flask_natspubsub.brokers.wire import frame, header_block
 from flask_natspubsub.config.settings import Settings
-from flask_natspubsub.messages.lineage import current_lineage
-from flask_natspubsub.publishing.draft import Draft, prepare
+from flask_natspubsub.messages.message import Message
+from flask_natspubsub.observability.tracing import current_lineage
+from flask_natspubsub.publishing.draft import Draft
+from flask_natspubsub.publishing.publisher import prepare
 
 HANDSHAKE = b'CONNECT {"verbose":false,"headers":true}\r\nSUB _INBOX.bare.* 1\r\nPING\r\n'
 #: Frames written together: the server begins with them while the next are made.
@@ -43,7 +44,7 @@ class Bare(asyncio.Protocol):
 
     def __init__(self, url: str, settings: Settings) -> None:
         self._settings = settings
-        self._arrived: deque[tuple[OutgoingMessage, _Waiter]] = deque()
+        self._arrived: deque[tuple[Message, _Waiter]] = deque()
         self._scheduled = False
         self._waiters: dict[str, _Waiter] = {}
         self._number = 0
@@ -64,7 +65,7 @@ class Bare(asyncio.Protocol):
         """Publish a message so many times, and wait until the server has stored them."""
         lineage, waiter = current_lineage(), _Waiter(count)
         drafts = [Draft(topic, message) for _ in range(count)]
-        made = [prepare(draft, self._settings, lineage).outgoing for draft in drafts]
+        made = [prepare(draft, self._settings, lineage) for draft in drafts]
         self._arrived.extend([(one, waiter) for one in made])
         if not self._scheduled:
             self._scheduled = True

@@ -12,12 +12,12 @@ from flask_natspubsub.brokers.base import (
     ConsumerInfo,
     Consumption,
     Delivery,
-    OutgoingMessage,
     StoredAck,
     StreamConfig,
     StreamInfo,
 )
 from flask_natspubsub.errors import PublishError
+from flask_natspubsub.messages.message import Message
 from tests.support.waiting import eventually
 
 TIMEOUT = 10.0
@@ -81,11 +81,11 @@ class Place:
 
     def message(
         self, payload: bytes = b"{}", topic: str = "order.created", **headers: str
-    ) -> OutgoingMessage:
+    ) -> Message:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
-        return OutgoingMessage(self.subject(topic), payload, names)
+        return Message(self.subject(topic), payload, names)
 
-    def submit(self, *messages: OutgoingMessage) -> list[StoredAck | PublishError | None]:
+    def submit(self, *messages: Message) -> list[StoredAck | PublishError | None]:
         ticket = self.broker.submit(messages, TIMEOUT)
         assert ticket.wait(TIMEOUT + 0.5)
         return ticket.results
@@ -95,7 +95,7 @@ class Place:
         assert all(isinstance(result, StoredAck) for result in acks), acks
         return acks  # type: ignore[return-value]  # just checked
 
-    def refused(self, message: OutgoingMessage) -> PublishError:
+    def refused(self, message: Message) -> PublishError:
         (result,) = self.submit(message)
         assert isinstance(result, PublishError), result
         return result

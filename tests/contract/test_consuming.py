@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from flask_natspubsub.brokers.base import OutgoingMessage
 from flask_natspubsub.errors import TopologyError
 from flask_natspubsub.messages.headers import Headers
+from flask_natspubsub.messages.message import Message
 from tests.support.waiting import eventually
 
 from .helpers import Inbox, Place, ack
@@ -18,7 +18,7 @@ from .helpers import Inbox, Place, ack
 def test_a_delivery_is_the_message_as_it_was_published(place: Place) -> None:
     headers = {"topic": "order.created", "X-Größe": "naïve: yes", "x-empty": ""}
     message = place.message(b'{"a":1}')
-    place.submit(type(message)(message.subject, message.payload, headers))
+    place.submit(type(message)(message.subject, message.data, headers))
 
     inbox, _ = place.consume(credits=1)
 
@@ -337,7 +337,7 @@ def test_a_subject_that_the_stream_does_not_store_is_found_elsewhere(place: Plac
     inbox = Inbox(ack)
     consumption = place.broker.consume(config, inbox)
     consumption.request(5)
-    place.submit(OutgoingMessage(f"{foreign}.new", b"1", {}))
+    place.submit(Message(f"{foreign}.new", b"1", {}))
 
     assert (placed.stream, placed.durable) == (foreign, "there")
     assert consumption.consumer == (foreign, "there")
@@ -352,7 +352,7 @@ def test_a_header_sent_twice_arrives_with_both_values(place: Place) -> None:
     inbox, _ = place.consume(then=ack, credits=5)
     headers = Headers([("Accept", "a"), ("Accept", "b"), ("Other", "c")])
 
-    place.submit(OutgoingMessage(place.subject("order.created"), b"1", headers))
+    place.submit(Message(place.subject("order.created"), b"1", headers))
 
     (delivery,) = inbox.wait(1)
     assert Headers(delivery.headers).getlist("Accept") == ["a", "b"]

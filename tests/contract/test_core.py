@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flask_natspubsub.brokers.base import CoreMessage, OutgoingMessage
+from flask_natspubsub.messages.message import Message
 from tests.support.waiting import eventually
 
 from .helpers import Place
@@ -10,7 +10,7 @@ from .helpers import Place
 
 def test_a_listener_gets_what_is_sent_to_its_subject(empty_place: Place) -> None:
     env, broker = empty_place.env, empty_place.broker
-    received: list[CoreMessage] = []
+    received: list[Message] = []
     broker.listen(f"wakeup.{env}.*", received.append)
 
     broker.send(f"wakeup.{env}", b"too short")
@@ -28,8 +28,8 @@ def test_a_listener_gets_what_is_sent_to_its_subject(empty_place: Place) -> None
 
 def test_every_listener_gets_a_copy_until_it_stops(empty_place: Place) -> None:
     env, broker = empty_place.env, empty_place.broker
-    stopped: list[CoreMessage] = []
-    staying: list[CoreMessage] = []
+    stopped: list[Message] = []
+    staying: list[Message] = []
     subscription = broker.listen(f"{env}.>", stopped.append)
     broker.listen(f"{env}.>", staying.append)
 
@@ -47,7 +47,7 @@ def test_a_listener_that_fails_goes_on_listening(empty_place: Place) -> None:
     env, broker = empty_place.env, empty_place.broker
     received: list[bytes] = []
 
-    def fail_once(message: CoreMessage) -> None:
+    def fail_once(message: Message) -> None:
         received.append(message.data)
         if len(received) == 1:
             raise ValueError("a bug in the listener")
@@ -60,13 +60,13 @@ def test_a_listener_that_fails_goes_on_listening(empty_place: Place) -> None:
 
 
 def test_a_listener_hears_what_a_stream_stores(place: Place) -> None:
-    received: list[CoreMessage] = []
+    received: list[Message] = []
     place.broker.listen(place.subject(">"), received.append)
 
-    place.submit(OutgoingMessage(place.subject("a"), b"1", {"x-a": "1"}))
+    place.submit(Message(place.subject("a"), b"1", {"x-a": "1"}))
 
     eventually(lambda: received)
-    assert received == [CoreMessage(place.subject("a"), {"x-a": "1"}, b"1")]
+    assert received == [Message(place.subject("a"), b"1", {"x-a": "1"})]
 
 
 def test_what_is_sent_to_the_subject_of_a_stream_is_stored(place: Place) -> None:

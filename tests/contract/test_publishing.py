@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flask_natspubsub.brokers.base import OutgoingMessage, StoredAck
+from flask_natspubsub.brokers.base import StoredAck
 from flask_natspubsub.brokers.storing import checked, is_known_as, store_one
 from flask_natspubsub.errors import (
     BrokerError,
@@ -16,6 +16,7 @@ from flask_natspubsub.errors import (
     PublishError,
     RequestDenied,
 )
+from flask_natspubsub.messages.message import Message
 from tests.support.waiting import eventually
 
 from .helpers import Place, size_on_the_wire
@@ -70,7 +71,7 @@ def test_a_known_message_id_is_stored_once_and_answered_with_the_first_sequence(
 
 
 def test_the_message_id_header_counts_only_as_the_server_spells_it(place: Place) -> None:
-    results = [place.submit(OutgoingMessage(place.subject("a"), b"1", {"nats-msg-id": "e1"}))] * 2
+    results = [place.submit(Message(place.subject("a"), b"1", {"nats-msg-id": "e1"}))] * 2
 
     assert place.submit(place.message(b"1", Nats_Msg_Id="e1")) == [StoredAck(place.stream, 2)]
     assert results[0] == [StoredAck(place.stream, 1)]
@@ -100,7 +101,7 @@ def test_the_id_of_a_deleted_message_is_still_known(place: Place) -> None:
 
 
 def test_a_subject_without_a_stream_is_an_error_of_its_own(place: Place) -> None:
-    error = place.refused(OutgoingMessage(f"{place.env}.other.order.created", b"{}", {}))
+    error = place.refused(Message(f"{place.env}.other.order.created", b"{}", {}))
 
     assert isinstance(error, NoStreamForSubject)
     assert error.outcome == "not_sent"
@@ -108,7 +109,7 @@ def test_a_subject_without_a_stream_is_an_error_of_its_own(place: Place) -> None
 
 
 def test_one_bad_message_does_not_stop_its_batch(place: Place) -> None:
-    lost = OutgoingMessage(f"{place.env}.other.x", b"{}", {})
+    lost = Message(f"{place.env}.other.x", b"{}", {})
 
     first, error, last = place.submit(place.message(b"1"), lost, place.message(b"2"))
 
@@ -128,9 +129,9 @@ def test_payload_and_headers_together_may_be_as_large_as_the_limit(place: Place)
     subject = place.subject("large")
 
     under, exact, over = place.submit(
-        OutgoingMessage(subject, b"x" * (room - 1), headers | {"Nats-Msg-Id": "e1"}),
-        OutgoingMessage(subject, b"x" * room, headers | {"Nats-Msg-Id": "e2"}),
-        OutgoingMessage(subject, b"x" * (room + 1), headers | {"Nats-Msg-Id": "e3"}),
+        Message(subject, b"x" * (room - 1), headers | {"Nats-Msg-Id": "e1"}),
+        Message(subject, b"x" * room, headers | {"Nats-Msg-Id": "e2"}),
+        Message(subject, b"x" * (room + 1), headers | {"Nats-Msg-Id": "e3"}),
     )
 
     assert under == StoredAck(place.stream, 1)
@@ -258,7 +259,7 @@ def test_where_messages_cannot_be_read_an_acknowledgement_is_believed(
 
 
 def test_what_is_no_subject_is_refused_and_those_behind_it_are_stored(place: Place) -> None:
-    hostile = OutgoingMessage("a b\r\nPUB injected 0", b"1", {})
+    hostile = Message("a b\r\nPUB injected 0", b"1", {})
 
     refused, stored = place.submit(hostile, place.message(b"2"))
 

@@ -15,7 +15,7 @@ import pytest
 from nats.aio.msg import Msg
 
 from flask_natspubsub import NatsPubsub, NotConnected, PublishError, PublishReceipt
-from flask_natspubsub.brokers.base import StoredMessage
+from flask_natspubsub.messages.message import StoredMessage
 
 
 def stored(pubsub: NatsPubsub) -> list[StoredMessage]:

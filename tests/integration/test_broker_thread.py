@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import pytest
 
 from flask_natspubsub import NatsPubsub, PublishError, message_published
-from flask_natspubsub.brokers.base import CoreMessage
 from flask_natspubsub.brokers.wire import FrameTap
+from flask_natspubsub.messages.message import Message
 from tests.conftest import MakePubsub
 from tests.support.proxy import Proxy
 from tests.support.servers import NatsServer
@@ -147,7 +147,7 @@ def test_listener_that_exits_hears_the_next_message_too(
     env: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    leave, heard = Leaver(), list[CoreMessage]()
+    leave, heard = Leaver(), list[Message]()
     broker = through_proxy.state().broker()
     for callback in (leave, heard.append):
         broker.listen(f"{env}.core", callback)

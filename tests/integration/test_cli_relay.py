@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pytest
 
-from flask_natspubsub.outbox.store import LEASE_SECONDS
+from flask_natspubsub.outbox.upkeep import LEASE_SECONDS
 from tests.support.servers import NatsServer
 from tests.support.waiting import eventually, for_seconds
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 
-from flask_natspubsub.brokers.base import OutgoingMessage
+from flask_natspubsub.messages.message import Message
 
 from . import failpoints
 from .ledger import Result, count
@@ -123,7 +123,7 @@ def two_copies(run: Run, database: str = "sqlite") -> Result:
 def _publish_twice(site: Site, ids: list[str]) -> None:
     subject = f"torture.shop.{TOPIC}"
     copies = [
-        OutgoingMessage(subject, _envelope(event_id), {"Nats-Msg-Id": f"{event_id}-{copy}"})
+        Message(subject, _envelope(event_id), {"Nats-Msg-Id": f"{event_id}-{copy}"})
         for event_id in ids
         for copy in "ab"
     ]

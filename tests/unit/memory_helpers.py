@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask_natspubsub.brokers.base import ConsumerConfig, Delivery, OutgoingMessage, StreamConfig
+from flask_natspubsub.brokers.base import ConsumerConfig, Delivery, StreamConfig
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.brokers.memory.clock import VirtualClock
+from flask_natspubsub.messages.message import Message
 
 STREAM = "events"
 
@@ -21,7 +22,7 @@ def stream_config(**options: Any) -> StreamConfig:
 
 
 def publish(broker: MemoryBroker, *payloads: bytes, subject: str = "shop.a") -> list[Any]:
-    return broker.submit([OutgoingMessage(subject, p, {}) for p in payloads], 1.0).results
+    return broker.submit([Message(subject, p, {}) for p in payloads], 1.0).results
 
 
 def fetch(broker: MemoryBroker, count: int = 100, durable: str = "mailer") -> list[Delivery]:

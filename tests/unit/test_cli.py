@@ -12,9 +12,9 @@ from flask import Flask
 from flask.cli import ScriptInfo
 
 from flask_natspubsub import NatsPubsub, NotConnected
-from flask_natspubsub.brokers.base import OutgoingMessage
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.cli import natspubsub
+from flask_natspubsub.messages.message import Message
 
 
 def make_app(**config):
@@ -81,7 +81,7 @@ def dead_letter(state, number, **changes):
     body = changes.pop("body", json.dumps({"event_id": f"order-{number}", "message": {}}).encode())
     subject = f"{settings.env}.dlq.shop.{headers['x-subscriber']}"
     broker = state.broker()
-    (ack,) = broker.submit([OutgoingMessage(subject, body, headers)], 1.0).results
+    (ack,) = broker.submit([Message(subject, body, headers)], 1.0).results
     return str(ack.sequence)
 
 

@@ -26,7 +26,7 @@ from sqlalchemy import orm
 from werkzeug.datastructures import CombinedMultiDict, Headers, ImmutableMultiDict, MultiDict
 
 from flask_natspubsub.errors import DecodingError, EncodingError, RegistrationError
-from flask_natspubsub.messages import codec
+from flask_natspubsub.messages import codec, plain
 from flask_natspubsub.messages.plain import plain_object
 
 MOMENT = dt.datetime(2025, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
@@ -411,12 +411,12 @@ def test_a_message_leaves_one_level_of_nesting_for_the_envelope() -> None:
     [({}, None), (types.MappingProxyType({}), None), (Order(1), "Order")],
 )
 def test_the_message_type_is_the_class_of_a_typed_message(message: object, name: str) -> None:
-    assert codec.message_type_of(message) == name
+    assert plain.message_type_of(message) == name
 
 
 def test_the_message_type_of_structs_and_models_is_their_class() -> None:
-    assert codec.message_type_of(Placed(1, MOMENT)) == "Placed"
-    assert codec.message_type_of(Model(orderId=1)) == "Model"
+    assert plain.message_type_of(Placed(1, MOMENT)) == "Placed"
+    assert plain.message_type_of(Model(orderId=1)) == "Model"
 
 
 # --- reading -------------------------------------------------------------------------------

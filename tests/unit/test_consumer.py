@@ -13,6 +13,7 @@ from flask_natspubsub.brokers.base import ConsumerInfo
 from flask_natspubsub.errors import BrokerError
 from flask_natspubsub.worker import consumer as module
 from flask_natspubsub.worker.consumer import SubscriberConsumer
+from flask_natspubsub.worker.gate import Gate
 from tests.support.waiting import eventually
 
 from .worker_helpers import FakeBroker, FakeDelivery, Rig
@@ -43,6 +44,7 @@ class Bench:
             slots,
             prefetch,
             self.queue.append,
+            Gate(),
         )
         self.deliveries = []
         self._release = threading.Event()
@@ -73,17 +75,21 @@ class Bench:
             delivery.ack()
             return "outcome"
 
-        outcome, following = self.consumer.run(self.queue.popleft(), process)
-        if following is not None:
-            self.queue.appendleft(following)
-        return outcome
+        ran = self.run_by(process)
+        if ran.following is not None:
+            self.queue.appendleft(ran.following)
+        return ran.outcome
+
+    def run_by(self, process):
+        """Run the next job, which ``process`` processes."""
+        self.rig.processor.process = process
+        return self.consumer.run(self.queue.popleft())
 
     def begin(self):
         """Let a thread take the next job and hang in it; returns the job."""
         job = self.queue.popleft()
-        thread = threading.Thread(
-            target=self.consumer.run, args=(job, lambda delivery: self._release.wait(60))
-        )
+        self.rig.processor.process = lambda delivery: self._release.wait(60)
+        thread = threading.Thread(target=self.consumer.run, args=(job,))
         thread.start()
         self._hanging.append(thread)
         eventually(lambda: job.started is not None)
@@ -239,7 +245,7 @@ def test_a_fault_while_processing_does_not_cost_a_slot(make):
         raise RuntimeError("a fault")
 
     with pytest.raises(RuntimeError):
-        bench.consumer.run(bench.queue.popleft(), process)
+        bench.run_by(process)
     assert len(bench.queue) == 1
 
 
@@ -297,7 +303,7 @@ def test_a_handler_that_ends_after_all_changes_nothing(make):
         assert len(bench.consumer.look_after(bench.clock.now)) == 1
         return "outcome"
 
-    bench.consumer.run(bench.queue.popleft(), process)
+    bench.run_by(process)
     assert len(bench.queue) == 1, "only one slot was given away"
     bench.run()
     assert len(bench.queue) == 1
@@ -368,7 +374,7 @@ def test_nothing_is_asked_for_while_stopping(make):
     def process(delivery):
         bench.consumer.halt()
 
-    bench.consumer.run(bench.queue.popleft(), process)
+    bench.run_by(process)
     assert bench.asked_for == 1
 
 

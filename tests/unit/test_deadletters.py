@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from flask_natspubsub.brokers.base import OutgoingMessage, StreamConfig
+from flask_natspubsub.brokers.base import StreamConfig
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.brokers.memory.clock import VirtualClock
 from flask_natspubsub.brokers.topology import wanted_streams
@@ -20,6 +20,7 @@ from flask_natspubsub.errors import (
     PublishError,
     ReplayRefused,
 )
+from flask_natspubsub.messages.message import Message
 from flask_natspubsub.subscribing.registry import Registry
 
 from .worker_helpers import SETTINGS, FakeDelivery, Rig, envelope
@@ -47,7 +48,7 @@ class Place:
 
     def publish(self, subject, data, **headers):
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        (result,) = self.broker.submit([OutgoingMessage(subject, data, named)], 1).results
+        (result,) = self.broker.submit([Message(subject, data, named)], 1).results
         assert not isinstance(result, Exception), result
         return result.sequence
 

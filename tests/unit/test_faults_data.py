@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import flask_natspubsub
 from flask_natspubsub.errors import DecodingError, EncodingError
 from flask_natspubsub.messages import codec
+from flask_natspubsub.messages.message import StoredMessage
 from flask_natspubsub.messages.received import read
 
 from .test_codec import encode_object
@@ -191,7 +192,7 @@ def test_an_envelope_of_100_000_levels_is_refused_quickly(message: bytes) -> Non
 
     def refused() -> None:
         with pytest.raises(DecodingError) as caught:
-            read(data, {}, "test.shop.a", "stream", 1)
+            read(StoredMessage("test.shop.a", data, {}, "stream", 1, 0.0))
         assert caught.value.reason == "malformed"
 
     assert least_time(refused) < 0.05
@@ -202,8 +203,8 @@ def test_a_message_of_nothing_but_keys_is_read_quickly() -> None:
     keys = b",".join(b'"%x":0' % number for number in range(130_000))
     data = b'{"event_id":"e1","topic":"a","message":{' + keys + b"}}"
     assert len(data) > 1024 * 1024
-    assert len(read(data, {}, "test.shop.a", "stream", 1).message) == 130_000
-    assert least_time(lambda: read(data, {}, "test.shop.a", "stream", 1)) < 0.5
+    assert len(read(StoredMessage("test.shop.a", data, {}, "stream", 1, 0.0)).message) == 130_000
+    assert least_time(lambda: read(StoredMessage("test.shop.a", data, {}, "stream", 1, 0.0))) < 0.5
 
 
 # --- what runs code

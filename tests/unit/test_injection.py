@@ -17,10 +17,13 @@ from flask_natspubsub.brokers.wire import frame, header_block, parse_headers
 from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.messages import envelope as envelopes
 from flask_natspubsub.messages import subjects
-from flask_natspubsub.messages.lineage import Lineage, current_lineage
+from flask_natspubsub.messages.envelope import Lineage
+from flask_natspubsub.messages.message import StoredMessage
 from flask_natspubsub.messages.received import read
 from flask_natspubsub.observability import tracing
-from flask_natspubsub.publishing.draft import Draft, prepare
+from flask_natspubsub.observability.tracing import current_lineage
+from flask_natspubsub.publishing.draft import Draft
+from flask_natspubsub.publishing.publisher import prepare
 from flask_natspubsub.subscribing.options import SubscriberOptions
 from flask_natspubsub.subscribing.retry import error_text
 
@@ -165,11 +168,11 @@ def test_whatever_is_published_is_one_frame(topic: str, text: str) -> None:
     if prepared is None:
         return
 
-    sent = prepared.outgoing
+    sent = prepared
     block = header_block(sent.headers)
     assert block.count(b"\r\n") == len(sent.headers) + 2
     assert parse_headers(block) == {k: v.strip(" \t\v\f") for k, v in sent.headers.items()}
-    assert b"\n" not in sent.payload
+    assert b"\n" not in sent.data
     assert sent.subject.startswith("test.shop.")
 
 
@@ -226,7 +229,7 @@ def test_what_others_send_is_fit_for_a_log_line(text: str, header: str) -> None:
         {"event_id": clean, "topic": clean, "trace_id": clean, "message": {}}
     )
 
-    received = read(body, {"Nats-Msg-Id": header}, "test.shop.a", "s", 1)
+    received = read(StoredMessage("test.shop.a", body, {"Nats-Msg-Id": header}, "s", 1, 0.0))
 
     for shown in (received.event_id, received.topic, received.trace_id or ""):
         assert len(shown) <= envelopes.MAX_IDENTIFIER_LENGTH

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from flask_natspubsub.brokers.base import Delivery, OutgoingMessage, StoredAck, StreamConfig
+from flask_natspubsub.brokers.base import Delivery, StoredAck, StreamConfig
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.brokers.memory.clock import SystemClock, VirtualClock
 from flask_natspubsub.errors import BrokerError, TopologyError
+from flask_natspubsub.messages.message import Message
 
 from .memory_helpers import STREAM, broker_on_a_virtual_clock, config, fetch, publish
 
@@ -196,7 +197,7 @@ def test_messages_expire_and_are_not_redelivered() -> None:
 
 
 def test_the_duplicate_window_moves_with_the_clock(broker: MemoryBroker) -> None:
-    message = OutgoingMessage("shop.a", b"1", {"Nats-Msg-Id": "e1"})
+    message = Message("shop.a", b"1", {"Nats-Msg-Id": "e1"})
 
     def submit() -> Any:
         return broker.submit([message], 1.0).results[0]

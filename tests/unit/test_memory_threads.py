@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from flask_natspubsub.brokers.base import CoreMessage, Delivery
+from flask_natspubsub.brokers.base import Delivery
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
+from flask_natspubsub.messages.message import Message
 from tests.support.waiting import eventually
 
 from .memory_helpers import STREAM, broker_on_a_virtual_clock, config, fetch, publish, stream_config
@@ -178,9 +179,9 @@ def test_a_pull_may_stop_itself_in_its_callback(broker: MemoryBroker) -> None:
 
 
 def test_a_listener_that_stopped_gets_nothing_of_what_was_queued(broker: MemoryBroker) -> None:
-    received: list[CoreMessage] = []
+    received: list[Message] = []
 
-    def receive(message: CoreMessage) -> None:
+    def receive(message: Message) -> None:
         received.append(message)
         listener.stop()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flask_natspubsub.middleware import Middleware, compose, is_async
-from flask_natspubsub.subscribing.context import MessageContext, current_message, enter, leave
+from flask_natspubsub.subscribing.context import CURRENT, MessageContext, current_message
 
 
 def noting(log: list[str], name: str) -> Middleware:
@@ -169,11 +169,11 @@ def a_context(**changes: Any) -> MessageContext:
 
 @contextlib.contextmanager
 def handling(context: MessageContext) -> Iterator[MessageContext]:
-    token = enter(context)
+    token = CURRENT.set(context)
     try:
         yield context
     finally:
-        leave(token)
+        CURRENT.reset(token)
 
 
 def test_current_message_is_the_context_while_handling() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from flask_natspubsub.brokers.base import OutgoingMessage
 from flask_natspubsub.brokers.jetstream.publish_window import WRITE, PublishWindow
 from flask_natspubsub.config.settings import Settings
+from flask_natspubsub.messages.message import Message
 
 
 class Loop:
@@ -51,7 +51,7 @@ def test_of_many_messages_the_first_are_written_before_the_last_are_encoded() ->
     loop = Loop()
     window = PublishWindow(loop, "_INBOX.x", Settings())
 
-    window.submit([OutgoingMessage("a.b.c", b"{}", {})] * (2 * WRITE + 10), 5.0)
+    window.submit([Message("a.b.c", b"{}", {})] * (2 * WRITE + 10), 5.0)
 
     assert loop.turn()
     assert loop.written == [WRITE]
@@ -65,7 +65,7 @@ def test_headers_count_in_what_is_queued_and_all_is_given_back() -> None:
     loop = Loop()
     loop.is_up = False
     window = PublishWindow(loop, "_INBOX.x", Settings(publish_queue_bytes=700))
-    message = OutgoingMessage("a.b.c", b"{}", {"note": "x" * 600})
+    message = Message("a.b.c", b"{}", {"note": "x" * 600})
 
     window.submit([message], 5.0)
     assert 600 <= window.load()["publishes_queued_bytes"] < 700

@@ -22,7 +22,8 @@ from flask_natspubsub.errors import (
     InboxBusy,
     PublishError,
 )
-from flask_natspubsub.messages.lineage import Lineage, current_lineage
+from flask_natspubsub.messages.envelope import Lineage
+from flask_natspubsub.observability.tracing import current_lineage
 from flask_natspubsub.worker.async_handlers import AsyncHandlers
 
 from .worker_helpers import FakeDelivery, Rig, envelope

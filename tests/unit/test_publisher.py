@@ -27,9 +27,11 @@ from flask_natspubsub import (
     PublishReceipt,
     message_published,
 )
-from flask_natspubsub.brokers.base import OutgoingMessage, StoredMessage, Ticket
+from flask_natspubsub.brokers.base import Ticket
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
-from flask_natspubsub.messages.lineage import Lineage, within
+from flask_natspubsub.messages.envelope import Lineage
+from flask_natspubsub.messages.message import Message, StoredMessage
+from flask_natspubsub.observability.tracing import within
 from tests.conftest import MakePubsub
 
 
@@ -536,7 +538,7 @@ class StuckBroker(MemoryBroker):
     """Takes messages and never answers."""
 
     def submit(self, messages: Any, timeout: float) -> Ticket:
-        assert all(isinstance(message, OutgoingMessage) for message in messages)
+        assert all(isinstance(message, Message) for message in messages)
         return Ticket(len(messages))
 
 

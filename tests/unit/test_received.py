@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from flask_natspubsub.errors import DecodingError
 from flask_natspubsub.messages import envelope, received
 from flask_natspubsub.messages.envelope import Envelope
+from flask_natspubsub.messages.message import StoredMessage
 from flask_natspubsub.messages.plain import plain_object
 
 from .test_envelope import EVENT_ID, an_envelope
@@ -22,7 +23,9 @@ SUBJECT = "production.shop.order.created"
 
 def read(body: object, headers: dict[str, str] | None = None) -> received.Received:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return received.read(data, headers or {}, SUBJECT, "production-events-stream", 7)
+    return received.read(
+        StoredMessage(SUBJECT, data, headers or {}, "production-events-stream", 7, 0.0)
+    )
 
 
 def test_what_was_sent_is_read_back() -> None:
@@ -160,7 +163,7 @@ known_keys = st.sampled_from([*Envelope.__struct_fields__, "payload", "unknown"]
 @given(st.binary(), st.dictionaries(st.text(), st.text()))
 def test_any_bytes_are_read_or_are_a_decoding_error(data: bytes, headers: dict[str, str]) -> None:
     with contextlib.suppress(DecodingError):
-        received.read(data, headers, SUBJECT, "S", 1)
+        received.read(StoredMessage(SUBJECT, data, headers, "S", 1, 0.0))
 
 
 @given(st.dictionaries(known_keys, hostile_values))

@@ -12,8 +12,8 @@ from flask import Flask, Response, stream_with_context
 from flask.testing import FlaskClient
 
 from flask_natspubsub import NatsPubsub, TraceIdFilter, current_trace_id
-from flask_natspubsub.messages.lineage import Lineage, current_lineage, within
-from flask_natspubsub.observability.tracing import choose_trace_id
+from flask_natspubsub.messages.envelope import Lineage
+from flask_natspubsub.observability.tracing import choose_trace_id, current_lineage, within
 from tests.conftest import MakePubsub
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"

@@ -9,11 +9,12 @@ from contextlib import nullcontext
 
 import pytest
 
-from flask_natspubsub.brokers.base import OutgoingMessage
+from flask_natspubsub import message_handled
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.brokers.topology import wanted_streams
 from flask_natspubsub.deadletters.reader import DeadLetters
 from flask_natspubsub.errors import BrokerError, RegistrationError
+from flask_natspubsub.messages.message import Message
 from flask_natspubsub.subscribing.registry import Registry
 from flask_natspubsub.subscribing.subscription import choose
 from flask_natspubsub.worker.gate import Gate
@@ -132,6 +133,8 @@ class Place:
         self.broker.want(wanted_streams(SETTINGS))
         self.registry = Registry()
         self.signals = []
+        self._receiver = lambda sender, **arguments: None
+        message_handled.connect(self._receiver)  # signals that nobody receives are not sent
         self.release = threading.Event()
         self.workers = []
 
@@ -152,9 +155,7 @@ class Place:
         return worker
 
     def publish(self, *ids):
-        messages = [
-            OutgoingMessage("test.shop.order.created", envelope({"id": id}), {}) for id in ids
-        ]
+        messages = [Message("test.shop.order.created", envelope({"id": id}), {}) for id in ids]
         assert self.broker.submit(messages, 1).wait(5)
 
     @property

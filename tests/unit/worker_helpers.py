@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
+from flask_natspubsub import message_handled, message_received
 from flask_natspubsub.brokers.base import Consumption, Delivery
 from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.errors import PublishError
@@ -113,6 +114,10 @@ class Rig:
         self.events: list[Any] = []
         self.signals: list[tuple[str, dict[str, Any]]] = []
         self.teardown_error: Exception | None = None
+        # Signals that nobody receives are not sent.
+        self._receiver = lambda sender, **arguments: None
+        for signal in (message_received, message_handled):
+            signal.connect(self._receiver)
         self.processor = Processor(
             self.subscription,
             self.box,  # type: ignore[arg-type]  # stands in for it

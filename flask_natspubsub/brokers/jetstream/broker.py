@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ...config.settings import Settings
 from ...errors import NatsPubsubError, NotConnected
+from ...messages.message import Message, StoredMessage
 from ...text import get_logger
 from ..base import (
     Broker,
@@ -23,11 +24,8 @@ from ..base import (
     ConsumerConfig,
     ConsumerInfo,
     Consumption,
-    CoreMessage,
     CoreSubscription,
     Delivery,
-    OutgoingMessage,
-    StoredMessage,
     StreamConfig,
     StreamInfo,
     Ticket,
@@ -331,7 +329,7 @@ class JetStreamBroker(Broker):
         session = self._session
         return session is not None and session.loop.is_current
 
-    def submit(self, messages: Sequence[OutgoingMessage], timeout: float) -> Ticket:  # noqa: D102
+    def submit(self, messages: Sequence[Message], timeout: float) -> Ticket:  # noqa: D102
         session = self._session
         if session is None or session.loop.has_ended or self._pid != os.getpid():
             session = self._live()
@@ -371,12 +369,12 @@ class JetStreamBroker(Broker):
         self._before_replies = callback
 
     def listen(  # noqa: D102
-        self, subject: str, callback: Callable[[CoreMessage], None]
+        self, subject: str, callback: Callable[[Message], None]
     ) -> CoreSubscription:
         session = self._live()
 
         def route(at: str, reply: str, headers: Mapping[str, str], data: bytes) -> None:
-            callback(CoreMessage(at, headers, data))
+            callback(Message(at, data, headers))
 
         return _CoreHandle(session, session.link.run(session.link.route(subject, route), 5.0))
 

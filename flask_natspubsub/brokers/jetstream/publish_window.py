@@ -10,17 +10,30 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ...config.settings import Settings
-from ...errors import NoStreamForSubject, NotASubject, NotConnected, PublishDenied, PublishError
+from ...errors import (
+    NoStreamForSubject,
+    NotASubject,
+    NotConnected,
+    PayloadTooLarge,
+    PublishDenied,
+    PublishError,
+)
+from ...messages.message import Message
 from ...text import get_logger
-from ..base import OutgoingMessage, StoredAck, Ticket
+from ..base import StoredAck, Ticket
 from ..wire import STATUS, frame, header_block
-from .pub_ack import result_of, too_large
+
+if TYPE_CHECKING:
+    from .link import Link
+
+#: The error of a stream whose own limit for one message is lower than the server's.
+STREAM_MESSAGE_TOO_LARGE = 10054
 
 _log = get_logger("flask_natspubsub.broker")
 
@@ -41,41 +54,13 @@ UNANSWERED = 3
 UNANSWERED_SECONDS = 60.0
 
 
-class OutboundLink(Protocol):
-    """What publishing needs of the connection; used on the loop's thread only."""
-
-    is_up: bool
-    refused: str
-    max_payload: int
-    cluster_size: int
-
-    @property
-    def unsent(self) -> int:
-        """How many bytes were written that the socket has not taken yet."""
-
-    def send(self, frames: Sequence[bytes]) -> None:
-        """Write frames of messages to the socket."""
-
-    def describe_down(self) -> str:
-        """Say why there is no connection, without secrets."""
-
-    def wake(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` soon on the loop; any thread."""
-
-    def later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Call ``callback`` on the loop after ``seconds``."""
-
-    def mend_streams(self) -> None:
-        """Look after the streams again: a subject has nobody who stores it."""
-
-
 class _Item(msgspec.Struct, gc=False):
     """One message and where its result belongs: entry ``index`` of ``ticket``.
 
     :param size: in bytes, headers included: about as many while it is queued, exact in flight.
     """
 
-    message: OutgoingMessage
+    message: Message
     size: int
     ticket: Ticket
     index: int
@@ -84,8 +69,8 @@ class _Item(msgspec.Struct, gc=False):
     sent: bool = False
     tries: int = 0
 
-    def settle(self, result: StoredAck | PublishError) -> None:
-        self.ticket.settle(self.index, result)
+    def set_result(self, result: StoredAck | PublishError) -> None:
+        self.ticket.set_result(self.index, result)
 
 
 class PublishWindow:
@@ -95,7 +80,7 @@ class PublishWindow:
     alone. What is queued, there or in ``_queue``, is bounded, and so is what is in flight.
     """
 
-    def __init__(self, link: OutboundLink, inbox: str, settings: Settings) -> None:
+    def __init__(self, link: Link, inbox: str, settings: Settings) -> None:
         self._link = link
         self._most_in_flight = settings.publish_in_flight
         self._most_queued = settings.publish_queue
@@ -123,13 +108,13 @@ class PublishWindow:
 
     # --- any thread
 
-    def submit(self, messages: Sequence[OutgoingMessage], timeout: float) -> Ticket:
+    def submit(self, messages: Sequence[Message], timeout: float) -> Ticket:
         """Queue messages; their results arrive in the ticket within ``timeout``."""
         ticket = Ticket(len(messages))
         deadline = time.monotonic() + timeout
         items, total = [], 0
         for index, message in enumerate(messages):
-            size = len(message.payload) + sum(map(len, message.headers.values()))
+            size = len(message.data) + sum(map(len, message.headers.values()))
             total += size
             items.append(_Item(message, size, ticket, index, deadline))
         refusal, wake = None, False
@@ -145,7 +130,7 @@ class PublishWindow:
             self._link.wake(self._drain)
         elif refusal is not None:
             for item in items:
-                item.settle(refusal)
+                item.set_result(refusal)
         return ticket
 
     def _wait_for_room(self, deadline: float) -> PublishError | None:
@@ -226,16 +211,16 @@ class PublishWindow:
             message = item.message
             # Here and not by whoever submits it: meanwhile the server works on those before it.
             headers = header_block(message.headers)
-            item.size = len(headers) + len(message.payload)
+            item.size = len(headers) + len(message.data)
             if item.size > limit:
-                item.settle(too_large(message.subject, item.size, limit))
+                item.set_result(PayloadTooLarge.of(message.subject, item.size, limit))
                 continue
             self._token += 1
             reply = f"{self._prefix}{self._token}"
             try:
-                encoded = frame(message.subject, message.payload, reply, headers)
+                encoded = frame(message.subject, message.data, reply, headers)
             except NotASubject as error:
-                item.settle(error)
+                item.set_result(error)
                 continue
             frames.append(encoded)
             self._in_flight[reply] = item
@@ -287,7 +272,7 @@ class PublishWindow:
         else:
             self._unanswered = 0
             subject = item.message.subject
-            item.ticket.settle(item.index, result_of(data, subject, item.size))
+            item.ticket.set_result(item.index, _result_of(data, subject, item.size))
             if subject not in self._stored and len(self._stored) < SUBJECTS:
                 self._stored.add(subject)
         if self._queue:
@@ -303,7 +288,7 @@ class PublishWindow:
             self._delayed.append(item)
             self._link.mend_streams()
             return
-        item.settle(_no_stream(item))
+        item.set_result(_no_stream(item))
 
     def on_up(self) -> None:
         """Send what has been waiting for a connection."""
@@ -324,7 +309,7 @@ class PublishWindow:
         for reply, item in list(self._in_flight.items()):
             if item.message.subject.lower() == subject.lower():
                 self._forget(reply)
-                item.settle(
+                item.set_result(
                     PublishDenied(
                         f"The server does not let this user publish to {item.message.subject!r}.",
                         "Grant the permission, or check NATSPUBSUB_ENV and NATSPUBSUB_APP_NAME.",
@@ -340,7 +325,7 @@ class PublishWindow:
         self._delayed.clear()
         self._bytes = 0
         for item in items:
-            item.settle(_with_outcome(error, item))
+            item.set_result(_with_outcome(error, item))
 
     def close(self) -> None:
         """Settle everything, and whatever comes later, as closed."""
@@ -358,11 +343,11 @@ class PublishWindow:
         for reply, item in list(self._in_flight.items()):
             if item.deadline <= now:
                 self._forget(reply)
-                item.settle(self._timed_out(item))
+                item.set_result(self._timed_out(item))
         self._release_delayed(now)
         overdue = [item for item in self._queue if item.deadline <= now]
         for item in self._take_from_queue(overdue) if overdue else ():
-            item.settle(self._timed_out(item))
+            item.set_result(self._timed_out(item))
         self._drain()
 
     def _release_delayed(self, now: float) -> None:
@@ -413,3 +398,41 @@ def _no_stream(item: _Item) -> NoStreamForSubject:
 
 def _with_outcome(error: PublishError, item: _Item) -> PublishError:
     return type(error)(error.message, error.fix, outcome="unknown" if item.sent else "not_sent")
+
+
+# --- what a stream answers: an acknowledgement, or why not
+
+
+class _Refusal(msgspec.Struct):
+    error: dict[str, object]
+
+
+_decode_ack = msgspec.json.Decoder(StoredAck).decode
+
+
+def _result_of(data: bytes, subject: str, size: int) -> StoredAck | PublishError:
+    """Read the answer to the publish of ``size`` bytes to ``subject``."""
+    try:
+        ack = _decode_ack(data)
+        if ack.sequence:
+            return ack
+    except msgspec.MsgspecError:
+        pass
+    return _why_not(data, subject, size)
+
+
+def _why_not(data: bytes, subject: str, size: int) -> PublishError:
+    try:
+        error = msgspec.json.decode(data, type=_Refusal).error
+    except msgspec.MsgspecError:
+        return PublishError(
+            f"Something other than JetStream answered on {subject!r}.",
+            "Another service replies to this subject; it should not.",
+            outcome="unknown",
+        )
+    text = f"The stream refused the message: {error.get('description', error)}."
+    if error.get("err_code") == STREAM_MESSAGE_TOO_LARGE:
+        return PayloadTooLarge(text, "Raise max_msg_size of the stream.", size=size)
+    if error.get("code") == 503:
+        return PublishError(text, "The stream may be full, or without a leader; try again later.")
+    return PublishDenied(text, "Compare the stream's settings with what is published.")

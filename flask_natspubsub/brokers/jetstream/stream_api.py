@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 from ...errors import TopologyError
 from ...messages.ids import parse_timestamp
+from ...messages.message import StoredMessage
 from ...text import get_logger
 from .. import topology
-from ..base import Change, StoredMessage, StreamConfig, StreamInfo
+from ..base import Change, StreamConfig, StreamInfo
 from ..wire import parse_headers
 from .api import STREAM_NOT_FOUND, ApiError, Json
 from .consumer_api import NANO, ConsumerApi

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 from ...errors import BrokerError, PayloadTooLarge, PublishError, TopologyError
+from ...messages.message import Message, StoredMessage
 from ...messages.subjects import overlaps
 from .. import topology
 from ..base import (
@@ -19,11 +20,8 @@ from ..base import (
     Change,
     ConsumerConfig,
     ConsumerInfo,
-    CoreMessage,
     Delivery,
-    OutgoingMessage,
     StoredAck,
-    StoredMessage,
     StreamConfig,
     StreamInfo,
     Ticket,
@@ -84,16 +82,16 @@ class MemoryBroker(Broker):
 
     # --- publishing
 
-    def submit(self, messages: Sequence[OutgoingMessage], timeout: float) -> Ticket:
+    def submit(self, messages: Sequence[Message], timeout: float) -> Ticket:
         """Store the messages, in order; the ticket has all results when this returns."""
         ticket = Ticket(len(messages))
         with self._lock:
             for index, message in enumerate(messages):
-                ticket.settle(index, self._publish(message))
+                ticket.set_result(index, self._publish(message))
         self._exchange.deliver()
         return ticket
 
-    def _publish(self, message: OutgoingMessage) -> StoredAck | PublishError:
+    def _publish(self, message: Message) -> StoredAck | PublishError:
         if not self._exchange.is_up:
             return not_connected()
         if self._publishes_to_fail:
@@ -102,22 +100,16 @@ class MemoryBroker(Broker):
                 f"No answer to the message to {message.subject}: the test asked for it.",
                 outcome="unknown",
             )
-        size = wire_size(message.headers, message.payload)
+        size = wire_size(message.headers, message.data)
         if size > self._max_payload:
-            return PayloadTooLarge(
-                f"The message to {message.subject} has {size} bytes with its headers, more "
-                f"than the {self._max_payload} the broker takes.",
-                "Send a reference to the data instead.",
-                size=size,
-                limit=self._max_payload,
-            )
+            return PayloadTooLarge.of(message.subject, size, self._max_payload)
         return self._exchange.store(message)
 
     def send(self, subject: str, payload: bytes) -> None:
         """Send to the listeners and, as a server does, to the stream of the subject, if any."""
         with self._lock:
             if self._exchange.is_up and len(payload) <= self._max_payload:
-                self._exchange.store(OutgoingMessage(subject, payload, {}))
+                self._exchange.store(Message(subject, payload, {}))
         self._exchange.deliver()
 
     # --- consuming
@@ -132,7 +124,7 @@ class MemoryBroker(Broker):
         self._exchange.add_pull(pull)
         return pull
 
-    def listen(self, subject: str, callback: Callable[[CoreMessage], None]) -> MemoryListener:
+    def listen(self, subject: str, callback: Callable[[Message], None]) -> MemoryListener:
         """Call ``callback`` for every message sent to ``subject``, wildcards included."""
         listener = MemoryListener(self._exchange, subject, callback)
         self._exchange.add_listener(listener)

@@ -10,18 +10,10 @@ import msgspec
 
 from ...errors import NoStreamForSubject, NotConnected, PublishError, TopologyError
 from ...messages.headers import Headers
+from ...messages.message import Message, StoredMessage
 from ...messages.subjects import matches
 from ..agreement import Needs
-from ..base import (
-    ConsumerConfig,
-    Consumption,
-    CoreMessage,
-    CoreSubscription,
-    Delivery,
-    OutgoingMessage,
-    StoredAck,
-    StoredMessage,
-)
+from ..base import ConsumerConfig, Consumption, CoreSubscription, Delivery, StoredAck
 from .clock import Clock, VirtualClock
 from .stream import MemoryConsumer, MemoryStream
 from .threads import Alarm, HandOver
@@ -114,7 +106,7 @@ class MemoryListener(CoreSubscription):
     """Interest in a subject of the broker in memory."""
 
     def __init__(
-        self, exchange: Exchange, subject: str, callback: Callable[[CoreMessage], None]
+        self, exchange: Exchange, subject: str, callback: Callable[[Message], None]
     ) -> None:
         self.subject = subject
         self.callback = callback
@@ -166,11 +158,11 @@ class Exchange:
 
     # --- messages in
 
-    def store(self, message: OutgoingMessage) -> StoredAck | PublishError:
+    def store(self, message: Message) -> StoredAck | PublishError:
         """Give a message to listeners and its stream (lock held; ``deliver`` is to follow)."""
         for listener in self._listeners:
             if matches(listener.subject, message.subject):
-                core = CoreMessage(message.subject, Headers(message.headers), message.payload)
+                core = Message(message.subject, message.data, Headers(message.headers))
                 self._hand_over.add(listener, listener.callback, core)
         for stream in self.streams.values():
             if stream.stores(message.subject):

@@ -16,16 +16,9 @@ import msgspec
 
 from ...errors import PublishError, TopologyError
 from ...messages.headers import Headers
+from ...messages.message import Message, StoredMessage
 from ...messages.subjects import matches, overlaps
-from ..base import (
-    ConsumerConfig,
-    ConsumerInfo,
-    OutgoingMessage,
-    StoredAck,
-    StoredMessage,
-    StreamConfig,
-    StreamInfo,
-)
+from ..base import ConsumerConfig, ConsumerInfo, StoredAck, StreamConfig, StreamInfo
 from ..storing import MESSAGE_ID
 from ..topology import owner_metadata, refuse_other_owner
 from ..wire import header_block
@@ -69,13 +62,13 @@ class MemoryStream:
 
     # --- storing
 
-    def publish(self, message: OutgoingMessage, now: float) -> StoredAck | PublishError:
+    def publish(self, message: Message, now: float) -> StoredAck | PublishError:
         """Store ``message``, unless its id is known or the stream is full."""
         self.expire(now)
         message_id = message.headers.get(MESSAGE_ID)
         if message_id is not None and message_id in self._ids:
             return StoredAck(self.config.name, self._ids[message_id], duplicate=True)
-        size = _record_size(message.subject, message.headers, message.payload)
+        size = _record_size(message.subject, message.headers, message.data)
         if self.config.discard == "new" and self._is_over_limit(1, size):
             return PublishError(
                 f"The stream {self.config.name} is full, and set to refuse new messages.",
@@ -96,14 +89,14 @@ class MemoryStream:
             0 < config.max_bytes < self._bytes + more_bytes
         )
 
-    def _append(self, message: OutgoingMessage, size: int, now: float) -> None:
+    def _append(self, message: Message, size: int, now: float) -> None:
         self.last_sequence += 1
         self._messages[self.last_sequence] = StoredMessage(
+            message.subject,
+            message.data,
+            Headers(message.headers),
             self.config.name,
             self.last_sequence,
-            message.subject,
-            Headers(message.headers),
-            message.payload,
             now,
         )
         self._bytes += size

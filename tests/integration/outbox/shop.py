@@ -13,14 +13,9 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_natspubsub import NatsPubsub, PublishError
-from flask_natspubsub.brokers.base import (
-    Broker,
-    CoreMessage,
-    OutgoingMessage,
-    StoredMessage,
-    Ticket,
-)
+from flask_natspubsub.brokers.base import Broker, Ticket
 from flask_natspubsub.brokers.topology import wakeup_subject
+from flask_natspubsub.messages.message import Message, StoredMessage
 from flask_natspubsub.outbox.relay import Relay
 from tests.support.waiting import eventually
 
@@ -264,7 +259,7 @@ class OutboxShop:
         """Collect the hints that are given to relays; of a broker in memory only."""
         found: list[bytes] = []
 
-        def note(message: CoreMessage) -> None:
+        def note(message: Message) -> None:
             found.append(message.data)
 
         listening = self.broker.listen(wakeup_subject(self.state.settings), note)
@@ -295,20 +290,20 @@ class FlakyBroker:
         if not self.loses_hints:
             self._broker.send(subject, payload)
 
-    def submit(self, messages: Sequence[OutgoingMessage], timeout: float) -> Ticket:
+    def submit(self, messages: Sequence[Message], timeout: float) -> Ticket:
         self.calls.append([numbers_of(message.payload) for message in messages])
         self.before()
         ticket = Ticket(len(messages))
         for index, message in enumerate(messages):
             errors = self.failures.get(self.calls[-1][index])
             if errors:
-                ticket.settle(index, errors.pop(0))
+                ticket.set_result(index, errors.pop(0))
                 continue
             inner = self._broker.submit([message], timeout)
             assert inner.wait(timeout + 1)
             result = inner.results[0]
             assert result is not None
-            ticket.settle(index, result)
+            ticket.set_result(index, result)
         return ticket
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from flask_natspubsub.outbox.relay import Relay
-from flask_natspubsub.outbox.store import LEASE_SECONDS
+from flask_natspubsub.outbox.upkeep import LEASE_SECONDS
 from tests.support.servers import NatsServer
 from tests.support.waiting import eventually
 

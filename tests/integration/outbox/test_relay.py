@@ -18,7 +18,7 @@ from flask_natspubsub.database import adapter
 from flask_natspubsub.errors import DatabaseError, NotConnected, PublishDenied
 from flask_natspubsub.outbox import relay as relay_module
 from flask_natspubsub.outbox.relay import STAND_BY_INTERVAL, Relay
-from flask_natspubsub.outbox.store import CLEAN_BATCH
+from flask_natspubsub.outbox.upkeep import CLEAN_BATCH
 from tests.support.waiting import eventually, for_seconds
 
 from .conftest import MakeShop
