@@ -48,7 +48,11 @@ class Database:
         self._db = db
         self._engines: Mapping[str | None, Any] | None = None
         self._schema: dict[str | None, str | None] | None = None
-        self._known_tables: set[str] = set()
+        #: The tables that were found to be there.
+        self.known_tables: set[str] = set()
+        #: Whether the application has several databases; known once a table was looked for.
+        self.has_several_binds = False
+        self._our_engine: sa.Engine | None = None
         appcontext_tearing_down.connect(self._on_teardown, app)
 
     @property
@@ -185,12 +189,18 @@ class Database:
         )
 
     def _is_ours(self, bind: sa.Engine | sa.Connection) -> bool:
+        engine = bind.engine
+        if engine is self._our_engine:
+            return True
         # With other options, an engine has another one of the same database for a base.
-        return bind.engine is self.engine or bind.engine.url == self.engine.url
+        if engine is not self.engine and engine.url != self.engine.url:
+            return False
+        self._our_engine = engine
+        return True
 
     def has_other_binds(self, session: orm.Session, classes: Iterable[type]) -> bool:
         """Whether the rows of one of these classes are in another database than the outbox."""
-        if not has_app_context() or len(self._db.engines) < 2:
+        if not has_app_context():
             return False
         tables = {one: orm.class_mapper(one).local_table for one in classes}
         return any(
@@ -251,7 +261,7 @@ class Database:
         :raises ConfigurationError: the session would write to another database, or its
             transactions are none.
         """
-        if table.name in self._known_tables:
+        if table.name in self.known_tables:
             return
         connection = self.connection(session, table)
         if commits_by_itself(connection):
@@ -263,7 +273,8 @@ class Database:
         if not sa.inspect(connection).has_table(table.name, schema=table.schema):
             raise _tables_missing()
         self._keep_schema(connection, table)
-        self._known_tables.add(table.name)
+        self.has_several_binds = len(self._db.engines) > 1
+        self.known_tables.add(table.name)
 
 
 def metadata_of(db: Any, bind_key: str | None) -> sa.MetaData:

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, Protocol
 from weakref import WeakSet
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy import event, orm
 
@@ -37,8 +38,8 @@ class Writer(Protocol):
     def insert_waiting(self, session: orm.Session) -> None:
         """Insert the rows that were added since the last flush."""
 
-    def committed(self, session: orm.Session) -> None:
-        """Hear of the commit."""
+    def committed(self, session: orm.Session, flushed: set[type]) -> None:
+        """Hear of the commit, and of the classes that were flushed before it."""
 
     def forgotten(self, place: str) -> None:
         """Hear that the session ended without a commit, a rollback or an error.
@@ -68,7 +69,7 @@ class Feed(Protocol):
 feeds: WeakSet[Any] = WeakSet()
 
 
-class SessionRecord:
+class SessionRecord(msgspec.Struct, eq=False):
     """What is known of one session.
 
     ``waiting`` has rows for the next flush; ``writer`` has rows in the transaction, published at
@@ -76,14 +77,11 @@ class SessionRecord:
     of what was flushed: it is in none of the session's collections, and not committed either.
     """
 
-    __slots__ = ("flushed", "places", "waiting", "work", "writer")
-
-    def __init__(self) -> None:
-        self.waiting: Writer | None = None
-        self.writer: Writer | None = None
-        self.places: dict[object, str] = {}
-        self.flushed: set[type] = set()
-        self.work: Work | None = None
+    waiting: Writer | None = None
+    writer: Writer | None = None
+    places: dict[object, str] = {}
+    flushed: set[type] = set()
+    work: Work | None = None
 
 
 def record_of(session: orm.Session) -> SessionRecord:
@@ -226,7 +224,7 @@ def _after_commit(session: orm.Session) -> None:
         return
     writer, record.writer = record.writer, None
     record.places.clear()
-    writer.committed(session)
+    writer.committed(session, record.flushed)
 
 
 @event.listens_for(orm.Session, "after_rollback")

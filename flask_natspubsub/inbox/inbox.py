@@ -10,26 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import orm
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError, StatementError
 
 from ..database.adapter import Database
-from ..database.dialects import Identifier, Seconds, database_now, insert_new
-from ..database.session_events import FAILED, record_of
+from ..database.dialects import Identifier, Seconds
+from ..database.session_events import FAILED, RECORD, SessionRecord
 from ..errors import DatabaseError, InboxBusy, NatsPubsubError
-from ..messages.identity import Handling, subscriber_key
+from ..messages.identity import Handling
 from ..text import get_logger
 from .claims import Claims, is_locked
 from .takeover import Takeover
+from .upkeep import InboxUpkeep
 
 _log = get_logger("flask_natspubsub.worker")
 
 _INFO = "natspubsub_inbox"
-CLEAN_BATCH = 1000
-RENAME_BATCH = 500
 
 
 class TransactionLost(NatsPubsubError):
@@ -52,14 +50,16 @@ def define_table(metadata: sa.MetaData) -> sa.Table:
     return table
 
 
-class Inbox:
-    """Begins and ends the transactions that handlers work in."""
+class Inbox(InboxUpkeep):
+    """Begins and ends the transactions that handlers work in.
+
+    :param leases: the table of leases, in which ``Takeover`` keeps until when old rows count.
+    """
 
     def __init__(self, database: Database, table: sa.Table, leases: sa.Table) -> None:
-        self.table = table
+        super().__init__(database, table)
         self._claims = Claims(table)
         self._takeover = Takeover(table, leases, self._claims)
-        self._database = database
         this_row = sa.and_(
             table.c.event_id == sa.bindparam("event_id"),
             table.c.subscriber == sa.bindparam("subscriber"),
@@ -77,26 +77,34 @@ class Inbox:
         :raises InboxBusy: another transaction has inserted the row and does not end.
         :raises DatabaseError: the inbox could not be asked, or its table is missing.
         """
-        session = self.session
+        session, connection = self._database.session, None
         if once:
             with _asking():
-                self._database.require_table(session, self.table)
-                if not self.claim(session, handling):
-                    session.rollback()
-                    return None
-        return HandlerWork(self, session, handling, once)
+                connection = self.claim(session, handling)
+            if connection is None:
+                session.rollback()
+                return None
+        return HandlerWork(self, session, handling, connection)
 
     @property
     def session(self) -> orm.Session:
         """The session of the application context, which may not be the one it had before."""
         return self._database.session
 
-    def claim(self, session: orm.Session, handling: Handling) -> bool:
-        """Insert the row in the session's transaction; False if it is there already."""
-        with self._database.in_place(session, self.table) as connection:
+    def claim(self, session: orm.Session, handling: Handling) -> sa.Connection | None:
+        """Insert the row in the session's transaction.
+
+        :returns: the connection that has it; None if the row was there already.
+        """
+        database, takeover = self._database, self._takeover
+        if self.table.name not in database.known_tables:
+            database.require_table(session, self.table)
+        with database.in_place(session, self.table) as connection:
             connection.info.pop(FAILED, None)
             new = self._claims.insert(connection, _key(handling))
-            return new and self._takeover.claim(connection, handling)
+            if new and takeover.may_be_needed:
+                new = takeover.claim(connection, handling)
+            return connection if new else None
 
     def unclaim(self, session: orm.Session, handling: Handling) -> None:
         """Delete the row in the session's transaction."""
@@ -105,10 +113,8 @@ class Inbox:
             self._takeover.unclaim(connection, handling)
 
     def has(self, session: orm.Session, handling: Handling) -> bool:
-        """Whether the session's transaction still has the row; looks after an error only."""
+        """Whether the session's transaction still has the row."""
         with self._database.in_place(session, self.table) as connection:
-            if FAILED not in connection.info:
-                return True
             return connection.execute(self._find, _key(handling)).first() is not None
 
     def warn_of_commit(self, subscriber: str) -> None:
@@ -123,82 +129,26 @@ class Inbox:
             subscriber,
         )
 
-    # --- for the commands and the relay
-
-    def counts(self) -> dict[str, Any]:
-        """Return the number of rows by subscriber."""
-        column = self.table.c.subscriber
-        query = sa.select(column, sa.func.count()).group_by(column).order_by(column)
-        with self._database.begin() as connection:
-            return {row[0]: int(row[1]) for row in connection.execute(query)}
-
-    def purge(self, older_than: float, batch: int = CLEAN_BATCH) -> int:
-        """Delete up to ``batch`` rows older than so many seconds; returns how many."""
-        table = self.table
-        old = (
-            sa.select(table.c.event_id, table.c.subscriber)
-            .where(self._is_old(older_than))
-            .limit(batch)
-        )
-        with self._database.begin() as connection:
-            keys = [tuple(row) for row in connection.execute(old)]
-            if not keys:
-                return 0
-            key = sa.tuple_(table.c.event_id, table.c.subscriber)
-            return connection.execute(sa.delete(table).where(key.in_(keys))).rowcount
-
-    def rename(self, app: str, old: str, new: str) -> int:
-        """Have what one subscriber has handled count as handled by another; returns how many.
-
-        In transactions of ``RENAME_BATCH`` rows. Called again after a failure, it goes on.
-        """
-        before, after = subscriber_key(app, old), subscriber_key(app, new)
-        ending = before.removeprefix(app)
-        renamed = self._rename(old, new) + self._rename(before, after)
-        for key in self.counts():  # of other apps' events, and of those without an id
-            if key.startswith(f"{app}<") and key.endswith(ending):
-                renamed += self._rename(key, key.removesuffix(ending) + after.removeprefix(app))
-        return renamed
-
-    def _rename(self, old: str, new: str) -> int:
-        table, renamed = self.table, 0
-        columns = (table.c.event_id, table.c.processed_at)
-        some = sa.select(*columns).where(table.c.subscriber == old).limit(RENAME_BATCH)
-        gone = sa.delete(table).where(
-            table.c.subscriber == old, table.c.event_id == sa.bindparam("event")
-        )
-        while True:
-            with self._database.begin() as connection:
-                rows = connection.execute(some).all()
-                for event_id, processed_at in rows:
-                    values = {"event_id": event_id, "subscriber": new}
-                    insert_new(connection, table, {**values, "processed_at": processed_at})
-                    connection.execute(gone, {"event": event_id})
-            renamed += len(rows)
-            if len(rows) < RENAME_BATCH:
-                return renamed
-
-    def count_old(self, older_than: float) -> int:
-        """Return how many rows ``purge`` would delete, were it called until none is left."""
-        query = sa.select(sa.func.count()).where(self._is_old(older_than))
-        with self._database.begin() as connection:
-            return int(connection.execute(query).scalar_one())
-
-    def _is_old(self, older_than: float) -> sa.ColumnElement[bool]:
-        return self.table.c.processed_at < database_now() - older_than
-
 
 class HandlerWork:
     """The transaction of one handler, open until ``commit`` or the end of the app context."""
 
-    def __init__(self, inbox: Inbox, session: orm.Session, handling: Handling, once: bool) -> None:
+    def __init__(
+        self,
+        inbox: Inbox,
+        session: orm.Session,
+        handling: Handling,
+        connection: sa.Connection | None,
+    ) -> None:
         self._inbox = inbox
         self._handling = handling
-        self._once = once
+        #: Where the inbox row is; None if there is none.
+        self._connection = connection
         self._claimed_in = session.get_transaction()
         self._by_itself = False
-        if once:
-            record_of(session).work = self
+        if connection is not None:
+            record = session.info.setdefault(RECORD, SessionRecord())
+            record.work = self
             self._let_begin(session)
 
     def _let_begin(self, session: orm.Session) -> None:
@@ -211,7 +161,7 @@ class HandlerWork:
         begin = session.begin
 
         def begin_within(nested: bool = False) -> orm.SessionTransaction:
-            begun = record_of(session).work is self and session.in_transaction()
+            begun = session.info[RECORD].work is self and session.in_transaction()
             return begin(nested=nested or begun)
 
         vars(session)["begin"] = begin_within
@@ -224,9 +174,11 @@ class HandlerWork:
         :raises DatabaseError: the connection was lost, and nobody knows what is committed.
         """
         session = self._inbox.session
-        record_of(session).work = None
+        record = session.info.get(RECORD)
+        if record is not None:
+            record.work = None
         try:
-            if self._once and not self._still_claimed(session):
+            if self._connection is not None and not self._still_claimed(session, self._connection):
                 session.rollback()
                 return False
             session.commit()
@@ -238,15 +190,18 @@ class HandlerWork:
             raise
         return True
 
-    def _still_claimed(self, session: orm.Session) -> bool:
+    def _still_claimed(self, session: orm.Session, connection: sa.Connection) -> bool:
         """Whether the inbox row will be committed with the rest.
 
         Where the handler has ended the transaction, the row is gone and is inserted again.
         """
         if session.get_transaction() is not self._claimed_in:
             with _asking():
-                return self._inbox.claim(session, self._handling) or self._by_itself
-        if not self._is_there(session):
+                claimed = self._inbox.claim(session, self._handling) is not None
+            return claimed or self._by_itself
+        # After an error PostgreSQL takes a COMMIT and silently rolls back: then, and only then,
+        # look.
+        if FAILED in connection.info and not self._is_there(session):
             raise TransactionLost(
                 "The database gave the handler's transaction up, at an error that was caught.",
                 "Call session.rollback() there, or work in session.begin_nested().",
@@ -254,7 +209,7 @@ class HandlerWork:
         return True
 
     def _is_there(self, session: orm.Session) -> bool:
-        """Look: after an error PostgreSQL takes a COMMIT and silently rolls back."""
+        """Look for the row; False also if the transaction can do no more."""
         try:
             return self._inbox.has(session, self._handling)
         except DBAPIError as error:

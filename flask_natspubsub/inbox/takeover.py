@@ -33,8 +33,14 @@ class Takeover:
         self._table = table
         self._claims = claims
         self._leases = leases
+        #: Whether old rows count; None while nobody has looked.
         self._is_on: bool | None = None
         self._lock = threading.Lock()
+
+    @property
+    def may_be_needed(self) -> bool:
+        """Whether ``claim`` has anything to do."""
+        return self._is_on is not False
 
     def claim(self, connection: sa.Connection, handling: Handling) -> bool:
         """Insert the row with the old key; False if version 0.1 has handled the event.

@@ -30,13 +30,12 @@ class OutboxRow:
     The session drops it with the savepoint that it was added in. It is not the session that
     inserts it, but ``OutboxWriter.insert_waiting``.
 
-    :param named: whether another transaction may insert the same event id.
+    ``named`` says whether another transaction may insert the same event id.
     """
 
-    def __init__(self, values: dict[str, Any], *, named: bool) -> None:
-        self.event_id: str = values["event_id"]
-        self.values = values
-        self.named = named
+    event_id: str
+    values: dict[str, Any]
+    named: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from sqlalchemy import orm
 
 from ..database.adapter import Database
 from ..database.dialects import insert_or_leave
-from ..database.session_events import expect_commit, record_of, require_open
+from ..database.session_events import expect_commit, require_open
 from ..publishing.draft import Prepared
 from ..text import get_logger
 from .tables import ID_CHUNK, OutboxTables
@@ -59,9 +59,10 @@ class OutboxWriter:
         :raises TablesMissing: the tables are not in the database.
         """
         session = self._database.session
-        require_open(session)
-        table = self._tables.outbox
-        self._database.require_table(session, table)
+        if not (session.is_active and session.in_transaction()):
+            require_open(session)
+        if self._tables.outbox.name not in self._database.known_tables:
+            self._database.require_table(session, self._tables.outbox)
         seen = self._existing(session, {item.event_id for item in prepared if item.named})
         known, new = [], []
         for item in prepared:
@@ -72,14 +73,17 @@ class OutboxWriter:
         if _is_flushing(session):
             self.insert(session, new)
         elif new:
-            row = self._tables.row
-            session.add_all(row(self._values(item), named=item.named) for item in new)
+            for item in new:
+                row = self._tables.row()
+                row.event_id, row.values, row.named = item.event_id, self._values(item), item.named
+                session.add(row)
             expect_commit(session, self, waiting=True)
         return known
 
     def insert(self, session: orm.Session, prepared: Sequence[Prepared]) -> None:
         """Insert rows at once, for those who are inside a flush already."""
-        self._database.require_table(session, self._tables.outbox)
+        if self._tables.outbox.name not in self._database.known_tables:
+            self._database.require_table(session, self._tables.outbox)
         if prepared:
             named = any(item.named for item in prepared)
             self._insert(session, [self._values(item) for item in prepared], or_leave=named)
@@ -103,11 +107,12 @@ class OutboxWriter:
         self, session: orm.Session, rows: Sequence[dict[str, Any]], *, or_leave: bool
     ) -> None:
         table = self._tables.outbox
+        by_the_database = any(isinstance(row["available_at"], sa.ClauseElement) for row in rows)
         with self._database.in_place(session, table) as connection:
             statement = sa.insert(table)
             if or_leave:
                 statement = insert_or_leave(connection.dialect, table, table.c.event_id)
-            if any(isinstance(row["available_at"], sa.ClauseElement) for row in rows):
+            if by_the_database:
                 for row in rows:  # an expression: one by one
                     connection.execute(statement.values(**row))
             elif rows:
@@ -141,10 +146,12 @@ class OutboxWriter:
             "available_at": due,
         }
 
-    def committed(self, session: orm.Session) -> None:
+    def committed(self, session: orm.Session, flushed: set[type]) -> None:
         """Hear that the session has committed a transaction with rows in it."""
         self._hint()
-        if not self._warned and self._database.has_other_binds(session, record_of(session).flushed):
+        if self._warned or not self._database.has_several_binds:
+            return
+        if self._database.has_other_binds(session, flushed):
             self._warned = True
             _log.warning(
                 "a transaction wrote to another database than the one of the outbox: the two "

@@ -81,7 +81,7 @@ class Bare(asyncio.Protocol):
             reply = f"_INBOX.bare.{self._number}"
             self._waiters[reply] = waiter
             headers = header_block(message.headers)
-            frames.append(frame(message.subject, message.payload, reply, headers))
+            frames.append(frame(message.subject, message.data, reply, headers))
             if len(frames) == WRITE:
                 self._transport.write(b"".join(frames))
                 frames.clear()

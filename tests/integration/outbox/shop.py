@@ -291,7 +291,7 @@ class FlakyBroker:
             self._broker.send(subject, payload)
 
     def submit(self, messages: Sequence[Message], timeout: float) -> Ticket:
-        self.calls.append([numbers_of(message.payload) for message in messages])
+        self.calls.append([numbers_of(message.data) for message in messages])
         self.before()
         ticket = Ticket(len(messages))
         for index, message in enumerate(messages):

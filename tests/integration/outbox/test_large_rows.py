@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flask_natspubsub.outbox import due
+from flask_natspubsub.outbox import store
 
 from .conftest import MakeShop
 from .shop import OutboxShop, numbers_of
@@ -21,7 +21,7 @@ TENTH = BOUND // 10
 @pytest.fixture
 def bound(monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes that are read together, fewer than usual."""
-    monkeypatch.setattr(due, "BATCH_BYTES", BOUND)
+    monkeypatch.setattr(store, "BATCH_BYTES", BOUND)
     return BOUND
 
 
@@ -112,7 +112,7 @@ def test_what_is_read_ahead_is_bounded_as_well(make_shop: MakeShop, url: str) ->
     first = shop.store.due(0, 5)
     behind = shop.store.due_behind(0, 5, first)
 
-    assert [numbers_of(row.message.payload) for row in behind] == [5, 6]
+    assert [numbers_of(row.data) for row in behind] == [5, 6]
     assert shop.relay().run_once() == 12
     assert flaky.calls == [[0, 1, 2, 3, 4], [5, 6], [7, 8], [9, 10], [11]]
 
@@ -122,7 +122,7 @@ def test_no_more_is_fetched_from_the_database_than_fits(
     shop: OutboxShop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows whose payloads are not sent now are not read either: 20 of 21 MB stay where they are."""
-    monkeypatch.setattr(due, "BATCH_BYTES", 1_000_000)
+    monkeypatch.setattr(store, "BATCH_BYTES", 1_000_000)
     write(shop, [100_000] * 210)
     shop.store.due(0, 500)  # what is made once
     tracemalloc.reset_peak()

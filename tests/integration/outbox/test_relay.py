@@ -208,7 +208,7 @@ def test_row_too_large_for_the_server_holds_nobody_up(sqlite_shop: OutboxShop) -
     replaced = shop.state.use_broker(smaller)
     shop.relay().run_once()
     assert shop.sent == [1, 3]
-    assert "more than the 2000" in shop.rows[1]["last_error"]
+    assert "the server takes 2,000" in shop.rows[1]["last_error"]
     assert shop.rows[1]["attempts"] == 1
     assert replaced is not None
     replaced.close()
