@@ -1,4 +1,4 @@
-"""A shop: orders come in by HTTP, subscribers reserve stock, confirm, and keep a trail.
+"""A shop: orders arrive over HTTP, and subscribers reserve stock, confirm and keep a trail.
 
 Start reading at ``new_order`` in ``views.py``, then go to ``events.py`` and ``subscribers.py``.
 """
@@ -17,9 +17,9 @@ from .views import shop
 
 
 def create_app(config: Mapping[str, Any] | None = None) -> Flask:
-    """Make the shop.
+    """Create the application.
 
-    :param config: wins over ``FLASK_*`` environment variables, which win over the defaults.
+    :param config: overrides ``FLASK_*`` environment variables, which override the defaults.
     """
     app = Flask(__name__)
     app.config.from_mapping(

@@ -1,4 +1,4 @@
-"""Commands of the shop, beside those of the extension."""
+"""The shop's own commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def init_app(app: Flask) -> None:
 @click.command("init-db")
 @with_appcontext
 def init_db() -> None:
-    """Create the tables and something to sell; does nothing the second time."""
+    """Create the tables and some products, unless they exist."""
     db.create_all()
     if db.session.scalar(select(Product.id).limit(1)) is None:
         db.session.add_all(first_products())
@@ -28,7 +28,7 @@ def init_db() -> None:
 
 
 def first_products() -> list[Product]:
-    """Return what a new shop sells; of the last one nobody knows where it is kept."""
+    """Return the products of a new shop; the last one has no warehouse."""
     return [
         Product(id=1, name="Teapot", price_cents=2450, stock=1000, warehouse="north"),
         Product(id=2, name="Cup", price_cents=690, stock=8, warehouse="north"),

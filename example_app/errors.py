@@ -1,4 +1,4 @@
-"""Every error leaves the shop as JSON with the trace id, to be quoted to support."""
+"""Errors are returned as JSON with the trace id, which a customer can quote to support."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from flask_natspubsub import current_trace_id
 
 
 class InvalidInput(BadRequest):
-    """The request cannot be served as it is.
+    """The request has invalid fields.
 
-    :param fields: what is wrong, by the name of the field.
+    :param fields: the problem of each field, by its name.
     """
 
     description = "The request has fields that are missing or wrong."
@@ -23,13 +23,13 @@ class InvalidInput(BadRequest):
 
 
 def init_app(app: Flask) -> None:
-    """Answer errors in JSON."""
+    """Return errors as JSON."""
     app.register_error_handler(HTTPException, http_error)
 
 
 def http_error(error: HTTPException) -> ResponseReturnValue:
-    """Say what is wrong with a request, or that something is wrong with the shop."""
-    if error.code is None or error.response is not None:  # a redirect, or a finished answer
+    """Return an HTTP error as JSON."""
+    if error.code is None or error.response is not None:  # a redirect, or a complete response
         return error
     body: dict[str, object] = {"code": error.name.lower().replace(" ", "_")}
     body["message"] = error.description

@@ -1,6 +1,6 @@
-"""What the parts of the shop tell each other, and the rest of the company: messages, by topic.
+"""The messages that the shop publishes, for its own subscribers and for other applications.
 
-All of them go through the outbox: a row in the transaction that makes them true.
+All of them go through the outbox: each is a row in the transaction that it announces.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ movement_changed = signal("stock-movement-changed")
 
 @dataclass(frozen=True)
 class OrderCreated:
-    """Somebody wants ``quantity`` pieces of a product."""
+    """A customer has ordered a product."""
 
     order_id: int
     product_id: int
@@ -27,14 +27,14 @@ class OrderCreated:
 
 @dataclass(frozen=True)
 class OrderSettled:
-    """The stock was reserved (``order.confirmed``) or did not suffice (``order.rejected``)."""
+    """The stock was reserved (``order.confirmed``) or was too low (``order.rejected``)."""
 
     order_id: int
 
 
 @dataclass(frozen=True)
 class MovementChanged:
-    """What an order takes out of the stock, and how far that is."""
+    """A stock movement of an order, and its state."""
 
     order_id: int
     product_id: int
@@ -49,18 +49,18 @@ def order_created(order: Order) -> None:
 
 
 def order_settled(movement: StockMovement) -> None:
-    """Announce what became of an order."""
+    """Announce that an order was confirmed or rejected."""
     outcome = "confirmed" if movement.state == "booked" else "rejected"
     pubsub.publish(f"order.{outcome}", OrderSettled(movement.order_id))
 
 
 @pubsub.forward(movement_changed, "stock.movement")
 def stock_movement(movement: StockMovement) -> MovementChanged:
-    """Tell the warehouse, which has software of its own, in the transaction of the change."""
+    """Inform the warehouse's own software, in the transaction of the change."""
     return MovementChanged(
         movement.order_id, movement.product_id, movement.quantity, movement.state
     )
 
 
-# product.created, product.updated and product.deleted, whoever changes a product.
+# Publishes product.created, product.updated and product.deleted for every change of a product.
 pubsub.publish_changes(Product, "product", fields=("id", "name", "price_cents", "stock"))

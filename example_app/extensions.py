@@ -1,4 +1,4 @@
-"""The extensions, made without an app, so that any module may import them."""
+"""The extensions, created without an app, so that any module can import them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flask_natspubsub import NatsPubsub
 
 
 class Base(DeclarativeBase):
-    """What the models inherit from."""
+    """Base class of the models."""
 
 
 db = SQLAlchemy(model_class=Base)

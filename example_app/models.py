@@ -1,4 +1,4 @@
-"""Products, orders, and what became of them."""
+"""Products, orders, stock movements and the audit trail."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MovementState = Literal["planned", "booked", "refused"]
 
 
 def utc_now() -> datetime:
-    """Return the time, aware of being UTC."""
+    """Return the current time as an aware datetime in UTC."""
     return datetime.now(UTC)
 
 
 class Product(Base):
-    """Something to buy. Without a ``warehouse`` nobody knows where to take it from."""
+    """A product. Without a ``warehouse`` it cannot be delivered."""
 
     __tablename__ = "products"
     __table_args__ = (CheckConstraint("stock >= 0"),)
@@ -43,7 +43,7 @@ class Product(Base):
 
 
 class Order(Base):
-    """An order as the customer sees it: pending until the stock has been asked."""
+    """An order. It is pending until the stock was checked."""
 
     __tablename__ = "orders"
 
@@ -74,7 +74,7 @@ class Order(Base):
 
 
 class StockMovement(Base):
-    """What an order takes out of the stock: planned with it, then booked or refused."""
+    """The stock that an order needs: planned with the order, then booked or refused."""
 
     __tablename__ = "stock_movements"
 
@@ -84,7 +84,7 @@ class StockMovement(Base):
     state: Mapped[MovementState] = mapped_column(default="planned")
 
     def settle(self, product: Product) -> None:
-        """Take the quantity out of the stock, or refuse if there is less."""
+        """Take the quantity out of the stock, or refuse if the stock is too low."""
         if product.stock < self.quantity:
             self.state = "refused"
         else:

@@ -1,7 +1,7 @@
-"""What happens after an order was accepted; runs in ``flask natspubsub worker``.
+"""The shop's subscribers, which run in ``flask natspubsub worker``.
 
-No handler commits: the worker commits what a handler did, what it published, and that it
-handled this event, in one transaction. So a message that comes twice changes nothing.
+No handler commits: the worker commits the handler's changes, the events that it published and its
+inbox row in one transaction. A message that is delivered twice therefore changes nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LOW_STOCK = 5
 
 @pubsub.subscriber("order.created")
 def reserve_stock(message: OrderCreated) -> None:
-    """Take the ordered quantity from the stock, or refuse, and say which."""
-    # SQLite has no row locks; there the inbox row, written first, lets one handler in at a time.
+    """Reserve the ordered quantity, or reject the order."""
+    # SQLite has no row locks; there the inbox row is written first and blocks other handlers.
     product = db.session.get_one(Product, message.product_id, with_for_update=True)
     if product.warehouse is None:
         raise ValueError(f"nobody knows which warehouse has {product.name!r}")
@@ -37,7 +37,7 @@ def reserve_stock(message: OrderCreated) -> None:
 
 @pubsub.subscriber(["order.confirmed", "order.rejected"])
 def confirm_order(message: OrderSettled, context: MessageContext) -> None:
-    """Show the customer what became of the order."""
+    """Set the state of the order."""
     db.session.execute(
         update(Order)
         .where(Order.id == message.order_id, Order.state == "pending")
@@ -47,27 +47,27 @@ def confirm_order(message: OrderSettled, context: MessageContext) -> None:
 
 @dataclass(frozen=True)
 class ProductUpdated:
-    """What this module needs of ``product.updated``."""
+    """The fields of ``product.updated`` that this module needs."""
 
     name: str
     stock: int
     changed: list[str]
 
 
-@pubsub.subscriber("product.updated", inbox=False)  # a line in the log may come twice
+@pubsub.subscriber("product.updated", inbox=False)  # a log line may repeat
 def warn_of_low_stock(message: ProductUpdated) -> None:
-    """Tell whoever reads the log that it is time to buy."""
+    """Log a warning if the stock is low."""
     if "stock" in message.changed and message.stock <= LOW_STOCK:
         current_app.logger.warning("only %s left: %s", message.stock, message.name)
 
 
 class Audit(Subscriber):
-    """Keeps a trail of everything that happens to orders."""
+    """Keeps an audit trail of all events about orders."""
 
     topics = "order.>"
 
     def handle(self, message: dict[str, Any], context: MessageContext) -> None:
-        """Write the event down."""
+        """Add an entry for the event."""
         db.session.add(
             AuditEntry(
                 event_id=context.event_id,

@@ -1,4 +1,4 @@
-"""The shop over HTTP."""
+"""The HTTP API and the home page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAGE_SIZE = 50
 
 @shop.get("/")
 def home() -> str:
-    """Show products and the latest orders with their trail."""
+    """Show products and the latest orders with their audit trail."""
     products = db.session.scalars(select(Product).order_by(Product.id))
     newest = select(Order).order_by(Order.id.desc()).limit(PAGE_SIZE)
     orders = db.session.scalars(newest.options(selectinload(Order.history)))
@@ -36,14 +36,14 @@ def home() -> str:
 
 @shop.get("/products")
 def list_products() -> ResponseReturnValue:
-    """List what there is to buy."""
+    """List the products."""
     products = db.session.scalars(select(Product).order_by(Product.id))
     return [product.as_json() for product in products]
 
 
 @shop.patch("/products/<int:product_id>")
 def change_product(product_id: int) -> ResponseReturnValue:
-    """Change the stock, or the warehouse, of a product."""
+    """Change the stock or the warehouse of a product."""
     product = db.get_or_404(Product, product_id)
     changes = read_fields({"stock": a_stock, "warehouse": a_name}, required=False)
     for name, value in changes.items():
@@ -54,10 +54,10 @@ def change_product(product_id: int) -> ResponseReturnValue:
 
 @shop.post("/orders")
 def create_order() -> ResponseReturnValue:
-    """Accept an order, to be confirmed or rejected later: 202.
+    """Accept an order (202), which is confirmed or rejected later.
 
-    A client that sends an ``Idempotency-Key`` may repeat the request until it gets an
-    answer: there will be one order.
+    A client that sends an ``Idempotency-Key`` can repeat the request until it gets an answer;
+    only one order is created.
     """
     wanted = read_fields({"product_id": an_id, "quantity": a_quantity})
     order = repeated_order(wanted) or new_order(wanted)
@@ -77,7 +77,7 @@ def list_orders() -> ResponseReturnValue:
 
 @shop.get("/orders/<int:order_id>")
 def show_order(order_id: int) -> ResponseReturnValue:
-    """Show an order and everything that happened to it."""
+    """Show an order with its audit trail."""
     order = db.get_or_404(Order, order_id)
     return order.as_json() | {"history": [entry.as_json() for entry in order.history]}
 
@@ -86,7 +86,7 @@ def show_order(order_id: int) -> ResponseReturnValue:
 
 
 def new_order(wanted: dict[str, int]) -> Order:
-    """Save a new order and its events: all of it is committed, or nothing."""
+    """Save a new order and its events in one transaction."""
     if db.session.get(Product, wanted["product_id"]) is None:
         raise InvalidInput({"product_id": "there is no such product"})
     order = Order(**wanted, idempotency_key=idempotency_key(), trace_id=current_trace_id())
@@ -104,7 +104,7 @@ def new_order(wanted: dict[str, int]) -> Order:
 
 
 def repeated_order(wanted: dict[str, int]) -> Order | None:
-    """Return the order that this request has already made, if it is a repetition."""
+    """Return the order that an earlier copy of this request created, if any."""
     if (key := idempotency_key()) is None:
         return None
     order = db.session.scalar(select(Order).where(Order.idempotency_key == key))
@@ -114,14 +114,14 @@ def repeated_order(wanted: dict[str, int]) -> Order | None:
 
 
 def idempotency_key() -> str | None:
-    """Return the client's own name for the order it wants."""
+    """Return the client's ``Idempotency-Key``."""
     key = request.headers.get("Idempotency-Key")
     if key is not None and not 0 < len(key) <= 80:
         raise InvalidInput({"Idempotency-Key": "must have 1 to 80 characters"})
     return key
 
 
-# --- what a request may contain ----------------------------------------------------------
+# --- validation of requests --------------------------------------------------------------
 
 
 def read_fields(
@@ -129,7 +129,7 @@ def read_fields(
 ) -> dict[str, Any]:
     """Return the checked fields of the JSON body.
 
-    :raises InvalidInput: names every field that is missing, wrong or unknown.
+    :raises InvalidInput: a field is missing, invalid or unknown; names all of them.
     """
     body = request.get_json(silent=True)
     if not isinstance(body, dict):
@@ -163,12 +163,12 @@ def an_id(value: Any) -> int:
 
 
 def a_quantity(value: Any) -> int:
-    """Check how many are ordered."""
+    """Check an ordered quantity."""
     return whole_number(value, 1, MAX_QUANTITY)
 
 
 def a_stock(value: Any) -> int:
-    """Check how many there are."""
+    """Check a stock."""
     return whole_number(value, 0, 10**6)
 
 

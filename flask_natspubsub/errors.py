@@ -6,8 +6,8 @@
     ├── ConfigurationError        a NATSPUBSUB_* value, or a missing extra
     ├── RegistrationError         a subscriber that cannot work as declared
     ├── InvalidTopic              a topic or subject that NATS cannot address
-    ├── TopologyError             streams on the server that stand in the way
-    ├── ReplayRefused             a dead letter that may not go where it asks to
+    ├── TopologyError             streams on the server that conflict with ours
+    ├── ReplayRefused             a dead letter that may not be sent to its subject
     ├── DecodingError             bytes that are not one of our messages
     ├── BrokerError               a call to the broker that failed
     │   └── RequestDenied         a call that this user may not make
@@ -15,19 +15,19 @@
     │   ├── TablesMissing         the outbox and inbox tables have not been created
     │   └── InboxBusy             another delivery of the message has not ended
     ├── HandlerTimeout            a handler that ran longer than its time limit
-    ├── HandlerInterrupted        a handler given up on account of another's
-    ├── NeverFinished             a message during which the process died too often
+    ├── HandlerInterrupted        a handler stopped because another one blocked the loop
+    ├── NeverFinished             a message whose handling killed the process too often
     └── PublishError              a message that was not (provably) stored
         ├── EncodingError         the message has no JSON form
-        ├── PayloadTooLarge       more bytes than the server takes
-        ├── NotASubject           no message can be sent to this
+        ├── PayloadTooLarge       more bytes than the server accepts
+        ├── NotASubject           an invalid subject
         ├── NoStreamForSubject    no stream stores this subject
         ├── PublishDenied         the server refuses this user or this message
-        ├── NotConnected          no server within the time allowed
-        └── CircuitOpen           too many failures in a row; not even tried
+        ├── NotConnected          no server could be reached within the timeout
+        └── CircuitOpen           too many failures in a row; this one was not tried
 
-What a handler may raise to say how its message ends stands apart, since it is no
-failure: ``HandlerVerdict`` with ``Retry``, ``Discard`` and ``DeadLetter``.
+``HandlerVerdict``, with ``Retry``, ``Discard`` and ``DeadLetter``, is not part of this tree:
+a handler raises it to decide what happens to its message, which is not a failure.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from typing import ClassVar, Literal
 
 from .text import printable
 
-#: What is known of a failed publish: it never left, or nobody can say.
+#: The outcome of a failed publish: the message is not stored, or it may be.
 Outcome = Literal["not_sent", "unknown"]
 
 
 class NatsPubsubError(Exception):
     """Base of all errors of this package.
 
-    Its text is printable, in one line: what others have sent may be quoted in it.
+    Its text is one printable line, because it may quote what others have sent.
 
     :param message: what happened.
     :param fix: what the reader can do about it.
@@ -62,7 +62,7 @@ class NatsPubsubError(Exception):
 
 
 class ConfigurationError(NatsPubsubError):
-    """A setting has a value that cannot work; raised by ``init_app``."""
+    """A setting has an invalid value, or an extra is missing; raised by ``init_app``."""
 
     code = "configuration"
 
@@ -80,13 +80,13 @@ class InvalidTopic(NatsPubsubError, ValueError):
 
 
 class ReplayRefused(NatsPubsubError):
-    """A dead letter asks to be sent where nobody may send it; it stays."""
+    """A dead letter may not be sent to its subject; it stays in its stream."""
 
     code = "replay-refused"
 
 
 class TopologyError(NatsPubsubError):
-    """The streams on the server do not allow what the application needs."""
+    """The streams on the server conflict with what the application needs."""
 
     code = "topology"
 
@@ -138,37 +138,37 @@ class HandlerTimeout(NatsPubsubError):
 
 
 class HandlerInterrupted(NatsPubsubError):
-    """A handler was given up on account of another's; the message is delivered again.
+    """A handler was stopped because another one blocked their event loop.
 
-    That delivery does not count against the message.
+    The message is delivered again; the interrupted delivery does not count.
     """
 
     code = "handler-interrupted"
 
 
 class InboxBusy(DatabaseError):
-    """Another delivery of the message has not ended; this one does not count."""
+    """Another delivery of the message is still being handled; this one does not count."""
 
     code = "inbox-busy"
 
 
 class NeverFinished(NatsPubsubError):
-    """A message was delivered too often without any handler ending: the process died."""
+    """A message was delivered too often and no handler ended, because the process died."""
 
     code = "never-finished"
 
 
 class PublishError(NatsPubsubError):
-    """A message was not stored, or nobody can say whether it was.
+    """A message was not stored, or it is unknown whether it was.
 
-    :param outcome: ``"not_sent"``: it never left this process or the server refused it;
-        ``"unknown"``: it was sent and no answer came in time. Sending again with the same
-        ``event_id`` is safe within the stream's duplicate window.
+    :param outcome: ``"not_sent"``: it was not sent, or the server refused it; ``"unknown"``:
+        it was sent and no answer came in time. Sending it again with the same ``event_id`` is
+        safe within the stream's duplicate window.
     """
 
     code = "publish"
 
-    #: Whether the same message may be stored if it is published again later.
+    #: Whether publishing the same message again later may succeed.
     temporary: ClassVar[bool] = True
 
     def __init__(self, message: str, fix: str = "", *, outcome: Outcome = "not_sent") -> None:
@@ -179,7 +179,7 @@ class PublishError(NatsPubsubError):
 class EncodingError(PublishError, ValueError):
     """A message, or a part of it, has no JSON form.
 
-    :param path: where, as in ``$.items[2].price``.
+    :param path: the path of the bad value, such as ``$.items[2].price``.
     """
 
     code = "encoding"
@@ -194,7 +194,7 @@ class PayloadTooLarge(PublishError):
     """Payload and headers exceed the server's ``max_payload``.
 
     :param size: bytes of payload and headers together.
-    :param limit: bytes the server takes.
+    :param limit: bytes that the server accepts.
     """
 
     code = "payload-too-large"
@@ -228,21 +228,21 @@ class NoStreamForSubject(PublishError):
 
 
 class PublishDenied(PublishError):
-    """The server refused the message: permissions, or a limit of the stream."""
+    """The server refused the message because of permissions or a limit of the stream."""
 
     code = "publish-denied"
     temporary = False
 
 
 class NotASubject(PublishError, ValueError):
-    """A message was to be sent to what is no subject; nothing was sent."""
+    """A message was addressed to an invalid subject; nothing was sent."""
 
     code = "not-a-subject"
     temporary = False
 
 
 class NotConnected(PublishError):
-    """No connection to NATS could be had within the time allowed."""
+    """No connection to NATS could be made within the timeout."""
 
     code = "not-connected"
 
@@ -257,19 +257,19 @@ class NotConnected(PublishError):
 
 
 class CircuitOpen(PublishError):
-    """Publishing failed too often in a row and is suspended for a moment."""
+    """Publishing failed too often in a row and is suspended for a while."""
 
     code = "circuit-open"
 
 
 class HandlerVerdict(Exception):
-    """What a handler says about its message by raising; see the three below."""
+    """Base of the exceptions by which a handler decides what happens to its message."""
 
 
 class Retry(HandlerVerdict):
     """Deliver this message again later.
 
-    :param delay: seconds until then; ``None`` for the subscriber's backoff.
+    :param delay: seconds until the next delivery; default: the subscriber's backoff.
     """
 
     def __init__(self, delay: float | None = None, reason: str = "") -> None:
@@ -278,14 +278,14 @@ class Retry(HandlerVerdict):
 
 
 class Discard(HandlerVerdict):
-    """Drop this message: it is settled, counted and logged, and not kept anywhere."""
+    """Drop this message: it is counted and logged, and not kept."""
 
     def __init__(self, reason: str = "discarded by the handler") -> None:
         super().__init__(reason)
 
 
 class DeadLetter(HandlerVerdict):
-    """Give this message up now: keep it in the dead letter stream."""
+    """Give this message up now, and keep it in the dead letter stream."""
 
     def __init__(self, reason: str = "rejected by the handler") -> None:
         super().__init__(reason)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .deadletters.reader import DeadLetters
     from .outbox.relay import Relay
     from .outbox.verification import SentEvents
-    from .publishing.changes import Change, ChangeFeed
+    from .publishing.changes import ChangeFeed, ModelChange
     from .worker.worker import Worker
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -260,7 +260,7 @@ class NatsPubsub:
             self._changes = ChangeFeed(self._publish_changes)
         self._changes.watch(model, topic, fields)
 
-    def _publish_changes(self, session: Any, changes: Sequence[Change]) -> None:
+    def _publish_changes(self, session: Any, changes: Sequence[ModelChange]) -> None:
         state = self.state()
         drafts = [Draft(change.topic, change.message, outbox=True) for change in changes]
         prepared = state.publisher.prepare_all(drafts)

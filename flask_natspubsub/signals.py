@@ -1,7 +1,7 @@
 """Blinker signals the extension sends; the sender is always the Flask application object.
 
-Receivers run in the thread where it happened and should be quick. What a receiver
-raises is logged and goes no further: a message is never lost or repeated for it.
+Receivers run in the thread that sends the signal and should be quick. An exception in a
+receiver is logged and not passed on, so that no message is lost or repeated because of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ message_received = _signals.signal("message-received")
 message_handled = _signals.signal("message-handled")
 #: A message will be delivered again. ``context``, ``delay``, ``error``
 message_retried = _signals.signal("message-retried")
-#: A message was given up on. ``context`` (None if it could not be read), ``reason``, ``error``
+#: A message was given up. ``context`` (None if it could not be read), ``reason``, ``error``
 message_dead_lettered = _signals.signal("message-dead-lettered")
 #: The relay sent outbox rows. ``count``
 outbox_relayed = _signals.signal("outbox-relayed")
@@ -36,12 +36,12 @@ worker_stopped = _signals.signal("worker-stopped")
 
 
 def call_guarded(what: str, function: Callable[..., object], *args: Any, **named: Any) -> None:
-    """Call a function of the user's in a thread that must live on; log what it raises.
+    """Call a function of the user's and log the exception that it raises.
 
-    ``sys.exit()`` too: it would end a thread that works for others. Ctrl-C goes on, which comes
-    in the main thread wherever that is.
+    ``SystemExit`` is logged too, because it would end a thread that does other work.
+    ``KeyboardInterrupt`` is passed on in the main thread, where Ctrl-C raises it.
 
-    :param what: names it in the log.
+    :param what: the function's name in the log.
     """
     try:
         function(*args, **named)
@@ -53,6 +53,6 @@ def call_guarded(what: str, function: Callable[..., object], *args: Any, **named
 
 
 def send(signal: NamedSignal, sender: Any, **arguments: Any) -> None:
-    """Send ``signal``; log what a receiver raises instead of passing it on."""
+    """Send ``signal``, and log exceptions of receivers instead of passing them on."""
     for receiver in signal.receivers_for(sender):
         call_guarded(f"a receiver of the signal {signal.name!r}", receiver, sender, **arguments)

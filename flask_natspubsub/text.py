@@ -1,8 +1,9 @@
-"""Text that others had a hand in, made fit for logs and terminals: printable, in one line.
+"""Makes strings from others safe for logs and terminals: one printable line.
 
-Subjects, headers, error texts of the server and of handlers may hold anything, and an escape
-sequence in them could move a cursor, hide a line or forge one. Two boundaries use this module:
-every error of the package (``errors.NatsPubsubError``) and every line that it logs or prints.
+Subjects, headers and error texts of the server and of handlers may contain anything. An escape
+sequence in them could move the cursor, hide a line or forge one. This module is used at two
+boundaries: by every error of the package (``errors.NatsPubsubError``), and for every line that
+the package logs or prints.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections.abc import Iterable
 from typing import Any
 
 _NUMBERS = (int, float, bool, type(None))
-#: Stands for what has no text, because its ``__str__`` raises.
+#: Replaces a value whose ``__str__`` raises.
 UNSHOWN = "(cannot be shown)"
 
 
 def printable(text: object) -> str:
-    """Return ``text`` in one line, with all that is not printable escaped as Python writes it."""
+    """Return ``text`` as one line; characters that are not printable are escaped as in Python."""
     line = text if type(text) is str else _str(text)
     if line.isprintable():
         return line
@@ -26,14 +27,15 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Return ``text`` with all that is not printable escaped, but for its line breaks."""
+    """Return ``text`` with all characters escaped that are neither printable nor line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def printable_traceback(parts: Iterable[str]) -> str:
-    """Return what ``traceback.format_exception`` gives, printable, without a line end at its end.
+    """Return the ``parts`` that ``traceback.format_exception`` returns as printable lines.
 
-    The text of an error stays in its line: one that begins anew could look like another record.
+    Line breaks in the text of an error are escaped, because a new line could look like another
+    log record. The result has no line break at its end.
     """
     safe = (
         printable_lines(part) if part.startswith(("  ", "\n")) else f"{printable(part[:-1])}\n"
@@ -43,18 +45,18 @@ def printable_traceback(parts: Iterable[str]) -> str:
 
 
 def one_line(text: object, limit: int = 200) -> str:
-    """Return ``text`` printable and cut at ``limit`` characters, without a full stop at its end."""
+    """Return ``text`` as a printable line of at most ``limit`` characters, without a full stop."""
     line = printable(_str(text)[: limit + 1]).rstrip(". ")
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def describe(error: BaseException) -> str:
-    """Return what ``error`` says in one line, or its class if it says nothing."""
+    """Return the text of ``error`` as one printable line, or its class if it has no text."""
     return printable(" ".join(_str(error).split())) or type(error).__name__
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Return the logger ``name``, whose records are printable whoever formats them."""
+    """Return the logger ``name``, with a filter that makes its records printable."""
     logger = logging.getLogger(name)
     if not any(isinstance(known, _Printable) for known in logger.filters):
         logger.addFilter(_Printable())
@@ -62,7 +64,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 class _Printable(logging.Filter):
-    """Makes the arguments of a record printable, and the traceback that goes with it."""
+    """Makes the arguments of a record and its traceback printable."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if getattr(record, "is_printable", False):
@@ -81,7 +83,7 @@ def _fit(argument: Any) -> Any:
     if type(argument) in _NUMBERS:
         return argument
     line = argument if type(argument) is str else _str(argument)
-    # What is printable stays as it is: a formatter may write its repr, or look at its type.
+    # Printable arguments are not converted: a formatter may use their repr or type.
     return printable(line) if line is UNSHOWN or not line.isprintable() else argument
 
 

@@ -1,4 +1,4 @@
-"""The demonstration: the whole shop on free ports, and the way of some orders through it.
+"""The demonstration: runs the shop on free ports and follows some orders through it.
 
-``python -m example_app.demo`` stays up until Ctrl-C; with ``--once`` it ends by itself.
+``python -m example_app.demo`` runs until Ctrl-C; with ``--once`` it exits by itself.
 """

@@ -1,4 +1,4 @@
-"""Starts nats-server, gunicorn and a worker, tells the story, and stops them again."""
+"""Starts nats-server, gunicorn and a worker, runs the story, and stops them again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .story import BOLD, GREEN, RED, Story, colour, say, start_web, start_worker
 
 
 def main() -> int:
-    """Run the demonstration; 0 if every step was seen, else 1."""
+    """Run the demonstration; return 0 if every step was seen, otherwise 1."""
     parser = argparse.ArgumentParser(prog="python -m example_app.demo", description=__doc__)
     parser.add_argument("--once", action="store_true", help="end after the last step")
     once = parser.parse_args().once
@@ -56,18 +56,18 @@ def run(folder: Path, *, once: bool) -> int:
 
 
 def environment(folder: Path, nats_port: int) -> dict[str, str]:
-    """Return the settings of the shop, as an operator would give them."""
+    """Return the shop's settings as environment variables."""
     return {
         "DATABASE_URL": os.environ.get("DATABASE_URL") or f"sqlite:///{folder / 'shop.db'}",
         "FLASK_NATSPUBSUB_URLS": f"nats://127.0.0.1:{nats_port}",
-        # Nobody wants to watch the default backoff of half a minute.
+        # The default backoff would take half a minute.
         "FLASK_NATSPUBSUB_MAX_DELIVER": "3",
         "FLASK_NATSPUBSUB_BACKOFF": "[0.2, 0.5]",
     }
 
 
 def start(processes: Processes, folder: Path, nats_port: int, http_port: int) -> None:
-    """Start everything and wait until it is ready."""
+    """Start all processes and wait until they are ready."""
     say(colour("A shop on a real nats-server", BOLD))
     processes.start("nats-server", *nats_server_command(nats_port, folder / "nats"))
     processes.await_ready("nats-server", lambda: is_listening(nats_port))
@@ -80,12 +80,12 @@ def start(processes: Processes, folder: Path, nats_port: int, http_port: int) ->
 
 
 def started(name: str, address: str) -> None:
-    """Show a process that was started."""
+    """Print a process that was started."""
     say(f"      {name:<18} {address}")
 
 
 def stay(processes: Processes, nats_port: int, http_port: int, folder: Path) -> None:
-    """Keep everything up until a signal comes, or something ends by itself."""
+    """Wait for a signal, or for a process to end by itself."""
     shop = f"http://127.0.0.1:{http_port}"
     say(f"\n{colour('The shop stays up until Ctrl-C.', BOLD)}")
     started("shop", f"{shop}/")

@@ -1,4 +1,4 @@
-"""A customer of the shop: plain HTTP, nothing of the extension."""
+"""A client of the shop's HTTP API, without the extension."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """What the shop said; ``status`` is 0 when there was no answer."""
+    """An answer of the shop; ``status`` is 0 if there was none."""
 
     status: int
     body: Any = None
@@ -20,13 +20,13 @@ class Answer:
 
 
 class Client:
-    """Talks to the shop at ``127.0.0.1:port``."""
+    """Sends requests to the shop at ``127.0.0.1:port``."""
 
     def __init__(self, port: int) -> None:
         self.port = port
 
     def get(self, path: str) -> Answer:
-        """Ask for something."""
+        """Send a GET request."""
         return self.request("GET", path)
 
     def request(
@@ -34,7 +34,7 @@ class Client:
     ) -> Answer:
         """Send one request and wait for its answer.
 
-        :param key: the ``Idempotency-Key``, so that the request may be repeated.
+        :param key: the ``Idempotency-Key``, so that the request can be repeated.
         """
         headers = {"Content-Type": "application/json"} | ({"Idempotency-Key": key} if key else {})
         data = None if body is None else json.dumps(body)
@@ -52,7 +52,7 @@ class Client:
         return Answer(response.status, body, response.headers.get("X-Trace-ID"))
 
     def order(self, product_id: int, quantity: int) -> Answer:
-        """Order something, once."""
+        """Order a product, with one request."""
         return self.request("POST", "/orders", {"product_id": product_id, "quantity": quantity})
 
     def order_surely(
@@ -63,10 +63,10 @@ class Client:
         within: float,
         on_refusal: Callable[[Answer], None] = lambda answer: None,
     ) -> Answer:
-        """Order something, and ask again with the same key until the shop has accepted it.
+        """Order a product, and repeat the request with the same key until it is accepted.
 
-        :param within: seconds, after which the last answer is returned.
-        :param on_refusal: called with each answer after which it asks again.
+        :param within: seconds after which the last answer is returned.
+        :param on_refusal: is called with each answer after which the request is repeated.
         """
         wanted = {"product_id": product_id, "quantity": quantity}
         deadline = time.monotonic() + within

@@ -1,4 +1,4 @@
-"""Child processes with their logs, and waiting with a bound."""
+"""Child processes with their logs, and waiting with a time limit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: How long a process may take to end after SIGTERM before it is killed; seconds.
+#: Seconds after SIGTERM until a process is killed.
 STOP_TIMEOUT = 10.0
-#: How long a process may take to be ready; seconds.
+#: Seconds within which a process must be ready.
 START_TIMEOUT = 30.0
 
 
@@ -26,14 +26,14 @@ class Interrupted(Exception):
 
 
 class Unfinished(Exception):
-    """Something that should have happened has not."""
+    """An expected step did not happen."""
 
 
 _signals_seen: list[int] = []
 
 
 def stop_on_signals() -> None:
-    """Let SIGINT, SIGTERM and SIGHUP end the next (or current) wait."""
+    """Make SIGINT, SIGTERM and SIGHUP end the current or next wait."""
 
     def remember(number: int, frame: FrameType | None) -> None:
         # Raising here could lose a child that is just being started.
@@ -46,10 +46,10 @@ def stop_on_signals() -> None:
 def wait_for(condition: Callable[[], object], what: str, within: float) -> None:
     """Wait until ``condition()`` is true.
 
-    :param what: named in the error.
-    :param within: seconds.
-    :raises Unfinished: the time is up.
-    :raises Interrupted: a signal came.
+    :param what: the condition's name in the error.
+    :param within: the time limit in seconds.
+    :raises Unfinished: the time limit was reached.
+    :raises Interrupted: a signal arrived.
     """
     deadline = time.monotonic() + within
     while not condition():
@@ -61,7 +61,7 @@ def wait_for(condition: Callable[[], object], what: str, within: float) -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody uses."""
+    """Return an unused TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -69,7 +69,7 @@ def free_port() -> int:
 
 
 def is_listening(port: int) -> bool:
-    """Tell whether somebody accepts connections on ``port``."""
+    """Whether a process accepts connections on ``port``."""
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
     except OSError:
@@ -78,10 +78,10 @@ def is_listening(port: int) -> bool:
 
 
 class Processes:
-    """Child processes by name; the last started is the first stopped.
+    """Child processes by name; they are stopped in reverse order.
 
-    :param logs: a folder; each process writes to a file of its name there.
-    :param environment: what the processes see beside this process's own environment.
+    :param logs: the folder of the log files, one for each process.
+    :param environment: variables for the processes, in addition to this process's own.
     """
 
     def __init__(self, logs: Path, environment: Mapping[str, str]) -> None:
@@ -100,7 +100,7 @@ class Processes:
     def start(self, name: str, *command: str) -> None:
         """Start a process."""
         with self._log_file(name).open("ab") as log:
-            # A session of its own: Ctrl-C reaches this process, which stops the others in order.
+            # A new session, so that Ctrl-C reaches only this process, which stops the others.
             self._running[name] = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -112,7 +112,7 @@ class Processes:
             )
 
     def stop(self, name: str) -> None:
-        """Ask a process to end, and kill it and its children if it does not."""
+        """Terminate a process, and kill it and its children if it does not end in time."""
         process = self._running.pop(name)
         process.terminate()
         try:
@@ -122,15 +122,15 @@ class Processes:
             process.wait()
 
     def kill(self, name: str) -> None:
-        """End a process the hard way, as a power failure would."""
+        """Send SIGKILL to a process and its children."""
         process = self._running.pop(name)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def await_ready(self, name: str, is_ready: Callable[[], bool]) -> None:
-        """Wait until a process is ready, but not when it has ended.
+        """Wait until a process is ready.
 
-        :raises Unfinished: it has ended, or is not ready in time.
+        :raises Unfinished: a process has ended, or this one is not ready in time.
         """
 
         def ready_or_ended() -> bool:
@@ -145,10 +145,10 @@ class Processes:
         return [name for name, process in self._running.items() if process.poll() is not None]
 
     def flask(self, *arguments: str) -> str:
-        """Run ``flask --app example_app ...`` to its end and return what it prints.
+        """Run ``flask --app example_app ...`` and return its output.
 
         :raises Unfinished: it failed, or took longer than 30 seconds.
-        :raises Interrupted: a signal came, which may have ended it.
+        :raises Interrupted: a signal arrived, which may have ended it.
         """
         name = " ".join(("flask", *arguments))
         try:
@@ -182,7 +182,7 @@ class Processes:
 
 
 def nats_server_command(port: int, folder: Path) -> list[str]:
-    """Return the command line of a nats-server: this environment's program, or the system's."""
+    """Return the command line of nats-server, from this environment or from the system."""
     beside = Path(sys.executable).parent / "nats-server"
     program = str(beside) if beside.exists() else shutil.which("nats-server")
     if program is None:

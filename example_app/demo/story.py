@@ -1,4 +1,4 @@
-"""What the demonstration does and shows, one step a line."""
+"""The steps of the demonstration; each prints one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from .client import Answer, Client
 from .processes import Processes, Unfinished, flask_command, gunicorn_command, wait_for
 
-#: How long a step may take until it counts as not seen; seconds.
+#: Seconds within which a step must be seen.
 STEP_TIMEOUT = float(os.environ.get("STEP_TIMEOUT") or 20)
 
 TEAPOT, CUP, SAMOVAR = 1, 2, 3
@@ -21,19 +21,19 @@ BOLD, DIM, GREEN, RED = "1", "2", "32", "31"
 
 
 def colour(text: str, code: str) -> str:
-    """Return ``text`` in a colour, if the output is a terminal that may be coloured."""
+    """Return ``text`` in a colour if the output is a terminal and ``NO_COLOR`` is not set."""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return text
     return f"\033[{code}m{text}\033[0m"
 
 
 def say(text: str = "") -> None:
-    """Print a line at once, also into a pipe."""
+    """Print a line and flush it."""
     print(text, flush=True)
 
 
 def start_web(processes: Processes, client: Client) -> None:
-    """Start the web processes and wait until they serve."""
+    """Start the web processes and wait until they are ready."""
     processes.start("gunicorn", *gunicorn_command(client.port))
     processes.await_ready("gunicorn", lambda: client.get("/health/ready").status == 200)
 
@@ -44,9 +44,9 @@ def start_worker(processes: Processes) -> None:
 
 
 class Story:
-    """Tells the way of some orders through the shop and counts the steps that were seen.
+    """Follows some orders through the shop and counts the steps that were seen.
 
-    :raises Unfinished: (any method) a step was not seen in time; says which.
+    :raises Unfinished: (any method) a step was not seen in time; the text names it.
     """
 
     def __init__(self, client: Client, processes: Processes) -> None:
@@ -55,7 +55,7 @@ class Story:
         self.steps = 0
 
     def tell(self) -> None:
-        """Tell everything."""
+        """Run all chapters."""
         self.many_orders()
         self.one_order()
         self.rejected_order()
@@ -65,7 +65,7 @@ class Story:
     # --- chapters
 
     def many_orders(self) -> None:
-        """Show that several clients are served at once."""
+        """Place orders from several clients at once."""
         self.chapter("Twelve orders from four clients at once")
         with ThreadPoolExecutor(4) as clients:
             answers = list(clients.map(lambda _: self.client.order(TEAPOT, 1), range(12)))
@@ -95,7 +95,7 @@ class Story:
         self.check("audit trail", seen, ", ".join(topics), trace)
 
     def rejected_order(self) -> None:
-        """Show an order that cannot be served."""
+        """Place an order that is rejected."""
         self.chapter("An order for more than there is")
         before = self.stock(CUP)
         order = self.place_order(CUP, before + 1)
@@ -105,7 +105,7 @@ class Story:
         self.check("stock untouched", left == before, f"Cup {left}", order.trace_id)
 
     def poison_order(self) -> None:
-        """Show an order that no attempt can handle until somebody mends the data."""
+        """Place an order that cannot be handled until the data is corrected."""
         self.chapter("A poison order: nobody knows which warehouse has the Samovar")
         order = self.place_order(SAMOVAR, 1)
         wait_for(self.dead_letters, "a dead letter in dlq list", STEP_TIMEOUT)
@@ -123,7 +123,7 @@ class Story:
         self.step(f"GET /orders/{order.body['id']}", "confirmed", order.trace_id)
 
     def crash_between(self) -> None:
-        """Kill the web process after the commit, before anybody has sent the event."""
+        """Kill the web process after the commit, before the event is sent."""
         self.chapter("A crash between the commit and the event")
         self.processes.stop("worker")
         self.step("no worker", "nobody relays the outbox")
@@ -142,10 +142,10 @@ class Story:
         self.step(f"GET /orders/{order.body['id']}", "confirmed", order.trace_id)
         wait_for(lambda: not self.outbox()["pending"], "an empty outbox", STEP_TIMEOUT)
 
-    # --- what happens in them
+    # --- steps
 
     def place_order(self, product_id: int, quantity: int) -> Answer:
-        """Order something and show the answer."""
+        """Place an order and print the answer."""
         answer = self.client.order(product_id, quantity)
         if answer.status != 202:
             raise Unfinished(f"POST /orders: accepted (got {answer.status}: {answer.body})")
@@ -155,14 +155,14 @@ class Story:
         return answer
 
     def follow(self, order: Answer, topic: str) -> None:
-        """Show an event of an order, which must carry the trace id of its request."""
+        """Print an event of an order, which must have the trace id of the request."""
         event = self.await_event(order.body["id"], topic)
         if event["trace_id"] != order.trace_id:
             raise Unfinished(f"{topic} with the trace id {order.trace_id} (got {event})")
         self.show_event(event)
 
     def show_event(self, event: dict[str, Any]) -> None:
-        """Show an event that was stored, as the audit trail knows it."""
+        """Print an event from the audit trail."""
         detail = f"stored as message {event['sequence']}, event {event['event_id'][-8:]}"
         self.step(event["topic"], detail, event["trace_id"])
 
@@ -187,45 +187,45 @@ class Story:
         return dict(self.ask(f"/orders/{order_id}"))
 
     def stock(self, product_id: int) -> int:
-        """Return how many there are of a product."""
+        """Return the stock of a product."""
         return int(next(p["stock"] for p in self.ask("/products") if p["id"] == product_id))
 
     def ask(self, path: str) -> Any:
-        """Return what the shop has at ``path``."""
+        """Return the body of a GET request, which must succeed."""
         answer = self.client.get(path)
         if answer.status != 200:
             raise Unfinished(f"GET {path}: 200 (got {answer.status}: {answer.body})")
         return answer.body
 
     def dead_letters(self) -> list[Any]:
-        """Return the dead letters as ``dlq list --json`` has them."""
+        """Return the output of ``dlq list --json``."""
         letters: list[Any] = json.loads(self.processes.flask("natspubsub", "dlq", "list", "--json"))
         return letters
 
     def outbox(self) -> dict[str, Any]:
-        """Return what ``outbox status --json`` says."""
+        """Return the output of ``outbox status --json``."""
         status = self.processes.flask("natspubsub", "outbox", "status", "--json")
         return dict(json.loads(status))
 
-    # --- the look of it
+    # --- output
 
     def chapter(self, title: str) -> None:
-        """Show a heading."""
+        """Print a heading."""
         say(f"\n{colour(title, BOLD)}")
 
     def step(self, title: str, detail: str, trace_id: str | None = None) -> None:
-        """Show a step that was seen."""
+        """Print a step that was seen."""
         self.steps += 1
         trace = colour(trace_id, DIM) if trace_id else ""
         say(f"{colour(f'{self.steps:4}', GREEN)}  {title:<18} {detail:<46} {trace}".rstrip())
 
     def check(self, title: str, seen: bool, detail: str, trace_id: str | None = None) -> None:
-        """Show a step, or fail with it."""
+        """Print a step, or raise ``Unfinished`` if it was not seen."""
         if not seen:
             raise Unfinished(f"{title} (got {detail})")
         self.step(title, detail, trace_id)
 
     def quote(self, text: str) -> None:
-        """Show what a command printed."""
+        """Print the output of a command."""
         for line in text.rstrip().splitlines():
             say(colour(f"        {line}", DIM))

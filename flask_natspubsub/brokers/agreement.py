@@ -1,9 +1,9 @@
-"""What the consumer of a subscriber is while several versions of it run side by side. No I/O.
+"""The consumer of a subscriber while several versions of the application run. No I/O.
 
-In a rolling deploy the old and the new processes share one consumer, and either may be the last
-to start. So it grows at once to what any of them needs, and shrinks only to what nobody needs any
-more. Which declaration is the newest is written on the consumer: the old process that starts
-once more finds its own further back in that history, and takes nothing away.
+In a rolling deploy the old and the new processes share one consumer, and either may start last.
+Therefore the consumer gets at once what any of them needs, and loses only what none needs any
+more. Its metadata has the history of declarations: an old process that starts again finds that
+its own declaration is not the newest, and removes nothing.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import msgspec
 from ..messages.subjects import covers, overlaps
 from .base import ConsumerConfig
 
-#: The metadata of a consumer that says what it was declared to be, the newest last.
+#: Metadata key for the declarations of a consumer, the newest last.
 HISTORY = "natspubsub.declared"
-#: That of one which catches up for another: up to which message.
+#: Metadata key of a consumer that catches up for another: the last message.
 UNTIL = "natspubsub.until"
-#: So many declarations are remembered.
-LONGEST_HISTORY = 12
-#: For so many seconds nobody must need what an older declaration does not know, before a process
-#: that has this older one takes it away: the deploy was rolled back then.
+#: Maximum number of declarations in the history.
+MAX_HISTORY = 12
+#: Seconds after which a process with an older declaration removes what only newer ones need,
+#: if no process needs it: the deploy was rolled back.
 GRACE = 300.0
-#: The same where what nobody takes is half of what may be delivered, and would hold up the rest.
+#: The same, if unwanted messages are half of those in delivery and would hold up the rest.
 CROWDED_GRACE = 15.0
 
 
 class Needs(msgspec.Struct, frozen=True):
-    """What a process needs of a consumer; others may need more."""
+    """The options of a consumer that a process needs; other processes may need more."""
 
     filter_subjects: tuple[str, ...]
     ack_wait: float
@@ -38,15 +38,15 @@ class Needs(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, config: ConsumerConfig) -> Needs:
-        """Return what a declared consumer needs."""
+        """Return the needs of a declared consumer."""
         return cls(config.filter_subjects, config.ack_wait, config.max_ack_pending)
 
     def covers(self, other: Needs) -> bool:
-        """Whether ``other`` lacks nothing where the consumer is this."""
+        """Whether a consumer with these options gives ``other`` everything it needs."""
         return self.joined(other) == self
 
     def joined(self, other: Needs) -> Needs:
-        """Return what both need, this one's filters first."""
+        """Return the options that satisfy both, with this one's filters first."""
         return Needs(
             disjoint((*self.filter_subjects, *other.filter_subjects)),
             max(self.ack_wait, other.ack_wait),
@@ -54,7 +54,7 @@ class Needs(msgspec.Struct, frozen=True):
         )
 
     def missing(self, other: Needs) -> list[str]:
-        """Say what ``other`` needs that this does not give; how many at once is a mere limit."""
+        """List what ``other`` needs and this does not give; ``max_ack_pending`` is only a limit."""
         found = [one for one in other.filter_subjects if not self.wants(one)]
         if self.ack_wait < other.ack_wait:
             found.append(f"ack_wait {other.ack_wait:g}")
@@ -63,13 +63,13 @@ class Needs(msgspec.Struct, frozen=True):
         return found
 
     def wants(self, subject: str) -> bool:
-        """Whether a message to ``subject`` is for it."""
+        """Whether the process subscribes to ``subject``."""
         return any(covers(pattern, subject) for pattern in self.filter_subjects)
 
     @property
     def fingerprint(self) -> str:
-        """Stand for this declaration in the history."""
-        ordered = self.max_ack_pending == 1  # any other number may be that of a limit
+        """The hash that identifies this declaration in the history."""
+        ordered = self.max_ack_pending == 1  # any other number may be a server's limit
         text = f"{sorted(self.filter_subjects)} {self.ack_wait:g} {ordered}"
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -79,9 +79,9 @@ def _less_or_ordered(one: int, other: int) -> int:
 
 
 def disjoint(subjects: Sequence[str]) -> tuple[str, ...]:
-    """Drop subjects that others cover, and widen those that overlap in part.
+    """Return ``subjects`` without overlaps: remove covered ones and merge overlapping ones.
 
-    The server refuses a consumer with two filters that have a subject in common.
+    The server refuses a consumer with two filters that overlap.
     """
     kept: list[str] = []
     for subject in subjects:
@@ -102,7 +102,7 @@ def _overlap(subjects: Sequence[str]) -> bool:
 
 
 def _both(one: str, other: str) -> str:
-    """Return a subject that covers two that overlap."""
+    """Return a subject that covers two overlapping subjects."""
     if covers(one, other):
         return one
     if covers(other, one):
@@ -117,12 +117,12 @@ def _both(one: str, other: str) -> str:
 
 
 def history_of(metadata: Mapping[str, str]) -> list[str]:
-    """Return the declarations that a consumer has had, the newest last."""
+    """Return the history of a consumer's declarations, the newest last."""
     return metadata.get(HISTORY, "").split()
 
 
 def is_outdated(needs: Needs, metadata: Mapping[str, str]) -> bool:
-    """Whether a newer declaration than this one was seen on the consumer."""
+    """Whether the consumer has had a newer declaration than this one."""
     history = history_of(metadata)
     return needs.fingerprint in history[:-1] and history[-1] != needs.fingerprint
 
@@ -130,12 +130,12 @@ def is_outdated(needs: Needs, metadata: Mapping[str, str]) -> bool:
 def with_newest(needs: Needs, had: Needs, metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata with this declaration as the newest.
 
-    :param had: what the consumer has given so far, which is the whole history of one that has
-        been declared in one way only.
+    :param had: the consumer's present options. They are the first entry if the consumer has no
+        history, because it was always declared in the same way.
     """
     mark = needs.fingerprint
     history = history_of(metadata) or [had.fingerprint]
     if history[-1] == mark:
         return dict(metadata)
     history = [*(one for one in history if one != mark), mark]
-    return {**metadata, HISTORY: " ".join(history[-LONGEST_HISTORY:])}
+    return {**metadata, HISTORY: " ".join(history[-MAX_HISTORY:])}

@@ -1,8 +1,8 @@
-"""Which streams an application needs, and what is missing for it. No I/O.
+"""The streams that an application needs, and how they differ from existing ones. No I/O.
 
-The rules are those of the wire format: one main stream and one dead letter stream for all
-applications of an environment; an existing stream gets the missing subjects and nothing
-else is changed; another stream on the same subjects is an error that names both.
+The rules are those of the wire format. All applications of an environment share one main stream
+and one dead letter stream. Missing subjects are added to an existing stream, and nothing else is
+changed. Another stream with the same subjects is an error that names both.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _DAY = 24 * 3600.0
 
 
 def wanted_streams(settings: Settings, filters: Iterable[str] = ()) -> list[StreamConfig]:
-    """Return the main stream, and the dead letter stream unless it is switched off.
+    """Return the main stream, and the dead letter stream unless it is turned off.
 
-    :param filters: what the application subscribes to: the events of another application are
-        stored from now on, even if that one has not been started yet.
+    :param filters: the subjects to which the application subscribes. Events of another
+        application are stored from now on, even if it has not been started yet.
     """
     subjects = [f"{settings.env}.events.>", f"{settings.env}.{settings.app_name}.>"]
     for subject in filters:
@@ -48,7 +48,7 @@ def wanted_streams(settings: Settings, filters: Iterable[str] = ()) -> list[Stre
 
 
 def refuse_volatile(info: StreamInfo | None, settings: Settings) -> None:
-    """Refuse a stream that does not keep on disk what it acknowledges to the outbox.
+    """Refuse a stream for the outbox that does not store acknowledged messages on disk.
 
     :raises TopologyError: its messages are in memory, or acknowledged before they are written.
     """
@@ -69,25 +69,26 @@ def refuse_volatile(info: StreamInfo | None, settings: Settings) -> None:
     )
 
 
-#: Whose a consumer is, in its metadata (ADR-33).
+#: Metadata keys for the owner of a consumer (ADR-33).
 OWNER_APP, OWNER_SUBSCRIBER = "natspubsub.app", "natspubsub.subscriber"
 
 
 def owner_metadata(config: ConsumerConfig) -> dict[str, str]:
-    """Return what is written on a consumer to say whose it is."""
+    """Return the metadata that names the owner of a consumer."""
     if not config.subscriber:
         return {}
     return {OWNER_APP: config.app, OWNER_SUBSCRIBER: config.subscriber}
 
 
 def refuse_other_owner(config: ConsumerConfig, metadata: Mapping[str, str]) -> None:
-    """Refuse a consumer that is another subscriber's: each would get a part of the messages.
+    """Refuse a consumer of another subscriber, because each would receive part of the messages.
 
-    :param metadata: of the consumer that is there; one made before there was any is nobody's.
-    :raises TopologyError: naming both.
+    :param metadata: the metadata of the existing consumer; an old one without metadata has no
+        owner.
+    :raises TopologyError: the consumer has another owner; names both.
     """
     app, subscriber = metadata.get(OWNER_APP), metadata.get(OWNER_SUBSCRIBER)
-    # Within one app, names that differ make consumers that differ, or are refused before.
+    # Within one app, different names have different consumers, or were refused before.
     if config.subscriber and app is not None and app != config.app:
         raise TopologyError(
             f"The consumer {config.durable!r} on the stream {config.stream!r} is that of the "
@@ -98,23 +99,23 @@ def refuse_other_owner(config: ConsumerConfig, metadata: Mapping[str, str]) -> N
 
 
 def wakeup_subject(settings: Settings) -> str:
-    """Return the subject of the hint that outbox rows were committed; outside every stream."""
+    """Return the subject of the relay's wake-up after a commit; it is outside every stream."""
     return f"natspubsub.wakeup.{settings.env}.{settings.app_name}"
 
 
 def presence_subject(settings: Settings) -> str:
-    """Return the subject on which workers ask each other what they need of a consumer."""
+    """Return the subject on which workers ask each other for their needs of a consumer."""
     return f"natspubsub.consumers.{settings.env}.{settings.app_name}"
 
 
 def plan(wanted: Sequence[StreamConfig], existing: Sequence[StreamInfo]) -> list[Change]:
-    """Compare what is wanted with what the server has.
+    """Compare the wanted streams with those on the server.
 
-    A wanted stream whose subjects are all taken by another *wanted* stream that exists (the
-    peers' packages make a main stream that takes the dead letters too) is left out.
+    A wanted stream is left out if another *wanted* stream exists and has all of its subjects: the
+    peers' packages create a main stream that also stores the dead letters.
 
-    :returns: one or more changes a wanted stream, in the order they are to be made.
-    :raises TopologyError: a stream that is not ours has one of the subjects.
+    :returns: one or more changes for each wanted stream, in the order in which to apply them.
+    :raises TopologyError: a stream that is not wanted has one of the subjects.
     """
     configs = {info.config.name: info.config for info in existing}
     mirrors = {info.config.name: info.origins for info in existing if info.is_mirror}

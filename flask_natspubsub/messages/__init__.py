@@ -1,1 +1,1 @@
-"""What is said: subjects, ids, JSON and the envelope. No I/O, no Flask, no NATS."""
+"""The content of messages: subjects, ids, JSON and the envelope. No I/O, no Flask, no NATS."""

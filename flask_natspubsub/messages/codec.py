@@ -1,7 +1,7 @@
-"""Messages to JSON and back.
+"""Encodes messages as JSON and decodes them.
 
-Encoding begins with ``plain``: what JSON cannot carry without loss is refused rather than sent
-as something else. Decoding takes any JSON object, and fits it to a handler's type.
+Encoding uses ``plain``, which refuses values that JSON cannot represent without loss. Decoding
+accepts any JSON object, and converts it to the handler's type.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _ENCODER = msgspec.json.Encoder()
 
 
 def encode_value(value: object) -> bytes:
-    """Encode what is not a message, such as a request to the server, as msgspec does.
+    """Encode a value that is not a message, such as a request to the server, with msgspec.
 
-    :raises TypeError: a part of it has no JSON form.
+    :raises TypeError: a part of the value has no JSON form.
     """
     return _ENCODER.encode(value)
 
 
 def decode_value(data: bytes | str) -> Any:
-    """Decode JSON of any kind.
+    """Decode JSON of any type.
 
-    :raises DecodingError: not JSON, not UTF-8, or nested too deeply to be read.
+    :raises DecodingError: not JSON, not UTF-8, or nested too deeply to be decoded.
     """
     try:
         return msgspec.json.decode(data)
@@ -44,7 +44,7 @@ def decode_value(data: bytes | str) -> Any:
 
 
 def decode_object(data: bytes) -> dict[str, Any]:
-    """Decode a JSON object; of a key that occurs twice the last value counts.
+    """Decode a JSON object. If a key occurs twice, its last value is used.
 
     :raises DecodingError: not UTF-8, not JSON, not an object, or nested deeper than
         ``MAX_DEPTH`` levels; its reason is ``"malformed"``.
@@ -58,13 +58,14 @@ def decode_object(data: bytes) -> dict[str, Any]:
 
 
 def build_decoder(annotation: Any, *, plain: bool = False) -> Callable[[Any], Any]:
-    """Return the function that turns a decoded message into the type a handler asks for.
+    """Return a function that converts a decoded message to the handler's type.
 
-    That function raises ``DecodingError`` (reason ``"schema"``) for a message that does not
-    fit. Without a type, and for ``dict``, ``Mapping`` and ``Any``, it returns the message.
+    The function raises ``DecodingError`` (reason ``"schema"``) if the message does not fit the
+    type. Without a type, and for ``dict``, ``Mapping`` and ``Any``, it returns the message
+    unchanged.
 
-    :param annotation: of the handler's first parameter, with names resolved.
-    :param plain: whether messages may be other JSON than objects, or bytes.
+    :param annotation: the annotation of the handler's first parameter, with names resolved.
+    :param plain: whether messages may be bytes, or JSON that is not an object.
     :raises RegistrationError: messages cannot be decoded into this type.
     """
     if annotation in (inspect.Parameter.empty, Any, object) or (plain and annotation is bytes):
@@ -83,7 +84,7 @@ def build_decoder(annotation: Any, *, plain: bool = False) -> Callable[[Any], An
     raise _unsupported(annotation)
 
 
-#: What JSON may be beside an object.
+#: Types of JSON values other than objects.
 _PLAIN_TYPES = (list, tuple, set, frozenset, str, int, float, bool)
 
 
@@ -115,7 +116,7 @@ def _pydantic_decoder(model: Any) -> Callable[[Any], Any]:
 
     def decode(message: Any) -> Any:
         try:
-            # As JSON: a strict model then still takes a datetime or UUID from its text.
+            # As JSON, so that a strict model accepts the string of a datetime or UUID.
             return model.model_validate_json(_ENCODER.encode(message))
         except (ValueError, TypeError) as error:
             raise _does_not_fit(model, _pydantic_cause(error)) from None
@@ -151,7 +152,7 @@ def _msgspec_decoder(annotation: Any) -> Callable[[Any], Any]:
 
 
 def _custom_types(info: Any, seen: set[int]) -> Iterator[type]:
-    """Find the types msgspec knows nothing of; it would notice only when decoding."""
+    """Yield types that msgspec does not support; it would raise only when decoding."""
     if id(info) in seen:
         return
     seen.add(id(info))

@@ -1,4 +1,4 @@
-"""Headers of a message, of which one may have several values."""
+"""Headers of a message; a header may have several values."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 
 class Headers(dict[str, str]):
-    """A dict of headers in which a name that was sent more than once has its first value.
+    """A dict of headers. If a header was sent more than once, the dict has its first value.
 
-    ``getlist`` gives them all. What is set or deleted has that one value, or none.
+    ``getlist`` returns all values. Setting or deleting a header replaces or removes all of them.
     """
 
     __slots__ = ("_several",)
@@ -20,14 +20,14 @@ class Headers(dict[str, str]):
             self.add(name, value)
 
     def add(self, name: str, value: str) -> None:
-        """Add a value, beside those that the name has."""
+        """Add a value to those that the header already has."""
         if name in self:
             self._several.setdefault(name, [self[name]]).append(value)
         else:
             self[name] = value
 
     def getlist(self, name: str) -> list[str]:
-        """Return all values of a header, in the order they were sent; none if it is not there."""
+        """Return all values of a header in the order they were sent; an empty list if absent."""
         return list(self._several.get(name) or ([self[name]] if name in self else []))
 
     def pairs(self) -> Iterator[tuple[str, str]]:
@@ -58,13 +58,13 @@ class Headers(dict[str, str]):
 
 
 def pairs_of(headers: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    """Return each name with each of its values, whatever kind of mapping it is."""
+    """Return the pairs of name and value, for ``Headers`` and for other mappings."""
     pairs = getattr(headers, "pairs", None)
     return headers.items() if pairs is None else pairs()
 
 
 def for_json(headers: Mapping[str, str]) -> dict[str, str | list[str]]:
-    """Return headers for JSON: a text, and a list of them where a name was sent more than once."""
+    """Return headers for JSON: a string, or a list if the header was sent more than once."""
     values: dict[str, list[str]] = {}
     for name, value in pairs_of(headers):
         values.setdefault(name, []).append(value)

@@ -1,10 +1,10 @@
-"""What names things for good, whatever else has the same name.
+"""Keys that identify subscribers, stored messages and events uniquely.
 
-- A subscriber is known by its app and its name: two apps may each have one of the same name.
-- A stored message is known by its stream, its sequence and when it was stored: a stream that is
-  made anew under its old name, or has lost its end, gives the same sequences again.
-- An event is known by the app that published it and its event id: ids are chosen by whoever
-  publishes, and only the app of the subject is checked by the server (its permissions).
+- A subscriber is identified by its app and its name, because two apps may use the same name.
+- A stored message is identified by its stream, its sequence and the time it was stored, because
+  a recreated or rewound stream uses the same sequences again.
+- An event is identified by the app that published it and its event id, because publishers choose
+  the ids, and the server checks only the app in the subject (by its permissions).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import msgspec
 
 from .subjects import slug
 
-#: Longest subscriber in the inbox, in characters.
-LONGEST = 191
+#: Maximum length of a subscriber key in the inbox, in characters.
+MAX_KEY_LENGTH = 191
 
 
 class Handling(msgspec.Struct, frozen=True, gc=False):
-    """One event for one subscriber, as the inbox knows it.
+    """The key of one event and one subscriber in the inbox.
 
-    :param event: the event id; of a message without one, its ``place_key``.
-    :param subscriber: its ``subscriber_key``, with the publishing app if that is another one.
+    :param event: the event id, or the ``place_key`` of a message without one.
+    :param subscriber: the ``subscriber_key``, with the publishing app if it is another app.
     :param old_event: the event in rows of version 0.1.
-    :param old_subscriber: the subscriber in such rows, which had no app in their keys.
-    :param stored_at: when its message was stored, if only that tells whether an old row is of
-        this one; seconds since the epoch.
+    :param old_subscriber: the subscriber in rows of version 0.1, which have no app.
+    :param stored_at: when the message was stored, seconds since the epoch. Set only if it is
+        needed to decide whether an old row belongs to this message.
     """
 
     event: str
@@ -39,29 +39,29 @@ class Handling(msgspec.Struct, frozen=True, gc=False):
 
 
 def subscriber_key(app_name: str, subscriber: str) -> str:
-    """Return what names a subscriber among those of all apps: ``shop/send_mail``.
+    """Return the key of a subscriber among those of all apps, such as ``shop/send_mail``.
 
-    It is what its consumer and the subject of its dead letters go by. Neither token has a slash,
-    so no other pair gives the same text.
+    The names of its consumer and of its dead letters' subject have the same parts. Neither part
+    contains a slash, so no other pair has the same key.
     """
     return f"{app_name}/{slug(subscriber)}"
 
 
 def place_key(stream: str, sequence: int, stored_at: float) -> str:
-    """Return what names a stored message among those of all times: ``stream:7:1764370000123``.
+    """Return the key of a stored message, such as ``stream:7:1764370000123``.
 
-    :param stored_at: when the stream stored it, seconds since the epoch.
+    :param stored_at: when the stream stored the message, seconds since the epoch.
     """
     return f"{stream}:{sequence}:{int(stored_at * 1000)}"
 
 
 def handling(app_name: str, subscriber: str, subject: str, event_id: str) -> Handling:
-    """Return what the inbox of an app knows an event by.
+    """Return the key of an event in the inbox of an app.
 
-    The event of another app has that one's name in its key, ``shop<billing/send_mail``: nobody
-    who may publish as one app can take an id away from another.
+    The key of another app's event contains that app's name, as in ``shop<billing/send_mail``, so
+    that a publisher cannot use up an event id of another app.
 
-    :param subject: ``{env}.{app}.{topic}``; of another form, it is taken for one of the app's own.
+    :param subject: ``{env}.{app}.{topic}``; a subject of another form counts as the app's own.
     """
     key = _handler_key(app_name, subscriber, _producer(subject) or app_name)
     return Handling(event_id, key, event_id, subscriber)
@@ -70,7 +70,7 @@ def handling(app_name: str, subscriber: str, subject: str, event_id: str) -> Han
 def unnamed_handling(
     app_name: str, subscriber: str, stream: str, sequence: int, stored_at: float
 ) -> Handling:
-    """Return what the inbox knows a message without an event id by; no event has such a key."""
+    """Return the inbox key of a message without an event id; no event has such a key."""
     place = place_key(stream, sequence, stored_at)
     key = _handler_key(app_name, subscriber, "")
     return Handling(place, key, f"{stream}:{sequence}", subscriber, stored_at)
@@ -80,7 +80,7 @@ def unnamed_handling(
 def _handler_key(app_name: str, subscriber: str, producer: str) -> str:
     who = app_name if producer == app_name else f"{app_name}<{producer}"
     key = subscriber_key(who, subscriber)
-    if len(key) <= LONGEST:
+    if len(key) <= MAX_KEY_LENGTH:
         return key
     return f"{key[:100]}#{hashlib.sha256(key.encode()).hexdigest()}"
 

@@ -1,4 +1,4 @@
-"""Event ids and timestamps, as they stand in the envelope."""
+"""Event ids and timestamps, as written in the envelope."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from functools import lru_cache
 
 from ..errors import EncodingError
 
-#: Namespace of derived ids; a change would give a message sent again another id.
+#: Namespace of derived ids. A change would give a message that is sent again another id.
 _DERIVED = uuid.UUID("5b0f6c0e-2c57-4d0b-9d6c-6a1f8d5f3c11")
 
-#: The counter of ids starts somewhere below, so that it never reaches its 48 bits.
+#: The counter of ids starts below this number of bits, so that it never overflows 48 bits.
 _SEED_BITS = 47
 _LOW_BITS = 24
 _LOW = (1 << _LOW_BITS) - 1
@@ -28,23 +28,23 @@ _TIMESTAMP = (
 )
 
 _counter = itertools.count(secrets.randbits(_SEED_BITS))
-#: What many ids have in common: the millisecond, the upper half of the counter, the digits
-#: before the lower half and those behind it.
+#: Cached parts of the ids of one millisecond: the millisecond, the upper half of the counter,
+#: and the prefix and suffix around the lower half.
 _latest = 0, 0, "", ""
 
 
 def new_event_id() -> str:
-    """Return a new UUID of version 7, greater than those made before it in this process.
+    """Return a new UUID of version 7, greater than all earlier ones of this process.
 
-    Milliseconds, a counter of 48 bits that each process starts somewhere else, 24 random bits
-    for each millisecond: RFC 9562, section 6.2, method 1. Written out because ``uuid.uuid7``
-    needs Python 3.14. No lock: publishing threads would wait for each other in it.
+    It consists of the milliseconds, a counter of 48 bits with a random start in each process, and
+    24 random bits for each millisecond (RFC 9562, section 6.2, method 1). ``uuid.uuid7`` needs
+    Python 3.14. There is no lock, because publishing threads would wait for each other.
     """
     global _latest
     now, count = time.time_ns() // 1_000_000, next(_counter)
     known, high, head, tail = _latest
     if now > known or count >> _LOW_BITS != high:
-        now, high = max(now, known), count >> _LOW_BITS  # a clock set back is not followed
+        now, high = max(now, known), count >> _LOW_BITS  # ignore a clock that was set back
         moment, upper = f"{now:012x}", f"{high:06x}"
         head = f"{moment[:8]}-{moment[8:]}-7{upper[:3]}-8{upper[3:]}-"
         tail = f"{random.getrandbits(_TAIL_BITS):06x}"
@@ -53,13 +53,13 @@ def new_event_id() -> str:
 
 
 def derived_event_id(event_id: str, topic: str) -> str:
-    """Return the id of the copy of message ``event_id`` for ``topic``; always the same one."""
-    # An id has no spaces, so no other pair gives the same text.
+    """Return the id of the copy of message ``event_id`` for ``topic``. It is deterministic."""
+    # An id has no spaces, so no other pair has the same string.
     return str(uuid.uuid5(_DERIVED, f"{event_id} {topic}"))
 
 
 def now_timestamp() -> str:
-    """Return the time now, as ``format_timestamp`` writes it."""
+    """Return the current time in the format of ``format_timestamp``."""
     return _utc(time.time_ns() // 1_000_000)
 
 
@@ -76,7 +76,7 @@ def _second(seconds: int) -> str:
 def format_timestamp(moment: dt.datetime) -> str:
     """Return ``moment`` in UTC with milliseconds (cut, not rounded) and ``Z``.
 
-    :raises EncodingError: no datetime, without a time zone, or outside the years 1 to 9999.
+    :raises EncodingError: not a datetime, without a time zone, or outside the years 1 to 9999.
     """
     aware = _aware(moment)
     try:
@@ -99,11 +99,11 @@ def _aware(moment: object) -> dt.datetime:
 
 
 def parse_timestamp(text: str) -> dt.datetime:
-    """Return the UTC datetime of an ISO 8601 text with ``Z`` or an offset.
+    """Return the UTC datetime of an ISO 8601 string with ``Z`` or an offset.
 
     A fraction of one to nine digits is allowed; digits after the sixth are cut.
 
-    :raises ValueError: any other text.
+    :raises ValueError: the string has another format.
     """
     if not re.fullmatch(_TIMESTAMP, text):
         raise ValueError(f"not an ISO 8601 time with a time zone: {text!r:.80}")
@@ -114,7 +114,7 @@ def parse_timestamp(text: str) -> dt.datetime:
 
 
 def _after_fork() -> None:
-    """Start anew in a child process, whose ids would be close to its parent's."""
+    """Give a child process another counter, because its ids would be close to its parent's."""
     global _counter
     _counter = itertools.count(secrets.randbits(_SEED_BITS))
 
@@ -124,8 +124,8 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def short_id(event_id: str) -> str:
-    """Return ``event_id`` in a form for a log line: the end of a UUID, else all of it.
+    """Return a short form of ``event_id`` for a log line: the end of a UUID, or the whole id.
 
-    The beginning of a version 7 UUID is the time: ids of one moment would look the same.
+    The beginning of a version 7 UUID is the time, which many ids share.
     """
     return event_id[-8:] if len(event_id) == 36 and event_id.count("-") == 4 else event_id[:40]

@@ -1,8 +1,8 @@
-"""Anything a user may publish, as plain dicts, lists and scalars.
+"""Converts messages to plain dicts, lists and scalars.
 
-msgspec alone would write NaN as null, bytes as base64 and a datetime without a zone as if it
-had one. So a message is walked first, and what JSON cannot carry without loss is refused,
-with the path of the bad value.
+msgspec alone would write NaN as null, bytes as base64 and a datetime without a time zone as if
+it had one. This module therefore converts a message first, and refuses values that JSON cannot
+represent without loss, with their path.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import msgspec
 from ..errors import EncodingError
 from ..text import one_line
 
-#: Deepest nesting of objects and arrays in an envelope; a message has one level less.
+#: Maximum nesting of objects and arrays in an envelope; a message may have one level less.
 MAX_DEPTH = 100
 
 _DEEPEST_MESSAGE = MAX_DEPTH - 1
@@ -42,10 +42,10 @@ def message_type_of(message: object) -> str | None:
 
 
 def plain_object(message: object) -> dict[str, Any]:
-    """Return a message as dicts, lists, strings, numbers, booleans and None only.
+    """Return a message that consists of dicts, lists, strings, numbers, booleans and None only.
 
     :param message: a mapping, dataclass, msgspec Struct or pydantic model.
-    :raises EncodingError: it, or a part of it, has no JSON form; ``path`` says which.
+    :raises EncodingError: the message or a part of it has no JSON form; see its ``path``.
     """
     kind = type(message)
     try:
@@ -63,7 +63,7 @@ def plain_object(message: object) -> dict[str, Any]:
 def plain_value(value: object) -> Any:
     """Return a part of a message in the same form.
 
-    :raises EncodingError: it has no JSON form.
+    :raises EncodingError: the value has no JSON form.
     """
     try:
         return _plain(value, 1)
@@ -72,7 +72,7 @@ def plain_value(value: object) -> Any:
 
 
 def step(key: object) -> str:
-    """Return one step of a path, as ``.price`` or ``[2]``."""
+    """Return one step of a path, such as ``.price`` or ``[2]``."""
     if isinstance(key, int):
         return f"[{key}]"
     text = str(key)
@@ -80,7 +80,7 @@ def step(key: object) -> str:
 
 
 class _NoJsonForm(Exception):
-    """A value that cannot be sent; picks up its path on the way out of the walk."""
+    """A value has no JSON form. Its path is completed while the exception is passed up."""
 
     def __init__(self, problem: str, fix: str = "") -> None:
         super().__init__(problem)
@@ -108,7 +108,7 @@ def _object(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
     for key, item in value.items():
         name = key if type(key) is str and key.isascii() else _key(key)
         kind = type(item)
-        # The most frequent kinds need no call.
+        # The most frequent types need no call.
         if (kind is str and item.isascii()) or (kind is int and -_SMALL < item < _SMALL):
             plain[name] = item
             continue
@@ -231,7 +231,7 @@ def _dataclass(value: Any, depth: int) -> dict[str, Any]:
 
 
 def _struct(value: msgspec.Struct, depth: int) -> Any:
-    """Follow the Struct's own options: renaming, tags, omitted defaults, array form."""
+    """Convert a Struct according to its options: renaming, tags, omitted defaults, arrays."""
     config = value.__struct_config__
     fields = value.__struct_fields__
     items = [getattr(value, name) for name in fields]
@@ -253,7 +253,7 @@ def _struct(value: msgspec.Struct, depth: int) -> Any:
 
 
 def _is_default(item: object, default: object) -> bool:
-    """Tell whether msgspec would omit ``item``: the default itself, or an empty new one."""
+    """Whether msgspec would omit ``item``: it is the default, or an empty default collection."""
     factory = getattr(default, "factory", None)
     if factory in (list, dict, set):
         return type(item) is factory and not item
@@ -271,7 +271,7 @@ def _model(value: Any, depth: int) -> Any:
 
 
 def _refuse_rows_in(value: Any, depth: int) -> None:
-    """Look for database models in a pydantic model, which would dump dataclasses among them."""
+    """Refuse database models in a pydantic model, which would dump those that are dataclasses."""
     if depth >= _DEEPEST_MESSAGE:
         raise _too_deep()
     if hasattr(type(value), "_sa_class_manager"):
@@ -297,7 +297,7 @@ def _refuse_rows_in_all(items: Iterable[tuple[Any, Any]], depth: int) -> None:
 
 
 def _with_datetimes(dumped: Any, native: Any) -> Any:
-    """Put the datetimes back into a pydantic dump, which writes naive ones without a word."""
+    """Restore the datetimes in a pydantic dump, so that naive ones are refused."""
     if isinstance(dumped, dict) and isinstance(native, dict) and len(dumped) == len(native):
         pairs = zip(dumped.items(), native.values(), strict=True)
         return {key: _with_datetimes(item, original) for (key, item), original in pairs}
@@ -310,7 +310,7 @@ def _with_datetimes(dumped: Any, native: Any) -> Any:
 
 
 def _is_iso_of(dumped: object, native: dt.datetime) -> bool:
-    """Tell a plain dump from the format of a serializer that the model's author wrote."""
+    """Whether the dump is pydantic's own, and not the format of a custom serializer."""
     try:
         return isinstance(dumped, str) and dt.datetime.fromisoformat(dumped) == native
     except ValueError:
@@ -326,7 +326,7 @@ def _refused_row(value: object, _depth: int) -> Any:
 
 
 def _multiple(value: Any, depth: int) -> dict[str, Any]:
-    """Keep all values of a field that a form, or a query string, has more than once."""
+    """Convert a form or query string; a field that occurs more than once becomes a list."""
     found = {name: value.getlist(name) for name in dict.fromkeys(key for key, _ in value.items())}
     return _object(
         {name: items[0] if len(items) == 1 else items for name, items in found.items()}, depth
@@ -334,10 +334,10 @@ def _multiple(value: Any, depth: int) -> dict[str, Any]:
 
 
 def _converter_of(kind: type) -> Converter:
-    """Find the converter of a type that is not in the table itself."""
-    if hasattr(kind, "_sa_class_manager"):  # mapped by SQLAlchemy, whatever else it is
+    """Return the converter of a type that is not in the table."""
+    if hasattr(kind, "_sa_class_manager"):  # mapped by SQLAlchemy, even if it is also a dataclass
         return _refused_row
-    if hasattr(kind, "getlist") and hasattr(kind, "items"):  # Werkzeug's
+    if hasattr(kind, "getlist") and hasattr(kind, "items"):  # a MultiDict of Werkzeug
         return _multiple
     if hasattr(kind, "model_dump"):
         return _model
@@ -362,7 +362,7 @@ _CONVERTERS: dict[type, Converter] = {
     Decimal: _decimal,
 }
 
-# In this order: an Enum may be a str as well, and a datetime is a date.
+# The order matters: an Enum may also be a str, and a datetime is a date.
 _BASES: tuple[tuple[Any, Converter], ...] = (
     (enum.Enum, _enum),
     (msgspec.Struct, _struct),

@@ -1,8 +1,8 @@
-"""Topics and subjects: how an application's names become NATS addresses.
+"""Topics and subjects: converts an application's names to NATS addresses.
 
-A topic is the application's word for a kind of event (``order.created``); its subject is
-``{env}.{app_name}.{topic}``. Matching is by token: ``*`` is exactly one token and ``>``,
-only at the end, is one or more.
+A topic is the application's name for a kind of event (``order.created``); its subject is
+``{env}.{app_name}.{topic}``. Matching is by token: ``*`` matches exactly one token, and ``>``,
+only at the end, matches one or more.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from functools import lru_cache
 
 from ..errors import InvalidTopic
 
-#: App names that would collide with subjects the streams use themselves.
+#: App names that would collide with subjects that the streams use themselves.
 RESERVED_APP_NAMES = frozenset({"dlq", "events"})
-#: The first token of topics that are for dead letters: the peers' packages keep theirs there.
+#: The first token of topics for dead letters, which the peers' packages use.
 RESERVED_TOPIC = "dlq"
 
-#: Longest subject that is used, in characters.
+#: Maximum length of a subject, in characters.
 MAX_SUBJECT_LENGTH = 255
 
-# Not compiled here: that would take its part of every import, and few are used in any process.
+# Not compiled at import, to keep the import fast; a process uses few of them.
 _PART = r"[A-Za-z0-9_-]+"
 _NOT_IN_NAME = r"[^A-Za-z0-9_-]+"
 _NOT_IN_TOPIC = r"[^a-z0-9_.-]"
@@ -28,22 +28,22 @@ _NOT_IN_PATTERN = r"[^a-z0-9_.*>-]"
 
 
 def slug(name: str) -> str:
-    """Turn any name into one valid token, as ``my.shop app`` into ``my_shop_app``.
+    """Convert any name to one valid token, for example ``my.shop app`` to ``my_shop_app``.
 
-    Never empty: a name without a usable character becomes ``app``.
+    A name without a usable character becomes ``app``, so that the token is never empty.
     """
     return re.sub(_NOT_IN_NAME, "_", name).strip("_") or "app"
 
 
 def normalize_topic(topic: str, *, wildcards: bool = False) -> str:
-    """Return ``topic`` as it stands in a subject: lower case, other characters as ``_``.
+    """Return ``topic`` as part of a subject: lower case, other characters replaced by ``_``.
 
-    Only ASCII: of other scripts nothing but ``_`` would be left, the same for every word of one
-    length.
+    Topics are ASCII, because every letter of another script would become ``_``, so that all words
+    of one length would be the same.
 
     :param wildcards: allow ``*`` and a last ``>`` as whole tokens, as subscriptions do.
-    :raises InvalidTopic: not text, not ASCII, blank, an empty token, a wildcard out of place, or,
-        without ``wildcards``, a topic that is for dead letters.
+    :raises InvalidTopic: not a string, not ASCII, blank, an empty token, a misplaced wildcard,
+        or, without ``wildcards``, a topic for dead letters.
     """
     _check_text(topic)
     if not topic.strip():
@@ -65,7 +65,7 @@ def normalize_topic(topic: str, *, wildcards: bool = False) -> str:
 def subject_for(env: str, app_name: str, topic: str) -> str:
     """Return the subject that a message about ``topic`` is published to.
 
-    :raises InvalidTopic: see ``normalize_topic``; also when the subject is too long.
+    :raises InvalidTopic: see ``normalize_topic``; also if the subject is too long.
     """
     if type(topic) is not str:
         _check_text(topic)
@@ -77,7 +77,7 @@ def filter_for(env: str, producer: str, topic: str) -> str:
 
     :param producer: an app name, or ``*`` for every app.
     :param topic: may have wildcards.
-    :raises InvalidTopic: no such topic or producer, or the subject is too long.
+    :raises InvalidTopic: the topic or producer is invalid, or the subject is too long.
     """
     if producer != "*":
         _check_one_token("producer", producer)
@@ -86,7 +86,7 @@ def filter_for(env: str, producer: str, topic: str) -> str:
 
 
 def dead_letter_subject(env: str, app_name: str, subscriber: str) -> str:
-    """Return the subject of messages that ``subscriber`` has given up.
+    """Return the subject of the dead letters of ``subscriber``.
 
     :raises InvalidTopic: the subscriber's name is not one token.
     """
@@ -95,15 +95,15 @@ def dead_letter_subject(env: str, app_name: str, subscriber: str) -> str:
 
 
 def topic_of(subject: str) -> str:
-    """Return ``subject`` without its first two tokens, or all of it if there are no more."""
+    """Return ``subject`` without its first two tokens, or unchanged if it has no more."""
     tokens = subject.split(".", 2)
     return tokens[2] if len(tokens) == 3 else subject
 
 
 def check_filter(subject: str) -> str:
-    """Return ``subject``, a raw NATS subject to subscribe to, if NATS can address it.
+    """Check a raw NATS subject to subscribe to, and return it.
 
-    :raises InvalidTopic: blanks, control characters, empty tokens, wildcards out of place.
+    :raises InvalidTopic: it has blanks, control characters, empty tokens or misplaced wildcards.
     """
     _check_text(subject, "subject")
     if not subject.isprintable() or " " in subject:
@@ -114,9 +114,9 @@ def check_filter(subject: str) -> str:
 
 @lru_cache(maxsize=4096)
 def is_subject(subject: str) -> bool:
-    """Tell whether a message can be sent to ``subject``: printable tokens without wildcards.
+    """Whether a message can be sent to ``subject``: printable tokens without wildcards.
 
-    Stricter than the server, which would take control characters and wildcards as they are.
+    This is stricter than the server, which accepts control characters and wildcards.
     """
     if not subject.isprintable() or " " in subject:
         return False
@@ -124,12 +124,12 @@ def is_subject(subject: str) -> bool:
 
 
 def matches(pattern: str, subject: str) -> bool:
-    """Tell whether ``pattern`` selects the concrete ``subject``."""
+    """Whether ``pattern`` matches the concrete ``subject``."""
     return covers(pattern, subject)
 
 
 def covers(pattern: str, other: str) -> bool:
-    """Tell whether ``pattern`` selects every subject that ``other`` selects."""
+    """Whether ``pattern`` matches every subject that ``other`` matches."""
     theirs = other.split(".")
     ours = pattern.split(".")
     for position, part in enumerate(ours):
@@ -143,7 +143,7 @@ def covers(pattern: str, other: str) -> bool:
 
 
 def overlaps(a: str, b: str) -> bool:
-    """Tell whether some subject is selected by both ``a`` and ``b``."""
+    """Whether some subject is matched by both ``a`` and ``b``."""
     ours, theirs = a.split("."), b.split(".")
     for one, other in zip(ours, theirs, strict=False):
         if ">" in (one, other):
@@ -167,7 +167,7 @@ def _checked_length(subject: str) -> str:
 
 
 def _check_text(name: object, what: str = "topic") -> None:
-    # Before the cache, too: what is not text may not even be hashable.
+    # Checked before the cache, because another type may not be hashable.
     if not isinstance(name, str):
         raise InvalidTopic(
             f"A {what} is text, not {type(name).__name__}.", "Use a name such as 'order.created'."
@@ -183,7 +183,7 @@ def _check_one_token(what: str, name: object) -> None:
 
 
 def _check_tokens(what: str, name: str) -> None:
-    """Refuse empty tokens, and wildcards that are not tokens of their own."""
+    """Refuse empty tokens, and wildcards that are only part of a token."""
     tokens = name.split(".")
     if not all(tokens):
         raise _invalid(what, name, "has an empty token")

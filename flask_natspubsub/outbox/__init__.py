@@ -1,1 +1,1 @@
-"""The table of events to send: written with the caller's rows, sent by the relay."""
+"""The outbox: events are written in the caller's transaction and sent by the relay."""

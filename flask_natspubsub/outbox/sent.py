@@ -1,4 +1,4 @@
-"""The rows of the outbox that were sent: the durable copies of what the stream should have."""
+"""Sent rows of the outbox, the durable copies of the messages in the stream."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = 500
 
 @dataclass(frozen=True, slots=True)
 class SentRow:
-    """Where a row was stored, as the stream acknowledged it.
+    """A sent row, with its stream and sequence from the acknowledgement.
 
     :param sent_at: seconds since the epoch, on the database's clock.
     """
@@ -40,13 +40,13 @@ class SentRows:
     def highest(self, among: int) -> list[SentRow]:
         """Return, for each stream, the row with the highest sequence.
 
-        :param among: so many rows, those that were sent last, are looked at.
+        :param among: the number of rows, those sent last, that are considered.
         """
         last = self._query(None, None).limit(among).subquery()
         place = sa.func.row_number().over(
             partition_by=last.c.stream, order_by=last.c.stream_sequence.desc()
         )
-        # A row that somebody has marked by hand is in no stream.
+        # A row that was marked as sent by hand has no stream.
         known = sa.and_(last.c.stream.is_not(None), last.c.stream_sequence.is_not(None))
         placed = sa.select(last, place.label("place")).where(known).subquery()
         columns = [placed.c[column.name] for column in last.c]
@@ -55,10 +55,11 @@ class SentRows:
     def pages(
         self, *, since: float | None = None, stream: str | None = None, size: int = PAGE
     ) -> Iterator[list[SentRow]]:
-        """Yield rows, those sent last first, some at a time.
+        """Yield pages of rows, those sent last first.
 
         :param since: only those sent at or after this time, seconds since the epoch.
-        :param stream: only those of this stream.
+        :param stream: only those in this stream.
+        :param size: rows in a page.
         """
         query = self._query(since, stream).limit(size)
         page = self._read(query)
@@ -79,7 +80,7 @@ class SentRows:
 
     def _chosen(self, since: float | None) -> sa.ColumnElement[bool]:
         columns = self.table.c
-        # In the text of the query, as a bound value does not show that the index fits.
+        # A literal, because with a bound value the database does not use the partial index.
         sent: sa.ColumnElement[str] = sa.literal_column(f"'{SENT}'", sa.String)
         chosen = sa.and_(columns.status == sent, columns.sent_at.is_not(None))
         return chosen if since is None else sa.and_(chosen, columns.sent_at >= since)
@@ -89,17 +90,17 @@ class SentRows:
             return [SentRow(*row) for row in connection.execute(query)]
 
     def count(self, since: float | None = None) -> int:
-        """Return how many there are."""
+        """Return the number of sent rows."""
         query = sa.select(sa.func.count()).select_from(self.table).where(self._chosen(since))
         with self._database.begin() as connection:
             return int(connection.execute(query).scalar_one())
 
     def confirm(self, ids: Sequence[int]) -> None:
-        """Note that the stream was seen to have these rows."""
+        """Record that the stream has the messages of these rows."""
         self._update(ids, {"confirmed_at": database_now()})
 
     def resend(self, ids: Sequence[int]) -> int:
-        """Make rows pending again, with the same event ids; returns how many were not yet."""
+        """Make rows pending again, with the same event ids; returns the number changed."""
         return self._update(
             ids,
             {

@@ -1,7 +1,7 @@
-"""What is remembered of each stream the outbox was sent to, so that its loss is noticed.
+"""A record of each stream to which the outbox was sent, to detect that it was rewound.
 
-An acknowledgement is a promise to keep a message. A stream that has gone back to an earlier
-state (a loss of power, a restored disk) says nothing of it; only who remembers can tell.
+An acknowledgement is a promise to keep a message. A stream that was rewound (by a power loss or
+a restored disk) does not report this, so it is compared with the record.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ TABLE = "natspubsub_stream"
 
 @dataclass(frozen=True, slots=True)
 class StreamRecord:
-    """A stream as it was when it was last looked at.
+    """A stream at the time of the last check.
 
-    :param created: as the server says; empty: the stream was gone.
-    :param last_sequence: its highest sequence then.
-    :param rewinds: how often it was found to have lost messages.
-    :param rewound_at: when it was found so, seconds since the epoch; None if all is repaired.
-    :param sound_until: when it was last seen to be whole; of what was sent later, nothing is sure.
-    :param reason: what gave it away.
+    :param created: when the stream was created, as the server reports it; empty if it was gone.
+    :param last_sequence: its highest sequence.
+    :param rewinds: how often it was found to be rewound.
+    :param rewound_at: when it was found to be rewound, seconds since the epoch; None if it is
+        repaired.
+    :param sound_until: when it was last found complete, seconds since the epoch; messages sent
+        later may be lost.
+    :param reason: how the rewind was detected.
     """
 
     name: str
@@ -55,14 +57,14 @@ def stream_table(metadata: sa.MetaData) -> sa.Table:
 
 
 class StreamRecords:
-    """Reads and writes the records, in short transactions of their own."""
+    """Reads and writes the records, each in its own short transaction."""
 
     def __init__(self, database: Database, table: sa.Table) -> None:
         self.table = table
         self._database = database
 
     def load(self) -> dict[str, StreamRecord]:
-        """Return all records by the names of the streams."""
+        """Return all records by stream name."""
         names = StreamRecord.__dataclass_fields__
         query = sa.select(*(self.table.c[name] for name in names))
         with self._database.begin() as connection:
@@ -70,13 +72,14 @@ class StreamRecords:
         return {row["name"]: StreamRecord(**row) for row in rows}
 
     def rewound(self) -> list[StreamRecord]:
-        """Return the streams that have lost messages which were not sent again yet."""
+        """Return the rewound streams whose lost messages were not sent again yet."""
         return [record for record in self.load().values() if record.rewound_at is not None]
 
     def confirm(self, info: StreamInfo, elapsed: float) -> None:
-        """Note that a stream was whole.
+        """Record that a stream is complete.
 
-        :param elapsed: seconds since it was asked.
+        :param info: the state of the stream.
+        :param elapsed: seconds since ``info`` was requested.
         """
         name, now = info.config.name, database_now() - elapsed
         values = {
@@ -88,18 +91,18 @@ class StreamRecords:
                 insert_new(connection, self.table, {"name": name, "rewinds": 0, **values})
 
     def report(self, name: str, reason: str, info: StreamInfo | None, known: int) -> bool:
-        """Note that a stream has lost messages.
+        """Record that a stream was rewound.
 
-        :param info: as it is now; None if it is gone.
-        :param known: its number of rewinds so far; another one means that somebody else has
-            noted this one already, and nothing is written.
-        :returns: whether it was written.
+        :param info: its present state; None if it is gone.
+        :param known: its known number of rewinds. If the record has another number, another
+            process has already recorded this rewind, and nothing is written.
+        :returns: whether the record was written.
         """
         columns = self.table.c
         created, last = (info.created, info.last_sequence) if info else ("", 0)
         now = database_now()
         update = sa.update(self.table).where(columns.name == name, columns.rewinds == known)
-        # In this order: MySQL takes the new values of those before.
+        # The order matters: MySQL uses the new values of columns that were set before.
         ordered = update.ordered_values(
             (columns.sound_until, sa.func.coalesce(columns.sound_until, columns.checked_at)),
             (columns.checked_at, now),
@@ -119,7 +122,7 @@ class StreamRecords:
             return known == 0 and insert_new(connection, self.table, first)
 
     def clear(self, record: StreamRecord) -> bool:
-        """Note that all was sent again; False if it has been rewound once more since."""
+        """Record that lost messages were sent again; False if it was rewound again since."""
         columns = self.table.c
         update = sa.update(self.table).where(
             columns.name == record.name, columns.rewinds == record.rewinds

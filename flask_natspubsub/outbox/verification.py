@@ -1,7 +1,7 @@
-"""Whether the streams still have what they acknowledged, and sending again what they lost.
+"""Checks that streams still have the messages they acknowledged, and resends lost ones.
 
-A row that was sent keeps its place in the stream. There the message must be, with the row's
-event id; unless it has grown too old for the stream, which is no loss.
+A sent row has the stream and sequence of its message. The message there must have the row's
+event id, unless it was older than the stream's limits, in which case it is not lost.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _log = get_logger("flask_natspubsub.relay")
 
 State = Literal["present", "missing", "expired"]
 
-#: Of the older rows, one of so many is looked at unless all are asked for.
+#: One of this number of older rows is checked, unless ``full`` is set.
 SAMPLE = 100
-#: So many of the newest are always looked at: what a loss of power takes is at the end.
+#: The number of newest rows that are always checked, because a power loss affects the end.
 NEWEST = 1000
-#: So many rows of a time when the stream was whole, one after the other without a loss, end
-#: the search for what it lost: what is older than these is there too.
+#: The search for lost rows ends after this number of consecutive present rows from before the
+#: rewind, because older messages are present too.
 ENOUGH = 1000
 
 
@@ -38,14 +38,14 @@ def _nothing(count: int) -> None: ...
 
 @dataclass(slots=True)
 class Verification:
-    """What a comparison of the outbox with the streams has found.
+    """The result of comparing the outbox with the streams.
 
-    :param rows: sent rows in the time asked for.
-    :param checked: those that were looked for.
-    :param present: the stream has them.
-    :param expired: older than what the stream keeps.
-    :param missing: event ids of those that the stream should have and has not.
-    :param rewound: streams that are known to have lost messages, and are not repaired.
+    :param rows: the number of sent rows in the requested time.
+    :param checked: the number of rows that were compared.
+    :param present: the number of rows whose message is in the stream.
+    :param expired: the number of rows whose message was older than the stream's limits.
+    :param missing: the event ids of messages that are lost.
+    :param rewound: the names of rewound streams that are not repaired.
     """
 
     rows: int = 0
@@ -57,18 +57,18 @@ class Verification:
 
 
 class Locator:
-    """Looks for rows in their streams; ``refresh`` it after reading rows."""
+    """Finds the messages of rows in their streams; call ``refresh`` after reading rows."""
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._infos: dict[str, StreamInfo | None] = {}
 
     def refresh(self) -> None:
-        """Ask anew what the streams have: they must not be older than the rows."""
+        """Forget cached stream infos, which must not be older than the rows."""
         self._infos.clear()
 
     def find(self, row: SentRow) -> State:
-        """Return whether the stream has the message of a row.
+        """Return whether the message of a row is present, missing or expired.
 
         :raises BrokerError: the server did not answer.
         :raises NotConnected: there is no server.
@@ -83,7 +83,7 @@ class Locator:
             found = is_known_as(message.headers, row.event_id)
             return "present" if found else self._unless_old(row, info)
         if info.config.retention != "limits" or info.max_msgs_per_subject > 0:
-            return "expired"  # consumed, or followed by another of its subject
+            return "expired"  # consumed, or replaced by a newer message of its subject
         self._infos.pop(row.stream)
         now = self._info(row.stream)
         if now is not None and row.sequence < now.first_sequence:
@@ -107,10 +107,10 @@ class Locator:
 
 
 def lost_rows(store: OutboxStore, broker: Broker, record: StreamRecord) -> Iterator[list[int]]:
-    """Yield, some at a time, the ids of the rows that a rewound stream has lost.
+    """Yield pages of ids of the rows whose messages a rewound stream has lost.
 
-    What it lost is the end of what it had, so the search goes from the newest row back until
-    it has met enough that are there, of those sent while the stream was known to be whole.
+    A rewound stream has lost its newest messages, so the search goes back from the newest row
+    until ``ENOUGH`` consecutive rows are present that were sent before the rewind.
     """
     locator, met = Locator(broker), 0
     sound_until = record.sound_until or 0.0
@@ -129,9 +129,9 @@ def lost_rows(store: OutboxStore, broker: Broker, record: StreamRecord) -> Itera
 
 
 class SentEvents:
-    """The durable copies: compares them with the streams, and sends them again.
+    """The durable copies of sent events: compares them with the streams, and resends them.
 
-    Sent rows are kept ``NATSPUBSUB_OUTBOX_RETENTION`` seconds; what is older cannot be told.
+    Sent rows are kept ``NATSPUBSUB_OUTBOX_RETENTION`` seconds; older ones cannot be checked.
     """
 
     def __init__(self, store: OutboxStore, broker: Broker) -> None:
@@ -139,9 +139,9 @@ class SentEvents:
         self._broker = broker
 
     def count(self, since: float | None = None) -> int:
-        """Return how many sent rows there are.
+        """Return the number of sent rows.
 
-        :param since: sent at or after this time, seconds since the epoch; default all.
+        :param since: only rows sent at or after this time, seconds since the epoch; default: all.
         """
         return self._store.sent.count(since)
 
@@ -154,12 +154,12 @@ class SentEvents:
     ) -> Verification:
         """Fetch messages by their sequence and compare the event ids.
 
-        Looks at the newest thousand and one of a hundred of the others. A full look at
-        everything that finds nothing missing also ends the alarm of a rewound stream.
+        The newest thousand rows and one in a hundred of the others are checked. If a full check
+        of all rows finds nothing missing, it also ends the alarm of a rewound stream.
 
-        :param since: only rows sent at or after this time, seconds since the epoch.
-        :param full: look at all of them.
-        :param progress: told how many rows more have been gone through.
+        :param since: only rows sent at or after this time, seconds since the epoch; default: all.
+        :param full: check every row.
+        :param progress: is called with the number of rows read since its last call.
         :raises BrokerError: the server did not answer.
         :raises NotConnected: there is no server.
         """
@@ -197,14 +197,15 @@ class SentEvents:
     ) -> int:
         """Make sent rows pending again, with the same event ids; a relay then sends them.
 
-        What the stream still has is stored twice, beyond its duplicate window: the inbox lets
-        the second one pass without an effect. Ends the alarm of a rewound stream, unless more
-        of what was sent before ``since`` is missing.
+        After its duplicate window, a stream stores a second copy of a message that it still has;
+        the inbox skips the second copy. This ends the alarm of a rewound stream, unless messages
+        sent before ``since`` are missing too.
 
-        :param since: rows sent at or after this time, seconds since the epoch; default all.
-        :param missing_only: only those that the stream has not.
+        :param since: only rows sent at or after this time, seconds since the epoch; default: all.
+        :param missing_only: only rows whose message is missing in the stream.
         :param dry_run: change nothing.
-        :returns: how many rows were, or would be, made pending.
+        :param progress: is called with the number of rows read since its last call.
+        :returns: the number of rows that were, or would be, made pending.
         """
         chosen: list[int] = []
         known = self._store.streams.rewound()
@@ -213,7 +214,7 @@ class SentEvents:
             progress(len(page))
         if dry_run:
             return len(chosen)
-        count = self._store.sent.resend(sorted(chosen))  # of one key none before an earlier one
+        count = self._store.sent.resend(sorted(chosen))  # in the order of their ids
         self._clear([record for record in known if self._is_whole(record)])
         return count
 

@@ -1,1 +1,1 @@
-"""From a view to the broker or the outbox."""
+"""Publishing: from the call of ``publish`` to the broker or the outbox."""

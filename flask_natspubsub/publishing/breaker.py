@@ -1,4 +1,4 @@
-"""A circuit breaker: after many failures in a row, fail at once for a while."""
+"""A circuit breaker: after several failures in a row, publishing fails at once for a while."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..errors import CircuitOpen
 class CircuitBreaker:
     """Counts failures in a row.
 
-    Threads may use it at once, without a lock that a forked child could inherit locked: at
-    worst a failure is not counted, or a second caller tries.
+    It is used by several threads without a lock, which a forked child could inherit locked. The
+    worst results are a failure that is not counted, or a second caller that tries.
 
-    :param threshold: failures in a row that open the circuit; 0 for never.
+    :param threshold: failures in a row that open the circuit; 0: it never opens.
     :param reset: seconds after which one caller may try again.
     """
 
@@ -30,7 +30,7 @@ class CircuitBreaker:
         return 0 < self._threshold <= self.failures
 
     def check(self) -> None:
-        """Raise ``CircuitOpen`` while the circuit is open; let one through at each reset."""
+        """Raise ``CircuitOpen`` while the circuit is open, but allow one call at each reset."""
         if not self.is_open:
             return
         now = time.monotonic()

@@ -1,8 +1,8 @@
-"""Model changes become outbox rows, in the flush that writes them.
+"""Publishes model changes as outbox rows, in the flush that writes them.
 
-Only what goes through the unit of work is seen: Core statements and bulk updates fire no
-model events, so a row changed by them publishes nothing. What an event cannot carry is refused
-when a model is registered, or left out: it never makes the user's commit fail.
+Only changes through the unit of work are detected: Core statements and bulk updates fire no
+model events. Values that an event cannot represent are refused when the model is registered, or
+left out, so that they never make the user's commit fail.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..messages.subjects import normalize_topic
 
 _log = logging.getLogger("flask_natspubsub")
 
-#: Columns that are not published unless they are named.
+#: Columns that are published only if ``fields`` names them.
 SECRET = re.compile(
     r"passw|passphrase|pwd|secret|token|credential|(api|access|private|signing|encryption)_?key"
     r"|hash($|_)|(^|_)(hash|hashes|salt|t?otp|pin|ssn|cvv|cvc)($|_)",
@@ -34,7 +34,7 @@ SECRET = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class ModelChange:
     """A row of a model that was created, updated or deleted."""
 
     topic: str
@@ -45,7 +45,7 @@ class Change:
 class _Model:
     """A watched model.
 
-    :param derived: those of the fields that the database computes from others.
+    :param derived: the fields that the database computes.
     """
 
     cls: type
@@ -57,7 +57,7 @@ class _Model:
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """What is known of an object before the flush: an expression that was set is gone after it."""
+    """The state of an object before the flush, which replaces expressions by their values."""
 
     changed: list[str]
     derived: dict[str, Any]
@@ -70,10 +70,10 @@ _Known = dict[tuple[Any, _Model], _Before]
 class ChangeFeed:
     """Watches models and reports what each flush did to them.
 
-    :param report: called inside the flush with the session and its changes.
+    :param report: is called inside the flush with the session and its changes.
     """
 
-    def __init__(self, report: Callable[[orm.Session, Sequence[Change]], None]) -> None:
+    def __init__(self, report: Callable[[orm.Session, Sequence[ModelChange]], None]) -> None:
         self._report = report
         self._models: list[_Model] = []
         self._left_out: set[tuple[type, str]] = set()
@@ -82,16 +82,16 @@ class ChangeFeed:
     def watch(self, model: type, topic: str, fields: Iterable[str] | None = None) -> None:
         """Report the changes of a model as ``{topic}.created``, ``.updated``, ``.deleted``.
 
-        :param fields: the columns in the message; default: all but those that look like
-            secrets and those that are binary.
-        :raises ConfigurationError: not a mapped class, no such column, or one that is binary.
-        :raises InvalidTopic: the topic cannot be addressed.
+        :param fields: the columns in the message; default: all except binary ones and those
+            whose names look like secrets.
+        :raises ConfigurationError: not a mapped class, no such column, or a binary column.
+        :raises InvalidTopic: the topic is invalid.
         """
         mapper: Any = sa.inspect(model, raiseerr=False)
         if not isinstance(mapper, orm.Mapper):
             raise ConfigurationError(f"{model!r} is not a mapped class.", "Pass a model.")
         normalize_topic(f"{topic}.created")
-        # Not its attributes: models that it refers to may not have been imported yet.
+        # Not the attributes: related models may not have been imported yet.
         columns: dict[str, Any] = dict(mapper.columns.items())
         chosen = [
             name
@@ -110,7 +110,7 @@ class ChangeFeed:
         self._models.append(_Model(model, topic, tuple(chosen), tuple(keys), tuple(derived)))
 
     def look_before(self, session: orm.Session) -> None:
-        """Note what the flush that begins is going to change."""
+        """Record what the flush that begins is going to change."""
         before: _Known = {}
         session.info[self] = before
         for obj in session.dirty:
@@ -123,7 +123,7 @@ class ChangeFeed:
                     )
 
     def look(self, session: orm.Session) -> None:
-        """Report what the flush that is ending has done."""
+        """Report what the flush that ends has changed."""
         before = session.info.pop(self, {})
         changes = [
             change
@@ -133,15 +133,17 @@ class ChangeFeed:
         if changes:
             self._report(session, changes)
 
-    def _of(self, session: orm.Session, obj: object, kind: str, before: _Known) -> Iterable[Change]:
+    def _of(
+        self, session: orm.Session, obj: object, kind: str, before: _Known
+    ) -> Iterable[ModelChange]:
         for model in self._models:
             if isinstance(obj, model.cls):
                 message = _message(session, obj, kind, model, before)
                 if message is not None:
-                    yield Change(f"{model.topic}.{kind}", self._plain(message, model))
+                    yield ModelChange(f"{model.topic}.{kind}", self._plain(message, model))
 
     def _plain(self, message: dict[str, Any], model: _Model) -> dict[str, Any]:
-        """Leave out what has no JSON form: it must not make the user's commit fail."""
+        """Leave out values without a JSON form, which must not make the user's commit fail."""
         plain = {}
         for name, value in message.items():
             try:
@@ -164,7 +166,7 @@ def _check_column(model: type, name: str, columns: dict[str, Any]) -> None:
             f"{model.__name__} has no column {name!r}.",
             f"Its columns: {', '.join(columns)}.",
         )
-    # A decorated type may make text of its bytes.
+    # A decorated type may convert its bytes to a string.
     kind = columns[name].type
     by_itself = not isinstance(kind, sa.TypeDecorator) or isinstance(kind, sa.PickleType)
     if by_itself and _python_type(columns[name]) is bytes:
@@ -175,7 +177,7 @@ def _check_column(model: type, name: str, columns: dict[str, Any]) -> None:
 
 
 def _python_type(column: Any) -> type:
-    """Return the type of what the database has of a column, as far as it is known."""
+    """Return the type that the database returns for a column, or ``object`` if unknown."""
     kind = column.type
     while isinstance(kind, sa.TypeDecorator):
         kind = kind.impl_instance
@@ -191,7 +193,7 @@ def _is_derived(column: Any) -> bool:
 
 
 def _as_stored(value: Any) -> Any:
-    """Return what the row has: a time without a zone, and of a JSON column the keys as text."""
+    """Return the value as the row has it: naive datetimes, and string keys in JSON columns."""
     if isinstance(value, dt.datetime) and value.utcoffset() is None:
         return value.isoformat()
     if isinstance(value, dict):
@@ -204,7 +206,7 @@ def _key(key: Any) -> Any:
 
 
 def _touched(session: orm.Session, before: _Known) -> list[tuple[object, str]]:
-    """Return the objects of the flush; the session keeps the changed ones in no order."""
+    """Return the objects of the flush; changed ones are sorted, as the session has no order."""
     found = [(obj, "created") for obj in session.new]
     expressions = {state for (state, _), one in before.items() if one.changed}
     changed = [
@@ -218,7 +220,7 @@ def _touched(session: orm.Session, before: _Known) -> list[tuple[object, str]]:
 
 
 def _order(obj: object) -> tuple[str, list[tuple[int, str]]]:
-    """Sort by class and primary key, numbers as numbers."""
+    """Return a key that sorts by class and primary key, numbers by their value."""
     identity: tuple[Any, ...] = sa.inspect(obj, raiseerr=True).identity or ()
     return type(obj).__name__, [(len(str(part)), str(part)) for part in identity]
 
@@ -228,7 +230,7 @@ def _message(
 ) -> dict[str, Any] | None:
     state: Any = sa.inspect(obj)
     if kind == "created":
-        # What was never set is NULL, unless the database has made a value nobody has read yet.
+        # A field that was never set is NULL, unless the database has made a value for it.
         made = [*state.expired_attributes, *model.derived]
         values = {name: None for name in model.fields if name not in made}
         return values | _loaded(state, model.fields) | _fetched(session, state, model, made)
@@ -248,14 +250,14 @@ def _message(
 
 
 def _loaded(state: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the values there are: reading an expired attribute would query inside the flush."""
+    """Return loaded values only: reading an expired attribute would query inside the flush."""
     return {name: state.dict[name] for name in names if name in state.dict}
 
 
 def _fetched(
     session: orm.Session, state: Any, model: _Model, names: Iterable[str]
 ) -> dict[str, Any]:
-    """Ask for what the database has made of an expression, or computed, in this flush."""
+    """Query the values of expressions and computed columns of this flush."""
     missing = [name for name in model.fields if name in names and name not in state.dict]
     if not missing:
         return {}

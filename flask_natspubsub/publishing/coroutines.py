@@ -1,7 +1,7 @@
-"""Answers for coroutines: brought from the broker's thread into the event loop that waits.
+"""Passes results from the broker's thread to coroutines on other event loops.
 
-To wake a loop costs more than a message does. So what is answered while a loop has been woken
-and has not looked yet is found by that look.
+Waking an event loop costs more than publishing a message. Therefore all results that arrive
+between the wake-up of a loop and its run are passed on by this one run.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Callable
 
 from .draft import PublishReceipt
 
-#: Takes the receipt, or the error.
+#: Is called with the receipt or the error.
 Done = Callable[[PublishReceipt | Exception], None]
 
 
 async def answer_to(start: Callable[[Done], None]) -> PublishReceipt:
-    """Call ``start`` with what takes the answer, and wait for that; any thread may bring it."""
-    mail = _mail_of(asyncio.get_running_loop())
-    future: asyncio.Future[PublishReceipt] = mail.loop.create_future()
-    start(lambda result: mail.put(future, result))
+    """Call ``start`` with a callback, and wait for its result; any thread may call it."""
+    mailbox = _mailbox_of(asyncio.get_running_loop())
+    future: asyncio.Future[PublishReceipt] = mailbox.loop.create_future()
+    start(lambda result: mailbox.put(future, result))
     return await future
 
 
-class _Mail:
-    """What has been answered for one event loop and not been handed out."""
+class _Mailbox:
+    """Results for coroutines of one event loop that were not passed on yet."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -38,19 +38,19 @@ class _Mail:
     def put(
         self, future: asyncio.Future[PublishReceipt], result: PublishReceipt | Exception
     ) -> None:
-        """Bring an answer; any thread."""
+        """Add the result of ``future``; may be called in any thread."""
         self._arrived.append((future, result))
         if not self._called:
             self._called = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
                 self.loop.call_soon_threadsafe(self._hand_out)
 
     def _hand_out(self) -> None:
-        self._called = False  # before the look: what is put after it calls again
+        self._called = False  # first, so that a later put schedules another run
         while self._arrived:
             future, result = self._arrived.popleft()
             if future.done():
-                continue  # whoever waited was cancelled
+                continue  # the waiting coroutine was cancelled
             if isinstance(result, Exception):
                 future.set_exception(result)
             else:
@@ -58,15 +58,15 @@ class _Mail:
 
 
 class _Local(threading.local):
-    mail: _Mail | None = None
+    mailbox: _Mailbox | None = None
 
 
 _local = _Local()
 
 
-def _mail_of(loop: asyncio.AbstractEventLoop) -> _Mail:
-    """Return the mail of the loop that runs in this thread."""
-    mail = _local.mail
-    if mail is None or mail.loop is not loop:
-        mail = _local.mail = _Mail(loop)
-    return mail
+def _mailbox_of(loop: asyncio.AbstractEventLoop) -> _Mailbox:
+    """Return the mailbox of the loop that runs in this thread."""
+    mailbox = _local.mailbox
+    if mailbox is None or mailbox.loop is not loop:
+        mailbox = _local.mailbox = _Mailbox(loop)
+    return mailbox

@@ -1,4 +1,4 @@
-"""Blinker signals become messages."""
+"""Publishes blinker signals as messages."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from blinker import Signal
 
 from ..errors import RegistrationError
 
-#: Makes a message of a signal: ``(sender, **arguments) -> message``; None publishes nothing.
+#: Makes a message from a signal: ``(sender, **arguments) -> message``; None publishes nothing.
 Build = Callable[..., Any]
 
 
 def forward(signal: Signal, build: Build | None, publish: Callable[[Any], object]) -> None:
-    """Call ``publish`` with the message that ``build`` makes, whenever ``signal`` is sent.
+    """Call ``publish`` with the message that ``build`` returns, whenever ``signal`` is sent.
 
-    :param build: default: the signal's keyword arguments are the message.
+    :param build: default: the message is the dict of the signal's keyword arguments.
     :raises RegistrationError: not a blinker signal.
     """
     if not isinstance(signal, Signal):

@@ -1,4 +1,4 @@
-"""Testing an application without a server: ``TestBroker``, and the fixture ``pubsub_broker``."""
+"""Tests of an application without a server: ``TestBroker`` and the fixture ``pubsub_broker``."""
 
 from __future__ import annotations
 

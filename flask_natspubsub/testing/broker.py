@@ -1,7 +1,7 @@
-"""A broker in memory for tests, on a clock that only moves when it is told to.
+"""A broker in memory for tests, with a clock that moves only on request.
 
-Only the broker differs from production: messages are really encoded, stored, delivered,
-decoded, retried and dead-lettered, by the same code, in the calling thread.
+Only the broker differs from production: the same code encodes, stores, delivers, decodes,
+retries and dead-letters messages, in the calling thread.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from ..worker.async_handlers import AsyncHandlers
 from ..worker.outcome import Outcome
 from ..worker.processor import Processor
 
-MOST_DELIVERIES = 10_000
-#: Stands for the streams of others that a raw subject is looked for in.
+#: ``drain`` fails after this number of deliveries.
+MAX_DELIVERIES = 10_000
+#: The name of the stream for raw subjects outside the application's own stream.
 ELSEWHERE = "elsewhere"
 
 
@@ -45,8 +46,8 @@ ELSEWHERE = "elsewhere"
 class Published:
     """A message that the application published.
 
-    :param message: the payload, decoded.
-    :param envelope: the whole JSON object around it.
+    :param message: the decoded payload.
+    :param envelope: the whole decoded envelope.
     """
 
     topic: str
@@ -60,18 +61,18 @@ class Published:
 
 
 class _Seat(NamedTuple):
-    """A subscriber, and the stream that its messages come from."""
+    """A subscriber's processor, and the stream from which it receives."""
 
     stream: str
     processor: Processor
 
 
 class TestBroker:
-    """Takes the place of the application's broker until ``close``; also a context manager.
+    """Replaces the application's broker until ``close``; also a context manager.
 
     :param app: an application with the extension.
-    :param others: more of them, which share the broker: what one publishes reaches the
-        subscribers of all. ``deliver`` acts for the first.
+    :param others: more applications, which share the broker: messages that one publishes reach
+        the subscribers of all. ``deliver`` publishes for the first.
     """
 
     __test__ = False  # its name begins with Test, and pytest would collect it
@@ -82,13 +83,13 @@ class TestBroker:
         self._clock = VirtualClock()
         self._broker = MemoryBroker(self._clock)
         self._async = AsyncHandlers()
-        #: What became of each delivery, in order.
+        #: The outcome of each delivery, in order.
         self.outcomes: list[Outcome] = []
         self._replaced = [state.use_broker(self._broker) for state in self._states]
         self._prepare()
 
     def close(self) -> None:
-        """Put the application's own broker back."""
+        """Restore the application's own broker."""
         for state, replaced in zip(self._states, self._replaced, strict=True):
             if state.persistence is not None:
                 state.persistence.database.joins_session = False
@@ -109,9 +110,9 @@ class TestBroker:
 
     @property
     def published(self) -> list[Published]:
-        """What the application has published, oldest first; rows still in the outbox are last.
+        """The messages that were published, oldest first, with pending outbox rows at the end.
 
-        Bytes that are no message (see ``deliver``) are not among them.
+        Bytes that are not a message (see ``deliver``) are not included.
         """
         with self._connected():
             stored = [one for name in self._streams for one in self._broker.messages(name)]
@@ -124,15 +125,17 @@ class TestBroker:
         return [found for found in map(_published, stored) if found is not None]
 
     def published_to(self, topic: str) -> list[Published]:
-        """Return the published messages of a topic; ``*`` and ``>`` may stand for tokens."""
+        """Return the published messages of a topic, which may have the wildcards * and >."""
         pattern = normalize_topic(topic, wildcards=True)
         return [one for one in self.published if matches(pattern, topic_of(one.subject))]
 
     def assert_published(self, topic: str, /, **subset: Any) -> Published:
-        """Check that a message was published to ``topic`` whose payload has these values.
+        """Assert that a message was published to ``topic`` whose payload has these values.
 
+        :param topic: may have wildcards.
+        :param subset: keys and values of the payload.
         :returns: the first such message.
-        :raises AssertionError: there is none; it lists what was published instead.
+        :raises AssertionError: there is none; the error lists the published messages.
         """
         candidates = self.published_to(topic)
         for one in candidates:
@@ -141,7 +144,7 @@ class TestBroker:
         raise AssertionError(self._explain(topic, subset, candidates))
 
     def assert_not_published(self, topic: str, /, **subset: Any) -> None:
-        """Check that no message was published to ``topic`` whose payload has these values."""
+        """Assert that no message was published to ``topic`` whose payload has these values."""
         for one in self.published_to(topic):
             if _has(one.message, subset):
                 raise AssertionError(f"{one.topic} was published: {one.message!r}")
@@ -156,7 +159,7 @@ class TestBroker:
 
     @property
     def dead_letters(self) -> list[DeadLetterRecord]:
-        """The messages given up on, oldest first."""
+        """The dead letters, oldest first."""
         places = {state.settings.dead_letter_stream: state.settings for state in self._states}
         with self._connected():
             return [one for place in places.values() for one in DeadLetters(self._broker, place)]
@@ -174,11 +177,13 @@ class TestBroker:
         raise_errors: bool = False,
         **envelope: Any,
     ) -> int:
-        """Let a message arrive as if somebody else had published it, and ``drain``.
+        """Publish a message as somebody else would, and ``drain``.
 
-        :param message: a payload; bytes are delivered as they are, envelope and all.
+        :param message: a payload; bytes are delivered unchanged, so they include the envelope.
         :param producer: the app that published it; default: this app.
-        :param retries: see ``drain``, as of ``raise_errors``.
+        :param headers: more headers.
+        :param retries: see ``drain``.
+        :param raise_errors: see ``drain``.
         :param envelope: ``event_id``, ``trace_id``, ``correlation_id``, ``occurred_at``, ...
         :returns: the number of deliveries made.
         """
@@ -207,13 +212,15 @@ class TestBroker:
         retries: bool = True,
         raise_errors: bool = False,
     ) -> int:
-        """Let a message of another system arrive on a NATS subject, and ``drain``.
+        """Publish a message of another system on a NATS subject, and ``drain``.
 
-        :param data: bytes as they are, or what is sent as JSON, without an envelope.
-        :param retries: see ``drain``, as of ``raise_errors``.
+        :param data: bytes, or a value to encode as JSON; no envelope is added.
+        :param headers: the headers.
+        :param retries: see ``drain``.
+        :param raise_errors: see ``drain``.
         :returns: the number of deliveries made.
         """
-        self._prepare()  # which makes the streams of others that subscribers name
+        self._prepare()  # creates the streams of other systems that subscribers name
         payload = data if isinstance(data, bytes) else encode_value(data)
         outgoing = Message(subject, payload, Headers(headers or {}))
         with self._connected():
@@ -225,15 +232,15 @@ class TestBroker:
     def drain(self, *, retries: bool = True, raise_errors: bool = False) -> int:
         """Run the subscribers until nothing is left to do, moving the clock to each retry.
 
-        Handlers run in this thread, one message at a time, in application contexts of their
-        own. What they publish is delivered too.
+        Handlers run in this thread, one message at a time, each in its own application context.
+        Messages that they publish are delivered too.
 
-        :param retries: False leaves the clock alone: what has failed, or is not due yet, waits.
-        :param raise_errors: raise what a handler raises, once its message is settled as it
-            would be in production; not ``Retry``, ``Discard`` and ``DeadLetter``, which say
-            what is to become of the message.
-        :returns: the number of deliveries made; 0 while disconnected.
-        :raises AssertionError: it does not end: handlers keep publishing to each other.
+        :param retries: False does not move the clock: messages that failed or are not due wait.
+        :param raise_errors: raise a handler's exception after its message was settled as in
+            production; except ``Retry``, ``Discard`` and ``DeadLetter``, by which a handler
+            decides what happens to its message.
+        :returns: the number of deliveries; 0 while disconnected.
+        :raises AssertionError: there is no end, because handlers keep publishing to each other.
         """
         seats, count = self._prepare(), 0
         while True:
@@ -241,7 +248,7 @@ class TestBroker:
                 count += 1
                 if raise_errors:
                     _raise(outcome)
-                if count > MOST_DELIVERIES:
+                if count > MAX_DELIVERIES:
                     raise AssertionError(
                         f"After {count} deliveries there are still more: do handlers publish what "
                         "makes them run again?"
@@ -250,9 +257,9 @@ class TestBroker:
                 return count
 
     def step(self) -> Outcome | None:
-        """Make the next delivery, of those that are due; the clock stays where it is.
+        """Make the next delivery that is due, without moving the clock.
 
-        :returns: what became of it, as in ``outcomes``; None if nothing is due.
+        :returns: its outcome, as in ``outcomes``; None if nothing is due.
         """
         return next(self._deliveries(self._prepare()), None)
 
@@ -268,7 +275,7 @@ class TestBroker:
         return True
 
     def advance(self, seconds: float) -> None:
-        """Move the clock, by which retries, delays and acknowledgement deadlines are kept."""
+        """Move the clock that retries, delays and ``ack_wait`` use."""
         self._broker.advance(seconds)
         for state in self._states:
             if state.persistence is not None:
@@ -276,13 +283,15 @@ class TestBroker:
 
     @property
     def _streams(self) -> list[str]:
-        """The main streams of the applications: one, if they are of one environment."""
+        """The main streams of the applications; one, if they share an environment."""
         return list(dict.fromkeys(state.settings.stream for state in self._states))
 
     def _prepare(self) -> list[_Seat]:
-        """Make the consumers of all subscribers; a new one sees what is published from here on.
+        """Create the streams and consumers of all subscribers.
 
-        :returns: none while disconnected.
+        Consumers with ``deliver_policy="new"`` start here.
+
+        :returns: an empty list while disconnected.
         """
         if not self._broker.is_connected:
             return []
@@ -313,7 +322,7 @@ class TestBroker:
             yield _Seat(config.stream, processor)
 
     def _consumer(self, state: AppState, subscription: Subscription) -> ConsumerConfig:
-        """Return its consumer; the stream of somebody else is made here, where nobody else is."""
+        """Return the subscription's consumer; creates the stream if it is another system's."""
         main = state.settings.stream
         config = subscription.consumer_config(main)
         stream = self._broker.stream_info(main)
@@ -325,7 +334,7 @@ class TestBroker:
         return msgspec.structs.replace(config, stream=name)
 
     def _deliveries(self, seats: Sequence[_Seat]) -> Iterator[Outcome]:
-        """Relay and deliver what is due, one message for each subscriber in turn."""
+        """Relay rows and deliver messages that are due, one for each subscriber in turn."""
         while self._broker.is_connected:
             progress = sum(self._relay(state) for state in self._states)
             for seat in seats:
@@ -337,7 +346,7 @@ class TestBroker:
                 return
 
     def _relay(self, state: AppState) -> int:
-        """Send what is due in the outbox; a publish that a fault makes fail is tried again."""
+        """Send due outbox rows; a publish that fails because of a fault is retried."""
         if state.persistence is None:
             return 0
         try:
@@ -358,28 +367,28 @@ class TestBroker:
     # --- faults
 
     def fail_publishes(self, count: int = 1) -> None:
-        """Let the next ``count`` publishes fail: ``PublishError``, not stored."""
+        """Fail the next ``count`` publishes with a ``PublishError``; they are not stored."""
         self._broker.fail_publishes(count)
 
     def duplicate(self) -> None:
-        """Deliver everything that was acknowledged once more at the next ``drain``."""
+        """Redeliver all acknowledged messages at the next ``drain``."""
         self._broker.duplicate()
 
     def drop_acks(self, count: int = 1) -> None:
-        """Lose the next ``count`` acknowledgements: those messages are delivered again."""
+        """Lose the next ``count`` acknowledgements; those messages are redelivered."""
         self._broker.drop_acks(count)
 
     def disconnect(self) -> None:
-        """Cut the connection: publishes raise ``NotConnected``, nothing is delivered."""
+        """Cut the connection: publishes raise ``NotConnected`` and nothing is delivered."""
         self._broker.disconnect()
 
     def reconnect(self) -> None:
-        """Mend the connection."""
+        """Restore the connection."""
         self._broker.reconnect()
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
-        """Reach the streams, even while the application is cut off from them."""
+        """Access the streams even while the application is disconnected."""
         cut_off = not self._broker.is_connected
         if cut_off:
             self._broker.reconnect()
@@ -402,10 +411,10 @@ def _state_of(app: Flask) -> AppState:
 
 @contextmanager
 def _context(state: AppState) -> Iterator[None]:
-    """Make the context of one message.
+    """Push the application context of one message.
 
-    In a test's own transaction it is a savepoint: what a handler has done when it fails must
-    not stay, and its rollback must not take what the test has done.
+    If the test runs in a transaction, this is a savepoint in it, so that the rollback of a
+    handler that fails undoes the handler's changes and keeps the test's.
     """
     persistence = state.persistence
     isolated = persistence.database.isolated() if persistence else nullcontext()
@@ -414,7 +423,7 @@ def _context(state: AppState) -> Iterator[None]:
 
 
 def _raise(outcome: Outcome) -> None:
-    """Raise the error of an outcome, unless it is what a handler says of its message."""
+    """Raise the error of an outcome, unless it is a handler's verdict."""
     if outcome.error is not None and not isinstance(outcome.error, HandlerVerdict):
         raise outcome.error
 

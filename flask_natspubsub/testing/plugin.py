@@ -1,4 +1,4 @@
-"""The pytest plugin: the fixture ``pubsub_broker``. Nothing in it is autouse."""
+"""The pytest plugin with the fixture ``pubsub_broker``. Nothing in it is autouse."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from flask import Flask
 
 from .broker import TestBroker
 
-#: Names that projects give to the fixture of their application.
+#: Common names of a project's fixture for its application.
 _NAMES = ("app", "application")
 
 
 @pytest.fixture
 def pubsub_app(request: pytest.FixtureRequest) -> Flask:
-    """Return the project's own ``app`` or ``application``; override it for any other."""
+    """Return the project's fixture ``app`` or ``application``; override it for another name."""
     for name in _NAMES:
         try:
             found: Flask = request.getfixturevalue(name)
         except pytest.FixtureLookupError as error:
             if error.argname != name:
-                raise  # the fixture is there, and what it needs is not
+                raise  # the fixture exists, but one that it uses does not
         else:
             return found
     raise pytest.UsageError(
@@ -32,6 +32,6 @@ def pubsub_app(request: pytest.FixtureRequest) -> Flask:
 
 @pytest.fixture
 def pubsub_broker(pubsub_app: Flask) -> Iterator[TestBroker]:
-    """Put a ``TestBroker`` in place of the broker of the project's application."""
+    """Replace the broker of the project's application by a ``TestBroker``."""
     with TestBroker(pubsub_app) as broker:
         yield broker

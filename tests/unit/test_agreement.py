@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flask_natspubsub.brokers.agreement import (
     HISTORY,
-    LONGEST_HISTORY,
+    MAX_HISTORY,
     Needs,
     disjoint,
     history_of,
@@ -81,7 +81,7 @@ def test_the_history_does_not_grow_for_ever() -> None:
     metadata: dict[str, str] = {}
     for number in range(50):
         metadata = with_newest(needs(f"a{number}"), needs("a"), metadata)
-    assert len(history_of(metadata)) == LONGEST_HISTORY
+    assert len(history_of(metadata)) == MAX_HISTORY
     assert len(metadata[HISTORY]) < 150
 
 

@@ -318,7 +318,7 @@ def test_what_handlers_publish_is_delivered_too_with_its_lineage(project, broker
 
 
 def test_handlers_that_never_stop_publishing_are_an_error(project, broker, monkeypatch):
-    monkeypatch.setattr("flask_natspubsub.testing.broker.MOST_DELIVERIES", 50)
+    monkeypatch.setattr("flask_natspubsub.testing.broker.MAX_DELIVERIES", 50)
     project.subscribe("order.created", then=lambda m, c: project.publish("order.created", m))
     project.publish("order.created", {})
     with pytest.raises(AssertionError, match="After 51 deliveries there are still more"):

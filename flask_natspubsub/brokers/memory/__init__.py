@@ -1,1 +1,1 @@
-"""A broker inside the process: JetStream's semantics without a server."""
+"""A broker in the process's memory, with JetStream's semantics and no server."""

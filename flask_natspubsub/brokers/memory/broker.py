@@ -1,8 +1,8 @@
-"""A broker inside the process: JetStream's semantics without a server.
+"""A broker in the process's memory, with JetStream's semantics and no server.
 
-For tests and for demos in one process. Streams live as long as the broker and are seen by
-nobody else. ``memory_stream`` knows the semantics, ``memory_exchange`` hands messages out;
-here are the methods of the port, and the faults that a test can ask for.
+It is for tests and for demos in one process. Its streams exist as long as the broker and are not
+visible to other processes. ``stream`` implements the semantics and ``exchange`` delivers
+messages; this module has the broker's interface, and the faults that a test can cause.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ DEFAULT_MAX_PAYLOAD = 1024 * 1024
 class MemoryBroker(Broker):
     """Streams, consumers and core subjects in the memory of this process.
 
-    Callbacks run one at a time and in order, in whatever thread made a message
-    deliverable: one that publishes, requests or settles, or a timer thread for what falls
-    due. With a ``VirtualClock`` there is no thread: ``advance`` moves time.
+    Callbacks run one at a time and in order, in the thread that made a message deliverable: a
+    thread that publishes, requests or settles, or a timer thread for messages that become due.
+    With a ``VirtualClock`` there is no timer thread: ``advance`` moves the time.
 
     :param clock: default: the computer's time.
-    :param max_payload: bytes of payload and headers a message may have.
+    :param max_payload: maximum bytes of payload and headers of a message.
     """
 
     def __init__(
@@ -59,21 +59,21 @@ class MemoryBroker(Broker):
 
     @property
     def is_connected(self) -> bool:
-        """Whether it is neither closed nor cut off by ``disconnect``."""
+        """Whether the broker is neither closed nor disconnected by ``disconnect``."""
         return self._exchange.is_up
 
     @property
     def max_payload(self) -> int:
-        """Bytes of payload and headers a message may have."""
+        """The maximum bytes of payload and headers of a message."""
         return self._max_payload
 
     def connect(self, timeout: float) -> None:
-        """Raise NotConnected if closed or cut off; never waits."""
+        """Raise ``NotConnected`` if the broker is closed or disconnected; never waits."""
         with self._lock:
             self._exchange.require_connection()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Stop all deliveries and the timer thread; everything is refused from now on."""
+        """Stop all deliveries and the timer thread; later calls are refused."""
         with self._lock:
             self._is_closed = True
             timer = self._exchange.cut_off()
@@ -83,7 +83,7 @@ class MemoryBroker(Broker):
     # --- publishing
 
     def submit(self, messages: Sequence[Message], timeout: float) -> Ticket:
-        """Store the messages, in order; the ticket has all results when this returns."""
+        """Store the messages in order; the returned ticket already has all results."""
         ticket = Ticket(len(messages))
         with self._lock:
             for index, message in enumerate(messages):
@@ -106,7 +106,7 @@ class MemoryBroker(Broker):
         return self._exchange.store(message)
 
     def send(self, subject: str, payload: bytes) -> None:
-        """Send to the listeners and, as a server does, to the stream of the subject, if any."""
+        """Send to the listeners and, like a server, to the stream of the subject, if any."""
         with self._lock:
             if self._exchange.is_up and len(payload) <= self._max_payload:
                 self._exchange.store(Message(subject, payload, {}))
@@ -125,13 +125,13 @@ class MemoryBroker(Broker):
         return pull
 
     def listen(self, subject: str, callback: Callable[[Message], None]) -> MemoryListener:
-        """Call ``callback`` for every message sent to ``subject``, wildcards included."""
+        """Call ``callback`` for every message to ``subject``, which may have wildcards."""
         listener = MemoryListener(self._exchange, subject, callback)
         self._exchange.add_listener(listener)
         return listener
 
     def add_consumer(self, config: ConsumerConfig) -> None:
-        """Create or update a durable consumer without a pull; ``fetch`` takes from it.
+        """Create or update a durable consumer without a pull, for ``fetch``.
 
         :raises TopologyError: the stream is missing, or does not cover a filter subject.
         """
@@ -139,7 +139,7 @@ class MemoryBroker(Broker):
             self._exchange.add_consumer(self._exchange.placed(config))
 
     def fetch(self, stream: str, durable: str, count: int = 1) -> list[MemoryDelivery]:
-        """Take up to ``count`` messages that can be delivered now; never waits.
+        """Return up to ``count`` messages that can be delivered now; never waits.
 
         :raises TopologyError: there is no such consumer.
         """
@@ -155,11 +155,11 @@ class MemoryBroker(Broker):
     # --- looking after streams
 
     def want(self, streams: Sequence[StreamConfig]) -> None:
-        """Set the streams up at once: nothing here is ever down."""
+        """Set the streams up at once, because this broker is always up."""
         self.setup(streams)
 
     def setup(self, streams: Sequence[StreamConfig], *, dry_run: bool = False) -> list[Change]:
-        """Create what is missing; see ``topology.plan`` for the rules."""
+        """Create missing streams and subjects; see ``topology.plan`` for the rules."""
         with self._lock:
             self._exchange.require_connection()
             existing = [stream.info() for stream in self._exchange.streams.values()]
@@ -179,7 +179,7 @@ class MemoryBroker(Broker):
             self._exchange.streams[change.stream].config = change.config
 
     def _refuse_overlap(self, config: StreamConfig) -> None:
-        """Refuse what a server refuses: two of the wanted streams with a subject in common."""
+        """Refuse two wanted streams with a common subject, as a server does."""
         for other in self._exchange.streams.values():
             for mine, theirs in product(config.subjects, other.config.subjects):
                 if overlaps(mine, theirs):
@@ -189,7 +189,7 @@ class MemoryBroker(Broker):
                     )
 
     def _stream(self, name: str) -> MemoryStream | None:
-        """Return a stream as it is now, without what is too old; the lock is held."""
+        """Return a stream without expired messages (lock held)."""
         self._exchange.require_connection()
         stream = self._exchange.streams.get(name)
         if stream is not None:
@@ -210,7 +210,7 @@ class MemoryBroker(Broker):
             return consumer.info(self._exchange.waiting(stream, durable)) if consumer else None
 
     def place(self, config: ConsumerConfig) -> ConsumerConfig:
-        """Return the config with the stream and the name that count; see its ``elsewhere``."""
+        """Return the config with the consumer's actual stream and name; see ``elsewhere``."""
         with self._lock:
             return self._exchange.placed(config)
 
@@ -222,7 +222,7 @@ class MemoryBroker(Broker):
             return [consumer.info(self._exchange.waiting(stream, name)) for name, consumer in known]
 
     def delete_consumer(self, stream: str, durable: str) -> bool:
-        """Delete a consumer; False if there was none. A pull on it has it made anew."""
+        """Delete a consumer; False if there was none. A pull on it recreates it."""
         with self._lock:
             self._exchange.require_connection()
             removed = self._exchange.remove_consumer(stream, durable)
@@ -238,7 +238,7 @@ class MemoryBroker(Broker):
     def messages(
         self, stream: str, subject: str = ">", *, after: int = 0
     ) -> Iterator[StoredMessage]:
-        """Read messages whose subject matches, oldest first, with a sequence above ``after``."""
+        """Yield messages whose subject matches, oldest first, with a sequence above ``after``."""
         while True:
             with self._lock:
                 found = self._stream(stream)
@@ -249,7 +249,7 @@ class MemoryBroker(Broker):
             after = message.sequence
 
     def last_message(self, stream: str, subject: str) -> StoredMessage | None:
-        """Read the newest message of exactly this subject."""
+        """Return the newest message of exactly this subject; None if there is none."""
         with self._lock:
             found = self._stream(stream)
             return found.newest((subject,)) if found else None
@@ -267,9 +267,9 @@ class MemoryBroker(Broker):
         return self.clock.now()
 
     def advance(self, seconds: float) -> None:
-        """Move the virtual clock and deliver what is due then.
+        """Move the virtual clock, and deliver messages that become due.
 
-        :raises TypeError: the broker was not made with a ``VirtualClock``.
+        :raises TypeError: the broker has no ``VirtualClock``.
         """
         if not isinstance(self.clock, VirtualClock):
             raise TypeError("advance() needs MemoryBroker(VirtualClock()).")
@@ -278,10 +278,10 @@ class MemoryBroker(Broker):
         self._exchange.deliver()
 
     def next_due(self, stream: str | None = None) -> float | None:
-        """When the next redelivery can happen, on the broker's clock.
+        """Return the time of the next redelivery on the broker's clock.
 
-        :param stream: look at this stream only; default: at all.
-        :returns: ``now()`` if one can happen already; None if no message waits for one.
+        :param stream: consider this stream only; default: all streams.
+        :returns: ``now()`` if a message is already due; None if none waits for a redelivery.
         """
         with self._lock:
             now = self.now()
@@ -296,17 +296,17 @@ class MemoryBroker(Broker):
     # --- faults, for tests
 
     def fail_publishes(self, count: int) -> None:
-        """Do not store the next ``count`` messages: ``PublishError``, outcome ``"unknown"``."""
+        """Fail the next ``count`` publishes with a ``PublishError``, outcome ``"unknown"``."""
         with self._lock:
             self._publishes_to_fail = count
 
     def drop_acks(self, count: int) -> None:
-        """Lose the next ``count`` acks: their messages come again after ``ack_wait``."""
+        """Lose the next ``count`` acks; their messages are redelivered after ``ack_wait``."""
         with self._lock:
             self._exchange.acks_to_drop = count
 
     def duplicate(self) -> None:
-        """Deliver every acked message that is still stored once more, to who acked it."""
+        """Redeliver every acked message that is still stored to the consumer that acked it."""
         with self._lock:
             for stream in self._exchange.streams.values():
                 stream.expire(self.now())
@@ -315,12 +315,12 @@ class MemoryBroker(Broker):
         self._exchange.deliver()
 
     def disconnect(self) -> None:
-        """Cut the connection: nothing is stored or delivered, and settlements are lost."""
+        """Cut the connection: nothing is stored or delivered, and acks and naks are lost."""
         with self._lock:
             self._exchange.cut_off()
 
     def reconnect(self) -> None:
-        """Mend what ``disconnect`` cut; a closed broker stays closed."""
+        """Restore the connection after ``disconnect``; a closed broker stays closed."""
         with self._lock:
             self._exchange.is_up = not self._is_closed
         self._exchange.deliver()

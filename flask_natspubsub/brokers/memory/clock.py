@@ -1,4 +1,4 @@
-"""The clocks a broker in memory can run on."""
+"""Clocks of the broker in memory."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Tells the time."""
+    """The interface of a clock."""
 
     def now(self) -> float:
-        """Seconds since the epoch; never goes back."""
+        """Return the seconds since the epoch; never goes back."""
 
 
 class SystemClock:
-    """The computer's time, as it passes.
+    """The computer's time.
 
-    Read from the wall once and advanced by the monotonic clock, so that setting the
-    computer's clock neither hurries nor holds up a redelivery.
+    The wall clock is read once and advanced by the monotonic clock, so that changing the
+    computer's clock does not affect redeliveries.
     """
 
     def __init__(self) -> None:
         self._offset = time.time() - time.monotonic()
 
     def now(self) -> float:
-        """Seconds since the epoch."""
+        """Return the seconds since the epoch."""
         return self._offset + time.monotonic()
 
 
 class VirtualClock:
     """A clock that moves only when told to, for tests that must not wait.
 
-    :param start: the first reading, seconds since the epoch; default: the present.
+    :param start: the initial time, seconds since the epoch; default: the current time.
     """
 
     def __init__(self, start: float | None = None) -> None:
         self._now = time.time() if start is None else start
 
     def now(self) -> float:
-        """Seconds since the epoch."""
+        """Return the seconds since the epoch."""
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Move forward.
+        """Move the clock forward by ``seconds``.
 
         :raises ValueError: ``seconds`` is negative.
         """

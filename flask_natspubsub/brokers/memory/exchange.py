@@ -1,4 +1,4 @@
-"""The inside of the broker in memory: where messages arrive, wait and are handed out."""
+"""Delivers messages of the broker in memory to pulls and listeners."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .clock import Clock, VirtualClock
 from .stream import MemoryConsumer, MemoryStream
 from .threads import Alarm, HandOver
 
-#: Seconds after which a message comes again that one version of the application does not know.
+#: Seconds until a message is redelivered if no pull that subscribes to it has requested one.
 HAND_BACK = 1.0
 
 
 class MemoryDelivery(Delivery):
-    """A delivery out of a stream in memory."""
+    """A delivery from a stream in memory."""
 
     __slots__ = ("_durable", "_exchange")
 
@@ -43,23 +43,23 @@ class MemoryDelivery(Delivery):
 
     @property
     def consumer(self) -> tuple[str, str]:
-        """Stream and durable it was delivered to."""
+        """The stream and durable to which the message was delivered."""
         return self.stream, self._durable
 
     def ack(self) -> None:
-        """Done: never deliver it again."""
+        """Acknowledge the message: it is done."""
         self._exchange.settle(self, lambda consumer, _: consumer.ack(self.sequence), is_ack=True)
 
     def nak(self, delay: float | None = None) -> None:
-        """Deliver it again, after ``delay`` seconds or at once."""
+        """Redeliver the message, after ``delay`` seconds or at once."""
         self._exchange.settle(self, lambda consumer, now: consumer.nak(self.sequence, now, delay))
 
     def term(self, reason: str = "") -> None:
-        """Given up: never deliver it again."""
+        """Give the message up: it is never delivered again."""
         self._exchange.settle(self, lambda consumer, _: consumer.forget(self.sequence))
 
     def in_progress(self) -> None:
-        """Still at work: start ``ack_wait`` anew."""
+        """Restart ``ack_wait``, because the message is still being handled."""
         self._exchange.progress(self)
 
 
@@ -73,37 +73,37 @@ class MemoryConsumption(Consumption):
         self.needs = Needs.of(config)
         self.key = (config.stream, config.durable)
         self.deliver = deliver
-        #: How many more messages it may be given.
+        #: The number of messages that were requested and not delivered yet.
         self.credits = 0
         self.is_stopped = False
         self._exchange = exchange
 
     def request(self, count: int) -> None:
-        """Ask for ``count`` more messages."""
+        """Request ``count`` more messages."""
         self._exchange.request(self, count)
 
     @property
     def consumer(self) -> tuple[str, str]:
-        """Stream and durable that it pulls from."""
+        """The stream and durable from which it pulls."""
         return self.key
 
     @property
     def ack_wait(self) -> float:
-        """Seconds after which what nothing is heard of is delivered again."""
+        """Seconds after which a message is redelivered that was neither settled nor renewed."""
         return self._exchange.ack_wait(self)
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Stop; waits up to ``timeout`` seconds for a delivery that is being handed over."""
+        """Stop, and wait up to ``timeout`` seconds for a delivery that is being handed over."""
         self._exchange.stop_pull(self, timeout)
 
     @property
     def is_healthy(self) -> bool:
-        """Whether it is running and the broker is connected."""
+        """Whether the pull runs and the broker is connected."""
         return not self.is_stopped and self._exchange.is_up
 
 
 class MemoryListener(CoreSubscription):
-    """Interest in a subject of the broker in memory."""
+    """A subscription to a core subject of the broker in memory."""
 
     def __init__(
         self, exchange: Exchange, subject: str, callback: Callable[[Message], None]
@@ -113,15 +113,15 @@ class MemoryListener(CoreSubscription):
         self._exchange = exchange
 
     def stop(self) -> None:
-        """Lose interest."""
+        """End the subscription."""
         self._exchange.stop_listener(self)
 
 
 class Exchange:
     """Streams, the pulls on their consumers, and listeners, behind one lock.
 
-    Methods that begin with an underscore, and those that say so, want the lock held;
-    callbacks run without it.
+    Private methods, and methods with "lock held", must be called with the lock held. Callbacks
+    run without it.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -129,7 +129,7 @@ class Exchange:
         self.lock = threading.Lock()
         self.is_up = True
         self.streams: dict[str, MemoryStream] = {}
-        #: How many acks are still to be lost, for tests.
+        #: The number of acks that are still to be lost, for tests.
         self.acks_to_drop = 0
         self._pulls: dict[tuple[str, str], deque[MemoryConsumption]] = {}
         self._listeners: list[MemoryListener] = []
@@ -141,12 +141,12 @@ class Exchange:
     # --- connection
 
     def require_connection(self) -> None:
-        """Raise NotConnected when cut off."""
+        """Raise ``NotConnected`` if disconnected."""
         if not self.is_up:
             raise not_connected()
 
     def cut_off(self) -> threading.Thread | None:
-        """Stop everything (lock held); what was on its way stays requested.
+        """Stop all deliveries (lock held); queued deliveries stay requested.
 
         :returns: the timer thread, if there was one; it ends by itself.
         """
@@ -159,7 +159,7 @@ class Exchange:
     # --- messages in
 
     def store(self, message: Message) -> StoredAck | PublishError:
-        """Give a message to listeners and its stream (lock held; ``deliver`` is to follow)."""
+        """Pass a message to listeners and its stream (lock held; call ``deliver`` afterwards)."""
         for listener in self._listeners:
             if matches(listener.subject, message.subject):
                 core = Message(message.subject, message.data, Headers(message.headers))
@@ -175,14 +175,14 @@ class Exchange:
     # --- messages out
 
     def deliver(self) -> None:
-        """Hand out whatever can be delivered now."""
+        """Deliver all messages that can be delivered now."""
         with self.lock:
             for key in self._pulls:
                 self._feed(key)
         self._hand_over.run()
 
     def _feed(self, key: tuple[str, str]) -> None:
-        """Queue what a consumer has for its pulls, in turn, and see to what is due later."""
+        """Queue messages for a consumer's pulls in turn, and set the alarm for later ones."""
         pulls = self._pulls.get(key)
         if not pulls or not self.is_up:
             return
@@ -199,10 +199,10 @@ class Exchange:
     def _give(
         self, delivery: MemoryDelivery, consumer: MemoryConsumer, pulls: Iterable[MemoryConsumption]
     ) -> None:
-        """Hand a message to a pull that subscribes to it, now or when one may have it.
+        """Deliver a message to a pull that subscribes to it, or redeliver it later.
 
-        Where several versions of an application share the consumer, some do not; what none
-        subscribes to any more is settled.
+        If several versions of an application share the consumer, some pulls do not subscribe to
+        it. A message to which no pull subscribes is acked.
         """
         takers = [pull for pull in pulls if pull.needs.wants(delivery.subject)]
         pull = next((one for one in takers if one.credits), None)
@@ -222,11 +222,11 @@ class Exchange:
             self._alarm.set(due)
 
     def take(self, consumer: MemoryConsumer) -> MemoryDelivery | None:
-        """Deliver one message (lock held); None if there is none to deliver."""
+        """Take one message to deliver (lock held); None if there is none."""
         taken = consumer.take(self.clock.now()) if self.is_up else None
         return MemoryDelivery(self, consumer.config.durable, *taken) if taken else None
 
-    # --- what delivered messages are told
+    # --- settling
 
     def settle(
         self,
@@ -235,7 +235,7 @@ class Exchange:
         *,
         is_ack: bool = False,
     ) -> None:
-        """Make ``change`` to the consumer of ``delivery``, unless it was settled before."""
+        """Apply ``change`` to the consumer of ``delivery``, unless it is already settled."""
         with self.lock:
             if delivery.settled:
                 return
@@ -251,7 +251,7 @@ class Exchange:
         self._hand_over.run()
 
     def progress(self, delivery: MemoryDelivery) -> None:
-        """Start the ``ack_wait`` of ``delivery`` anew."""
+        """Restart the ``ack_wait`` of ``delivery``."""
         with self.lock:
             consumer = self.consumer(*delivery.consumer)
             if consumer is not None and self.is_up and not delivery.settled:
@@ -265,7 +265,7 @@ class Exchange:
         return found.consumers.get(durable) if found else None
 
     def placed(self, config: ConsumerConfig) -> ConsumerConfig:
-        """Return the config with the stream that its consumer belongs on (lock held)."""
+        """Return the config with the consumer's actual stream and name (lock held)."""
         own = self.streams.get(config.stream)
         if not config.elsewhere or (own is not None and own.stores_one_of(config.filter_subjects)):
             return config
@@ -275,15 +275,17 @@ class Exchange:
         return config
 
     def ack_wait(self, pull: MemoryConsumption) -> float:
-        """Return the ack_wait of the consumer of ``pull``."""
+        """Return the ``ack_wait`` of the consumer of ``pull``, in seconds."""
         with self.lock:
             consumer = self.consumer(*pull.key)
             return consumer.config.ack_wait if consumer else pull.config.ack_wait
 
     def add_consumer(self, config: ConsumerConfig) -> MemoryConsumer:
-        """Create or update a consumer (lock held); TopologyError if its stream is missing.
+        """Create or update a consumer (lock held).
 
-        Other versions of the application that pull on it keep what they need.
+        It keeps what other versions of the application need that pull on it.
+
+        :raises TopologyError: its stream is missing.
         """
         needs = Needs.of(config)
         for pull in self._pulls.get((config.stream, config.durable), ()):
@@ -298,7 +300,7 @@ class Exchange:
         return stream.add_consumer(config, self.clock.now())
 
     def remove_consumer(self, stream: str, durable: str) -> bool:
-        """Delete a consumer (lock held), or start it anew where it was if it has pulls."""
+        """Delete a consumer (lock held), or recreate it at its position if it has pulls."""
         found = self.streams.get(stream)
         removed = found.consumers.pop(durable, None) if found else None
         if removed is None:
@@ -309,17 +311,17 @@ class Exchange:
         return True
 
     def waiting(self, stream: str, durable: str) -> int:
-        """How many pulls of a consumer wait for messages (lock held)."""
+        """Return the number of pulls of a consumer that wait for messages (lock held)."""
         return sum(1 for pull in self._pulls.get((stream, durable), ()) if pull.credits)
 
     def add_pull(self, pull: MemoryConsumption) -> None:
-        """Create or update the consumer of ``pull`` and let it ask for messages."""
+        """Create or update the consumer of ``pull``, and add the pull to it."""
         with self.lock:
             self.add_consumer(pull.config)
             self._pulls.setdefault(pull.key, deque()).append(pull)
 
     def request(self, pull: MemoryConsumption, count: int) -> None:
-        """Let ``pull`` be given ``count`` more messages."""
+        """Request ``count`` more messages for ``pull``."""
         with self.lock:
             if not pull.is_stopped:
                 pull.credits += count
@@ -327,7 +329,7 @@ class Exchange:
         self._hand_over.run()
 
     def stop_pull(self, pull: MemoryConsumption, timeout: float) -> None:
-        """Give ``pull`` nothing more, and what was on its way to others."""
+        """Stop ``pull``, and pass its queued deliveries to other pulls."""
         with self.lock:
             if pull.is_stopped:
                 return
@@ -346,12 +348,12 @@ class Exchange:
             consumer.nak(delivery.sequence, self.clock.now(), None)
 
     def add_listener(self, listener: MemoryListener) -> None:
-        """Give ``listener`` what is sent to its subject from now on."""
+        """Pass later messages to its subject to ``listener``."""
         with self.lock:
             self._listeners.append(listener)
 
     def stop_listener(self, listener: MemoryListener) -> None:
-        """Give ``listener`` nothing more."""
+        """Pass no more messages to ``listener``."""
         with self.lock:
             if listener in self._listeners:
                 self._listeners.remove(listener)
@@ -359,7 +361,7 @@ class Exchange:
 
 
 def not_connected() -> NotConnected:
-    """Return the error of a broker that is closed or cut off."""
+    """Return the error of a broker that is closed or disconnected."""
     return NotConnected(
         "The broker in memory is closed or was disconnected by a test.",
         "Call reconnect(), or do not use it after shutdown().",

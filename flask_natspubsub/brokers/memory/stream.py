@@ -1,7 +1,7 @@
-"""A stream and its durable consumers as plain state: what JetStream does, without I/O.
+"""A stream and its durable consumers as plain state, with JetStream's semantics and no I/O.
 
-Nothing here locks, waits or reads a clock: ``MemoryBroker`` holds the lock and says what
-time it is.
+Nothing in this module locks, waits or reads a clock: ``MemoryBroker`` holds the lock and passes
+the time.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ..storing import MESSAGE_ID
 from ..topology import owner_metadata, refuse_other_owner
 from ..wire import header_block
 
-#: Seconds by which something may come early: sums of floats near 2e9 are not exact.
+#: Seconds by which a message may be early, because sums of floats near 2e9 are not exact.
 _ROUNDING = 1e-5
-#: What the server's file store adds to each message: record header and checksum.
+#: Bytes that the server's file store adds to each message: record header and checksum.
 _RECORD_OVERHEAD = 30
 
 
 def wire_size(headers: Mapping[str, str], payload: bytes) -> int:
-    """Bytes of headers and payload together, as the server counts them for ``max_payload``."""
+    """Return the bytes of headers and payload, as the server counts them for ``max_payload``."""
     return len(header_block(headers)) + len(payload)
 
 
@@ -57,7 +57,7 @@ class MemoryStream:
         return any(matches(pattern, subject) for pattern in self.config.subjects)
 
     def stores_one_of(self, filters: tuple[str, ...]) -> bool:
-        """Whether some of what ``filters`` select belongs in this stream."""
+        """Whether some messages that match ``filters`` belong in this stream."""
         return any(overlaps(own, one) for own in self.config.subjects for one in filters)
 
     # --- storing
@@ -102,7 +102,7 @@ class MemoryStream:
         self._bytes += size
 
     def expire(self, now: float) -> None:
-        """Forget messages older than ``max_age`` and ids older than the duplicate window."""
+        """Remove messages older than ``max_age`` and ids older than the duplicate window."""
         oldest_id = now - self._duplicate_window + _ROUNDING
         while self._ids_by_age and self._ids_by_age[0][0] <= oldest_id:
             del self._ids[self._ids_by_age.popleft()[1]]
@@ -145,7 +145,7 @@ class MemoryStream:
                 yield message
 
     def newest(self, subjects: tuple[str, ...] = ()) -> StoredMessage | None:
-        """Return the newest message whose subject matches (or of all)."""
+        """Return the newest message whose subject matches (or the newest of all)."""
         for message in reversed(self._messages.values()):
             if _matches_any(subjects, message.subject):
                 return message
@@ -165,7 +165,7 @@ class MemoryStream:
     # --- consumers
 
     def add_consumer(self, config: ConsumerConfig, now: float) -> MemoryConsumer:
-        """Create the durable, or update it in place: what it has delivered stays delivered.
+        """Create the durable, or update it in place, in which case it keeps its position.
 
         :raises TopologyError: the stream does not store one of the filter subjects.
         """
@@ -211,17 +211,17 @@ def _refuse_overlapping_filters(config: ConsumerConfig) -> None:
 
 @dataclass(slots=True)
 class _Pending:
-    """A delivered message that is not settled; due for another try at since + ack_wait."""
+    """A delivered message that is not settled; it is due again at ``since + ack_wait``."""
 
     since: float
     attempts: int
 
 
 class MemoryConsumer:
-    """What one durable consumer has delivered, and what of it is settled.
+    """The messages that a durable consumer has delivered, and whether they are settled.
 
-    As on the server, a settlement names the message, not the delivery: a late ack settles
-    a later delivery too.
+    As on the server, an ack or nak names the message, not the delivery, so a late ack also
+    settles a later delivery.
     """
 
     def __init__(self, stream: MemoryStream, config: ConsumerConfig, now: float) -> None:
@@ -232,9 +232,9 @@ class MemoryConsumer:
         self._delivered = 0
         self._active: float | None = None
         self._pending: dict[int, _Pending] = {}
-        #: Due for redelivery, in order; a dict since a message can be in it once only.
+        #: Due for redelivery, in order; a dict, because a message can be in it only once.
         self._redeliver: dict[int, None] = {}
-        #: Heap of (since, sequence). An entry whose time is no longer the message's is stale.
+        #: Heap of (since, sequence). An entry is stale if the message has another ``since``.
         self._timers: list[tuple[float, int]] = []
         self._acked: dict[int, int] = {}
 
@@ -258,7 +258,7 @@ class MemoryConsumer:
     # --- delivering
 
     def take(self, now: float) -> tuple[StoredMessage, int] | None:
-        """Deliver the next message: it and how often it was delivered; None if none may be."""
+        """Return the next message and its number of deliveries; None if none is due."""
         self._stream.expire(now)
         self._collect_due(now)
         message = self._next_redelivery() or self._next_new()
@@ -302,21 +302,21 @@ class MemoryConsumer:
         heapq.heappush(self._timers, (since, sequence))
 
     def next_due(self, now: float) -> float | None:
-        """When the next redelivery can happen; ``now`` if one waits already."""
+        """Return the time of the next redelivery; ``now`` if a message is already due."""
         self._collect_due(now)
         return now if self._redeliver else self._next_timer()
 
     # --- settling
 
     def ack(self, sequence: int) -> None:
-        """Settle: done."""
+        """Settle a message: done."""
         pending = self._pending.get(sequence)
         if pending is not None:
             self.forget(sequence)
             self._acked[sequence] = pending.attempts
 
     def nak(self, sequence: int, now: float, delay: float | None) -> None:
-        """Settle: deliver again, after ``delay`` seconds or at once."""
+        """Settle a message: redeliver it, after ``delay`` seconds or at once."""
         if sequence not in self._pending:
             return
         if delay:
@@ -325,19 +325,19 @@ class MemoryConsumer:
             self._redeliver[sequence] = None
 
     def progress(self, sequence: int, now: float) -> None:
-        """Start ``ack_wait`` anew."""
+        """Restart ``ack_wait``."""
         self._collect_due(now)
         if sequence in self._pending:
             self._restart(sequence, now)
 
     def forget(self, sequence: int) -> None:
-        """Settle for good: given up, or gone from the stream."""
+        """Settle a message that was given up, or that is gone from the stream."""
         self._pending.pop(sequence, None)
         self._redeliver.pop(sequence, None)
         self._acked.pop(sequence, None)
 
     def repeat_acked(self, now: float) -> None:
-        """Make everything acknowledged so far due once more, as if the acks had been lost."""
+        """Make all acknowledged messages due again, as if their acks had been lost."""
         acked, self._acked = self._acked, {}
         for sequence, attempts in acked.items():
             self._pending[sequence] = _Pending(now, attempts)

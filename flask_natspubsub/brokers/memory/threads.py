@@ -1,4 +1,4 @@
-"""How the broker in memory gets things to its users: one call at a time, and on time."""
+"""Runs the callbacks of the broker in memory, one at a time, and its timer thread."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Callback = Callable[[Any], None]
 
 
 class HandOver:
-    """Makes calls in order and one at a time, in whichever thread comes to ``run`` first.
+    """Makes calls in order and one at a time, in the thread that is first to call ``run``.
 
-    A call that causes more calls does not nest: the ``run`` that is under way makes them.
+    Calls do not nest: if a call queues more calls, the current ``run`` makes them.
 
     :param lock: the broker's; held by the caller of every method but ``run``.
     """
@@ -28,22 +28,22 @@ class HandOver:
         self._returned = threading.Condition(lock)
 
     def add(self, receiver: object, callback: Callback, argument: Any) -> None:
-        """Queue a call, which the next ``run`` makes."""
+        """Queue a call for the next ``run``."""
         self._calls.append((receiver, callback, argument))
 
     def withdraw(self, receiver: object) -> list[Any]:
-        """Take the queued calls of ``receiver`` back; returns their arguments."""
+        """Remove the queued calls of ``receiver``, and return their arguments."""
         mine = [argument for owner, _, argument in self._calls if owner is receiver]
         self._calls = deque(call for call in self._calls if call[0] is not receiver)
         return mine
 
     def wait_for(self, receiver: object, timeout: float) -> None:
-        """Wait, with the lock released, until no call of ``receiver`` is under way."""
+        """Wait, with the lock released, until no call of ``receiver`` is running."""
         if self._runner != threading.get_ident():
             self._returned.wait_for(lambda: self._receiver is not receiver, timeout)
 
     def run(self) -> None:
-        """Make the queued calls, unless another thread, or this one further up, is at it."""
+        """Make the queued calls, unless a thread (this one or another) already does."""
         me = threading.get_ident()
         with self._lock:
             if self._runner is not None:
@@ -72,7 +72,7 @@ class HandOver:
 
 
 class Alarm:
-    """Calls ``ring`` in a daemon thread of its own, which lives only while an alarm is set.
+    """Calls ``ring`` in its own daemon thread, which exists only while an alarm is set.
 
     :param lock: the broker's; held by the caller of ``set`` and ``cancel``, not in ``ring``.
     """
@@ -88,7 +88,7 @@ class Alarm:
         self._thread: threading.Thread | None = None
 
     def set(self, at: float) -> None:
-        """Ring at ``at``; an earlier alarm stays."""
+        """Call ``ring`` at the time ``at``; an earlier alarm stays."""
         if self._at is None or at < self._at:
             self._at = at
             self._changed.notify()
@@ -99,7 +99,7 @@ class Alarm:
             self._thread.start()
 
     def cancel(self) -> threading.Thread | None:
-        """End the thread; returns it, if there is one, for the caller to join."""
+        """End the thread, and return it, if there is one, for the caller to join."""
         self._at = None
         self._changed.notify()
         return self._thread
