@@ -29,7 +29,7 @@ class SystemClock:
 
 
 class VirtualClock:
-    """A clock that moves only when told to, for tests that must not wait.
+    """A clock that moves only by ``advance``, for tests that must not wait.
 
     :param start: the initial time, seconds since the epoch; default: the current time.
     """
