@@ -89,7 +89,7 @@ _PLAIN_TYPES = (list, tuple, set, frozenset, str, int, float, bool)
 
 
 def as_received(message: Any) -> Any:
-    """Return the message: what decodes for a handler that asks for no type."""
+    """Return the message unchanged, for a handler without an annotation."""
     return message
 
 

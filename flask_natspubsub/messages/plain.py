@@ -35,7 +35,7 @@ Converter = Callable[[Any, int], Any]
 
 def message_type_of(message: object) -> str | None:
     """Return the class name of a typed message; None for a dict or another mapping."""
-    # The first question costs a tenth of the second, and dicts are what is published most.
+    # The first check costs a tenth of the second, and most messages are dicts.
     if type(message) is dict or isinstance(message, Mapping):
         return None
     return type(message).__name__
