@@ -99,10 +99,11 @@ class Inbox(InboxUpkeep):
         database, takeover = self._database, self._takeover
         if self.table.name not in database.known_tables:
             database.require_table(session, self.table)
+        key = _key(handling)
         with database.in_place(session, self.table) as connection:
             connection.info.pop(FAILED, None)
-            new = self._claims.insert(connection, _key(handling))
-            if new and takeover.may_be_needed:
+            new = self._claims.insert(connection, key)
+            if new and takeover.is_on is not False:
                 new = takeover.claim(connection, handling)
             return connection if new else None
 

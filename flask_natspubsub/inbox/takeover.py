@@ -34,13 +34,8 @@ class Takeover:
         self._claims = claims
         self._leases = leases
         #: Whether old rows count; None while nobody has looked.
-        self._is_on: bool | None = None
+        self.is_on: bool | None = None
         self._lock = threading.Lock()
-
-    @property
-    def may_be_needed(self) -> bool:
-        """Whether ``claim`` has anything to do."""
-        return self._is_on is not False
 
     def claim(self, connection: sa.Connection, handling: Handling) -> bool:
         """Insert the row with the old key; False if version 0.1 has handled the event.
@@ -55,7 +50,7 @@ class Takeover:
 
     def unclaim(self, connection: sa.Connection, handling: Handling) -> None:
         """Delete the row with the old key."""
-        if self._is_on:
+        if self.is_on:
             connection.execute(sa.delete(self._table).where(self._is(_old_key(handling))))
 
     def _counts(self, connection: sa.Connection, handling: Handling) -> bool:
@@ -77,11 +72,11 @@ class Takeover:
         return sa.and_(*(columns[name] == value for name, value in key.items()))
 
     def _is_needed(self, connection: sa.Connection) -> bool:
-        if self._is_on is None:
+        if self.is_on is None:
             with self._lock:
-                if self._is_on is None:
-                    self._is_on = self._look(connection)
-        return self._is_on
+                if self.is_on is None:
+                    self.is_on = self._look(connection)
+        return self.is_on
 
     def _look(self, connection: sa.Connection) -> bool:
         """Ask until when old rows count; if nobody knows yet, whether there are any."""

@@ -13,7 +13,7 @@ import msgspec
 import sqlalchemy as sa
 
 from ..brokers.base import Result, StoredAck
-from ..database.adapter import Database, Statement
+from ..database.adapter import SCHEMA_MAP, Database, Statement
 from ..database.dialects import database_now, table_name
 from ..database.leases import Lease
 from ..errors import PublishError
@@ -76,8 +76,8 @@ class OutboxStore(OutboxUpkeep):
         super().__init__(database, tables)
         #: By the clock's skew, which only tests have, and the columns read.
         self._due: dict[tuple[float, tuple[str, ...]], Statement] = {}
-        #: By the dialect and the name of the table.
-        self._marks: dict[tuple[str, str], sa.TextClause] = {}
+        #: By the dialect, where no other schema takes the place of the table's.
+        self._marks: dict[str, sa.TextClause] = {}
 
     def due(self, partition: int, limit: int) -> list[DueRow]:
         """Read what may be sent, oldest first: ``BATCH_BYTES`` at most, or one row.
@@ -212,13 +212,14 @@ class OutboxStore(OutboxUpkeep):
         return True
 
     def _mark_sent(self, connection: sa.Connection) -> sa.TextClause:
-        dialect, name = connection.dialect, table_name(connection, self.table)
-        mark = self._marks.get((dialect.name, name))
+        dialect, schemas = connection.dialect, connection.get_execution_options().get(SCHEMA_MAP)
+        mark = None if schemas else self._marks.get(dialect.name)
         if mark is None:
             now = database_now().compile(dialect=dialect)
-            mark = self._marks[dialect.name, name] = sa.text(
-                _MARK_SENT[dialect.name].format(name, now=now)
-            )
+            name = table_name(connection, self.table)
+            mark = sa.text(_MARK_SENT[dialect.name].format(name, now=now))
+            if not schemas:
+                self._marks[dialect.name] = mark
         return mark
 
     def _mark_failed(self) -> sa.Update:

@@ -19,8 +19,7 @@ from ..subscribing.durables import complaints
 from ..subscribing.subscription import Subscription
 from ..text import get_logger
 from .async_handlers import AsyncHandlers
-from .consumer import HAND_BYTES, LEAST_BYTES, STOP_TIMEOUT, Job, SubscriberConsumer
-from .gate import Gate
+from .consumer import HAND_BYTES, LEAST_BYTES, STOP_TIMEOUT, Gate, Job, SubscriberConsumer
 from .processor import Emit, Processor, Transactions
 
 _log = get_logger("flask_natspubsub.worker")

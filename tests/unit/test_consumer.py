@@ -12,8 +12,7 @@ import pytest
 from flask_natspubsub.brokers.base import ConsumerInfo
 from flask_natspubsub.errors import BrokerError
 from flask_natspubsub.worker import consumer as module
-from flask_natspubsub.worker.consumer import SubscriberConsumer
-from flask_natspubsub.worker.gate import Gate
+from flask_natspubsub.worker.consumer import Gate, SubscriberConsumer
 from tests.support.waiting import eventually
 
 from .worker_helpers import FakeBroker, FakeDelivery, Rig

@@ -17,7 +17,7 @@ from flask_natspubsub.errors import BrokerError, RegistrationError
 from flask_natspubsub.messages.message import Message
 from flask_natspubsub.subscribing.registry import Registry
 from flask_natspubsub.subscribing.subscription import choose
-from flask_natspubsub.worker.gate import Gate
+from flask_natspubsub.worker.consumer import Gate
 from flask_natspubsub.worker.worker import Worker
 from tests.support.waiting import eventually
 

@@ -224,16 +224,15 @@ def test_poll_interval_longer_than_a_lease_keeps_the_lease(
 
 
 def shorten_leases(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    from flask_natspubsub.outbox import relay, store
+    from flask_natspubsub.outbox import relay
 
-    monkeypatch.setattr(store, "LEASE_SECONDS", seconds)
+    monkeypatch.setattr(upkeep, "LEASE_SECONDS", seconds)
     monkeypatch.setattr(relay, "LEASE_SECONDS", seconds)
     monkeypatch.setattr(relay, "RENEW_BEFORE", seconds * 2 / 3)
     monkeypatch.setattr(relay, "STAND_BY_INTERVAL", seconds / 5)
 
 
 def start_with_short_lease(shop: OutboxShop) -> Relay:
-    from flask_natspubsub.outbox import store
 
     shop.store.leases.seconds = store.LEASE_SECONDS
     return shop.start_relay()
