@@ -224,7 +224,7 @@ def test_poll_interval_longer_than_a_lease_keeps_the_lease(
 
 
 def shorten_leases(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    from flask_natspubsub.outbox import relay
+    from flask_natspubsub.outbox import relay, upkeep
 
     monkeypatch.setattr(upkeep, "LEASE_SECONDS", seconds)
     monkeypatch.setattr(relay, "LEASE_SECONDS", seconds)
@@ -233,8 +233,9 @@ def shorten_leases(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 def start_with_short_lease(shop: OutboxShop) -> Relay:
+    from flask_natspubsub.outbox import upkeep
 
-    shop.store.leases.seconds = store.LEASE_SECONDS
+    shop.store.leases.seconds = upkeep.LEASE_SECONDS
     return shop.start_relay()
 
 
