@@ -3,6 +3,7 @@
 #
 #   make demo ONCE=1            the demonstration, ending by itself
 #   make test ARGS="-k topic"   more arguments for pytest
+#   make test JOBS=6            more tests at once, on more than two cores
 #   make test PYTHON=python3.13 another Python (after make clean)
 
 .DEFAULT_GOAL := help
@@ -12,12 +13,15 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
 ARGS ?=
+# Half of its time a test waits for a process or a server, so three of them keep two cores busy.
+JOBS ?= 3
 VENV := .venv
 LOWEST := .venv-lowest
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
+QUICK := tests/unit tests/contract $(filter-out %_packaging.py,$(wildcard tests/test_*.py))
 
-.PHONY: help demo test lowest lint audit bench torture docs clean
+.PHONY: help demo test quick lowest lint audit bench torture docs clean
 
 help:  ## show this list
 	@sed -En 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -26,10 +30,13 @@ demo: $(VENV)/.stamp-example  ## run the example shop on a real nats-server unti
 	@$(RUN) -m example_app.demo $(if $(filter-out 0,$(ONCE)),--once)
 
 test: $(VENV)/.stamp-dev  ## run the tests
-	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+quick: $(VENV)/.stamp-dev  ## run the tests that need no server, in about a minute
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not real_server" $(QUICK) $(ARGS)
 
 lowest: $(LOWEST)/.stamp  ## run the unit and contract tests on the lowest versions that are allowed
-	@$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile tests/unit tests/contract $(ARGS)
+	@$(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/unit tests/contract $(ARGS)
 
 lint: $(VENV)/.stamp-dev $(VENV)/.stamp-lint  ## check style and types
 	@$(RUN) -m ruff check .
@@ -44,6 +51,7 @@ bench: $(VENV)/.stamp-dev $(VENV)/.stamp-bench  ## measure
 	@$(RUN) -m tests.bench $(ARGS)
 
 torture: $(VENV)/.stamp-dev  ## kill processes, servers and connections for an hour or two, and count the losses
+	@$(if $(ARGS),:,$(RUN) -m pytest -m long)
 	@$(RUN) -m tests.torture --long $(ARGS)
 
 docs: $(VENV)/.stamp-dev $(VENV)/.stamp-docs  ## build the documentation into docs/_build/html

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 MakePubsub = Callable[..., NatsPubsub]
 
+HERE = Path(__file__).parent
+# The folders whose tests take longest, longest first. A wrong place here costs only time.
+SLOW_FIRST = ("torture", "e2e", "integration")
+
 # Python's own helper of multiprocessing's "spawn", which lives as long as the interpreter.
 _ALLOWED_CHILDREN = ("multiprocessing.resource_tracker",)
 
@@ -36,6 +40,20 @@ hypothesis.settings.load_profile("shared")
 def pytest_configure() -> None:
     """Have signals end what the tests start, also where the tests run in the background."""
     ordinary_signals.restore()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow tests first, in the random order within each folder.
+
+    Workers steal from the end of each other's queue: at the end of the run, only short tests
+    are left, so that all workers end at the same time.
+    """
+    items.sort(key=_slowness)
+
+
+def _slowness(item: pytest.Item) -> int:
+    folder = item.path.relative_to(HERE).parts[0]
+    return SLOW_FIRST.index(folder) if folder in SLOW_FIRST else len(SLOW_FIRST)
 
 
 @pytest.hookimpl(wrapper=True)

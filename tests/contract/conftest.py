@@ -16,12 +16,6 @@ from tests.support.servers import NatsServer
 from .helpers import TIMEOUT, Place
 
 
-@pytest.fixture(scope="session")
-def nats_server() -> Iterator[NatsServer]:
-    with NatsServer() as server:
-        yield server
-
-
 @pytest.fixture(params=["memory", pytest.param("nats", marks=pytest.mark.real_server)])
 def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
     made: Broker

@@ -92,7 +92,11 @@ def test_the_demonstration_says_what_it_has_not_seen(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("moment", "number"), [("gunicorn ", signal.SIGTERM), ("stays up until", signal.SIGINT)]
+    ("moment", "number"),
+    [
+        ("gunicorn ", signal.SIGTERM),
+        pytest.param("stays up until", signal.SIGINT, marks=pytest.mark.long),
+    ],
 )
 def test_a_signal_ends_the_demonstration_and_all_it_started(tmp_path, moment, number):
     with Demo(tmp_path) as demo:

@@ -1,4 +1,8 @@
-"""A thousand orders through real processes, one of which dies in the middle."""
+"""Orders through real processes, one of which dies in the middle.
+
+The kill of the web processes is in every run. The others need a minute, and show for the example
+what the torture's ``worker-killed``, ``nats-down`` and ``headline`` show in every run.
+"""
 
 from __future__ import annotations
 
@@ -107,6 +111,7 @@ class Site:
         assert json.loads(self.processes.flask("natspubsub", "dlq", "list", "--json")) == []
 
 
+@pytest.mark.long
 def test_killing_the_worker_loses_no_order(tmp_path):
     with Site(tmp_path) as site:
         site.start_worker()
@@ -118,6 +123,7 @@ def test_killing_the_worker_loses_no_order(tmp_path):
         site.assert_everything_adds_up(1000)
 
 
+@pytest.mark.long
 def test_an_outage_of_nats_loses_no_order(tmp_path):
     with Site(tmp_path) as site:
         site.start_worker()
@@ -145,6 +151,7 @@ def test_killing_the_web_processes_loses_no_order_that_was_accepted(tmp_path):
         site.assert_everything_adds_up(200)
 
 
+@pytest.mark.long
 def test_two_workers_share_the_load(tmp_path):
     with Site(tmp_path) as site:
         site.start_worker("worker-1")

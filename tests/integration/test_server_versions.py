@@ -14,7 +14,12 @@ from tests.support.waiting import eventually
 pytestmark = pytest.mark.real_server
 
 
-@pytest.fixture(params=VERSIONS)
+def _server_param(version):
+    is_long = version not in (VERSIONS[0], VERSIONS[-1])
+    return pytest.param(version, marks=[pytest.mark.long] if is_long else [])
+
+
+@pytest.fixture(params=map(_server_param, VERSIONS))
 def server(request):
     """A server of each version."""
     with NatsServer(binary=binary(request.param)) as server:

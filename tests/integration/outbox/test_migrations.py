@@ -3,48 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flask_migrate
 import pytest
 import sqlalchemy as sa
+from flask import Flask
+from flask_migrate import Migrate
+from flask_sqlalchemy import SQLAlchemy
 
-from flask_natspubsub import ConfigurationError
+from flask_natspubsub import ConfigurationError, NatsPubsub
 from flask_natspubsub.app.database import DIALECTS
 
 from .conftest import KINDS, MakeShop, MakeUrl
 from .shop import OutboxShop
 
 TABLES = {"natspubsub_outbox", "natspubsub_lease", "natspubsub_stream", "natspubsub_inbox"}
-
-APP = """
-import sqlalchemy as sa
-from flask import Flask
-from flask_migrate import Migrate
-from flask_sqlalchemy import SQLAlchemy
-
-from flask_natspubsub import NatsPubsub
-
-db = SQLAlchemy()
-
-
-class Order(db.Model):
-    id = sa.Column(sa.Integer, primary_key=True)
-
-
-def create_app():
-    app = Flask("shop")
-    app.config["NATSPUBSUB_URLS"] = "memory://"
-    app.config["NATSPUBSUB_USE_OUTBOX"] = True
-    app.config.from_prefixed_env()
-    db.init_app(app)
-    Migrate(app, db)
-    NatsPubsub(app, db)
-    return app
-"""
 
 
 def describe(url: str) -> dict[str, Any]:
@@ -78,55 +54,66 @@ def condition_of(index: Any) -> str | None:
     return None
 
 
-class Project:
-    """A folder with an app that has migrations."""
+class Migrations:
+    """An app on a database, and the folder with its migrations."""
 
     def __init__(self, folder: Path, url: str) -> None:
-        self.folder, self.url = folder, url
-        folder.mkdir()
-        (folder / "app.py").write_text(APP)
+        self._folder = str(folder)
+        self._app = Flask("shop")
+        self._app.config["SQLALCHEMY_DATABASE_URI"] = url
+        self._app.config["NATSPUBSUB_URLS"] = "memory://"
+        self._app.config["NATSPUBSUB_USE_OUTBOX"] = True
+        self._db = SQLAlchemy(self._app)
 
-    def flask(self, *arguments: str) -> str:
-        """Run a command; what it wrote."""
-        done = subprocess.run(
-            [sys.executable, "-m", "flask", "--app", "app", *arguments],
-            cwd=self.folder,
-            env={**os.environ, "FLASK_SQLALCHEMY_DATABASE_URI": self.url},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
+        class Order(self._db.Model):  # type: ignore[name-defined,misc]
+            id = sa.Column(sa.Integer, primary_key=True)
+
+        Migrate(self._app, self._db, folder)
+        NatsPubsub(self._app, self._db)
+
+    def do(self, command: Callable[..., None], **options: str) -> None:
+        """Do what a command of ``flask db`` does."""
+        with self._app.app_context():
+            command(self._folder, **options)
+            self._db.engine.dispose()
 
     @property
-    def migrations(self) -> list[str]:
-        files = sorted((self.folder / "migrations" / "versions").glob("*.py"))
-        return [file.read_text() for file in files]
+    def scripts(self) -> list[str]:
+        return [file.read_text() for file in Path(self._folder, "versions").glob("*.py")]
 
 
+@pytest.mark.filterwarnings("ignore:'get_engine' is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_flask_migrate_creates_the_tables_and_then_finds_no_change(
-    kind: str, make_url: MakeUrl, make_shop: MakeShop, tmp_path: Path
+    kind: str,
+    make_url: MakeUrl,
+    make_shop: MakeShop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    project = Project(tmp_path / "project", make_url(kind))
-    project.flask("db", "init")
-    project.flask("db", "migrate", "-m", "first")
-    (migration,) = project.migrations
+    # The migrations would set up logging for the whole process.
+    monkeypatch.setattr("logging.config.fileConfig", lambda name: None)
+    url = make_url(kind)
+    migrations = Migrations(tmp_path / "migrations", url)
+    migrations.do(flask_migrate.init)
+    migrations.do(flask_migrate.migrate, message="first")
+    (script,) = migrations.scripts
     for table in TABLES:
-        assert f"create_table('{table}'" in migration
-    project.flask("db", "upgrade")
+        assert f"create_table('{table}'" in script
+    migrations.do(flask_migrate.upgrade)
 
     other = make_url(kind)
     make_shop(other)
-    assert set(describe(project.url)) == TABLES
-    assert describe(project.url) == describe(other)
+    assert set(describe(url)) == TABLES
+    assert describe(url) == describe(other)
 
-    assert "No changes in schema detected" in project.flask("db", "migrate", "-m", "second")
-    assert len(project.migrations) == 1
+    with caplog.at_level("INFO"):
+        migrations.do(flask_migrate.migrate, message="second")
+    assert "No changes in schema detected" in caplog.text
+    assert len(migrations.scripts) == 1
 
-    shop = make_shop(project.url, tables=False)
+    shop = make_shop(url, tables=False)
     shop.commit(1, 2)
     assert shop.relay().run_once() == 2
     assert shop.sent == [1, 2]
@@ -176,10 +163,6 @@ def test_ddl_of_an_unknown_dialect(sqlite_shop: OutboxShop) -> None:
 
 def test_two_apps_share_one_metadata(make_shop: MakeShop, sqlite: str, env: str) -> None:
     """As in the tests of a project: one ``db``, and an app for each test."""
-    from flask import Flask
-
-    from flask_natspubsub import NatsPubsub
-
     shop = make_shop(sqlite)
     again = Flask("again")
     again.config.update(
