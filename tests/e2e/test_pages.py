@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -23,7 +20,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.servers import nats_server_binary
+from tests.support.processes import Child
+from tests.support.servers import free_port, nats_server_binary
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.real_server
@@ -37,35 +35,16 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
 
 
-def a_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 @contextmanager
 def running(
-    command: list[str], folder: Path, name: str, environment: Mapping[str, str] = os.environ
+    command: list[str], folder: Path, name: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[Path]:
     """Run a command until the end of the block; yields the file with all that it writes."""
     path = folder / f"{name}.out"
-    with path.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command] if command[0] in ("flask", "gunicorn") else command,
-            cwd=folder,
-            env=environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
+    if command[0] in ("flask", "gunicorn"):
+        command = [sys.executable, "-m", *command]
+    with Child(command, path, folder=folder, environment=environment):
         yield path
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def said(path: Path, text: str) -> None:
@@ -92,7 +71,7 @@ class Typed:
     """A file of the README in an empty folder, and its commands, each in a terminal."""
 
     def __init__(self, stack: ExitStack, folder: Path, code: str, lines: list[str]) -> None:
-        self.port, nats = a_free_port(), a_free_port()
+        self.port, nats = free_port(), free_port()
         place = f'app.config["NATSPUBSUB_URLS"] = "nats://127.0.0.1:{nats}"'
         start = 'app = Flask("shop")\n'
         assert code.count(start) == 1
@@ -193,12 +172,12 @@ def test_the_services_of_the_compose_file_work_together(tmp_path: Path) -> None:
     (volume, place) = services["nats"]["volumes"][0].split(":")
     assert volume in compose["volumes"]
     (tmp_path / "shop.py").write_text(SHOP)
-    nats, web = a_free_port(), a_free_port()
+    nats, web = free_port(), free_port()
 
     def environment(service: dict[str, Any]) -> dict[str, str]:
         given = {name: str(value) for name, value in service["environment"].items()}
         assert given["FLASK_NATSPUBSUB_URLS"] == "nats://nats:4222", "the name of the service"
-        return {**os.environ, **given, "FLASK_NATSPUBSUB_URLS": f"nats://127.0.0.1:{nats}"}
+        return {**given, "FLASK_NATSPUBSUB_URLS": f"nats://127.0.0.1:{nats}"}
 
     server = [word.replace(place, str(tmp_path / "data")) for word in services["nats"]["command"]]
     site = services["web"]["command"].replace("0.0.0.0:8000", f"127.0.0.1:{web}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -19,6 +17,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.support.databases import PostgresServer
+from tests.support.processes import Child
 from tests.support.servers import NatsServer
 from tests.support.waiting import eventually
 
@@ -92,42 +91,36 @@ class Site:
         self.folder, self._old = folder, old
         self._engine = sa.create_engine(database)
         self._environment = {"FLASK_NATSPUBSUB_URLS": url, "SITE_DATABASE": database}
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._children: list[Child] = []
         (folder / "app.py").write_text(APP)
 
-    def start(
-        self, *command: str, old: bool = False, **environment: str
-    ) -> subprocess.Popen[bytes]:
-        with (self.folder / f"log-{len(self._processes)}").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=self.folder,
-                env={
-                    **os.environ,
-                    "PYTHONDONTWRITEBYTECODE": "1",
-                    "PYTHONPATH": str(self._old) if old else str(ROOT),
-                    **self._environment,
-                    **environment,
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        self._processes.append(process)
-        return process
+    def start(self, *command: str, old: bool = False, **environment: str) -> Child:
+        child = Child(
+            [sys.executable, *command],
+            self.folder / f"log-{len(self._children)}",
+            folder=self.folder,
+            environment={
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "PYTHONPATH": str(self._old) if old else str(ROOT),
+                **self._environment,
+                **environment,
+            },
+        )
+        self._children.append(child)
+        return child
 
-    def worker(self, **options: Any) -> subprocess.Popen[bytes]:
+    def worker(self, **options: Any) -> Child:
         return self.start("-m", "flask", "natspubsub", "worker", "--concurrency", "4", **options)
 
     def run(self, *command: str, old: bool = False, **environment: str) -> str:
-        process = self.start(*command, old=old, **environment)
-        code, output = process.wait(60), self.log_of(process)
-        assert code == 0, output
-        return output
+        child = self.start(*command, old=old, **environment)
+        assert child.wait(60) == 0, child.log
+        return child.log
 
-    def log_of(self, process: subprocess.Popen[bytes]) -> str:
-        number = self._processes.index(process)
-        return (self.folder / f"log-{number}").read_text(errors="replace")
+    def stop_all(self) -> None:
+        """Stop what still runs, in order."""
+        for child in self._children:
+            child.end(40)
 
     def rows(self, query: str) -> list[Any]:
         with self._engine.connect() as connection:
@@ -150,10 +143,8 @@ class Site:
         return found
 
     def close(self) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait(20)
+        for child in self._children:
+            child.kill()
         self._engine.dispose()
 
 
@@ -188,13 +179,12 @@ def test_a_rolling_deploy_under_load_loses_nothing_and_does_nothing_twice(site: 
     eventually(lambda: len(site.effects()) > 150, 60, "the old version does not work")
 
     third = site.worker()
-    eventually(lambda: "connected" in site.log_of(third), 30, "the new version does not start")
+    third.wait_for_log("connected", timeout=30)
     first.kill()
     more = site.start("app.py", "701", "1201")
     eventually(lambda: len(site.effects()) > 500, 60, "nothing goes on")
     fourth = site.worker()
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(40) == 0
+    assert second.stop(40) == 0
     third.kill()
     assert orders.wait(60) == more.wait(60) == 0
     ordered = {n for (n,) in site.rows('SELECT n FROM "order"')}
@@ -204,8 +194,7 @@ def test_a_rolling_deploy_under_load_loses_nothing_and_does_nothing_twice(site: 
     eventually(lambda: len(site.letters()) >= len(ordered - good), 60, "letters are missing")
 
     # Letters of both versions are sent again, each to its effect.
-    fourth.send_signal(signal.SIGTERM)
-    assert fourth.wait(40) == 0
+    assert fourth.stop(40) == 0
     site.worker(SITE_MENDED="1")
     said = site.run("-m", "flask", "natspubsub", "dlq", "replay", "--all", "--yes", SITE_MENDED="1")
     assert "failed 0" in said
@@ -222,10 +211,7 @@ def test_two_apps_that_shared_a_database_get_all_their_effects_once_both_are_new
         site.worker(old=True, SITE_APP=app)
     site.run("app.py", "1", "25", old=True)
     eventually(lambda: len(site.effects()) + len(site.effects("bill")) >= 24, 60, "nothing is done")
-    for process in list(site._processes):
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(40)
+    site.stop_all()
     before = site.effects() + site.effects("bill")
     assert before == Counter(dict.fromkeys(range(1, 25), 1))  # half is missing: the old fault
 

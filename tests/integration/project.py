@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
 import uuid
@@ -14,12 +12,8 @@ from pathlib import Path
 
 from flask_natspubsub.brokers import make_broker
 from flask_natspubsub.config.settings import Settings
+from tests.support.processes import TIMEOUT, Child
 from tests.support.secrets import SECRET
-from tests.support.waiting import eventually
-
-#: Longer than any command takes, shorter than the ack_wait of 30 s after which a message that
-#: was not handed back would come again by itself.
-TIMEOUT = 20
 
 APP = """
 from flask import Flask
@@ -81,7 +75,7 @@ class Project:
         self.url = url
         self.env = f"t{uuid.uuid4().hex[:12]}"
         self.settings = {"URLS": url, "ENV": self.env, "TOKEN": SECRET, **settings}
-        self.workers: list[WorkerRun] = []
+        self._started: list[Child] = []
         self.write("app.py", APP)
         self.write("handlers.py", HANDLERS)
         self._broker = None
@@ -122,15 +116,22 @@ class Project:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    def start_worker(self, *arguments: str) -> WorkerRun:
-        run = WorkerRun(self, "worker", *arguments)
-        self.workers.append(run)
-        return run
+    def start(self, *arguments: str) -> Child:
+        """Start a command that runs until it is stopped."""
+        log = self.folder / f"output-{len(self._started)}.log"
+        child = Child(
+            self.command(*arguments), log, folder=self.folder, environment=self.environment()
+        )
+        self._started.append(child)
+        return child
+
+    def start_worker(self, *arguments: str) -> Child:
+        return self.start("worker", *arguments)
 
     def close(self) -> None:
-        for worker in self.workers:
-            worker.kill()
-            assert SECRET not in worker.log
+        for child in self._started:
+            child.end(5)
+            assert SECRET not in child.log
         if self._broker is not None:
             self._broker.close()
 
@@ -165,50 +166,3 @@ class Project:
     def release(self) -> None:
         """Let the handlers that hold go on."""
         (self.folder / "release").touch()
-
-
-class WorkerRun:
-    """A running command, with its stderr in a file."""
-
-    def __init__(self, project: Project, *arguments: str) -> None:
-        self._log = project.folder / f"stderr-{len(project.workers)}.log"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                project.command(*arguments),
-                cwd=project.folder,
-                env=project.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")
-
-    def wait_for_log(self, pattern: str, count: int = 1) -> None:
-        def seen() -> bool:
-            return len(re.findall(pattern, self.log)) >= count
-
-        eventually(seen, TIMEOUT, f"{pattern!r} was not logged")
-
-    def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def wait(self, timeout: float = TIMEOUT) -> int:
-        """Return the exit code."""
-        return self._process.wait(timeout)
-
-    def stop(self) -> int:
-        self.signal(signal.SIGTERM)
-        return self.wait()
-
-    def kill(self) -> None:
-        if self._process.poll() is None:
-            self._process.terminate()  # so that a reloader takes its child along
-            try:
-                self._process.wait(5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()

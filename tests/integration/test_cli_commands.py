@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from tests.support.waiting import eventually
+from tests.support.servers import free_port
 
 from .project import TIMEOUT
 
@@ -199,25 +199,11 @@ def test_dead_letters_are_in_a_tail_only_if_asked_for(project):
 
 
 def test_server_runs_until_a_signal(project):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = project.folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            project.command("server", "--port", str(port), "--store-dir", "streams"),
-            cwd=project.folder,
-            env=project.environment(),
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        eventually(lambda: "Server is ready" in log.read_text(), TIMEOUT, "no server")
-        project.settings["URLS"] = f"nats://127.0.0.1:{port}"
-        assert [change["action"] for change in project.json("setup")] == ["create", "create"]
-        assert (project.folder / "streams" / "jetstream").is_dir()
-    finally:
-        process.terminate()
-        code = process.wait(TIMEOUT)
-    assert code in (0, 1)  # the server's own habit after SIGTERM
-    assert f"nats://127.0.0.1:{port}" in log.read_text()
+    port = free_port()
+    server = project.start("server", "--port", str(port), "--store-dir", "streams")
+    server.wait_for_log("Server is ready")
+    project.settings["URLS"] = f"nats://127.0.0.1:{port}"
+    assert [change["action"] for change in project.json("setup")] == ["create", "create"]
+    assert (project.folder / "streams" / "jetstream").is_dir()
+    assert server.stop() in (0, 1)  # the server's own habit after SIGTERM
+    assert f"nats://127.0.0.1:{port}" in server.log

@@ -15,7 +15,7 @@ from flask_natspubsub.outbox.upkeep import LEASE_SECONDS
 from tests.support.servers import NatsServer
 from tests.support.waiting import eventually, for_seconds
 
-from .project import TIMEOUT, Project, WorkerRun
+from .project import TIMEOUT, Project
 
 pytestmark = pytest.mark.real_server
 
@@ -80,11 +80,6 @@ class OutboxProject(Project):
         """Who has the lease now; None if nobody."""
         (lease,) = self.json("outbox", "status")["leases"]
         return lease["owner"]
-
-    def start(self, *arguments):
-        run = WorkerRun(self, *arguments)
-        self.workers.append(run)
-        return run
 
     def start_relay(self, *arguments):
         return self.start("relay", *arguments)

@@ -7,7 +7,6 @@ import gc
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -31,18 +30,12 @@ from tests.conftest import MakePubsub
 from tests.support.fake_server import FakeServer
 from tests.support.proxy import Proxy
 from tests.support.secrets import SECRET
-from tests.support.servers import NatsServer
+from tests.support.servers import NatsServer, free_port
 from tests.support.waiting import eventually, for_seconds
 
 from .helpers import api, at_most, count, event_ids, refusal, stored, up
 
 pytestmark = pytest.mark.real_server
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 # --- no server

@@ -8,9 +8,7 @@ import time
 
 import pytest
 
-from tests.support.servers import NatsServer
-
-from .test_connection import free_port
+from tests.support.servers import NatsServer, free_port
 
 pytestmark = pytest.mark.real_server
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -25,11 +23,11 @@ from flask import Flask
 from flask_natspubsub import NatsPubsub
 from tests.conftest import MakePubsub
 from tests.support.forking import in_child
-from tests.support.servers import NatsServer
+from tests.support.processes import Child
+from tests.support.servers import NatsServer, free_port
 from tests.support.waiting import eventually
 
 from .helpers import at_most, count, event_ids, stored
-from .test_connection import free_port
 
 pytestmark = [
     pytest.mark.real_server,
@@ -268,15 +266,7 @@ def test_gunicorn_with_a_connection_made_before_it_forks(
     command += ["--preload", "--workers", "4", "--bind", f"127.0.0.1:{port}", "--no-control-socket"]
     command += ["--worker-class", worker, *(["--threads", "4"] if worker == "gthread" else [])]
     variables = {"FLASK_NATSPUBSUB_URLS": server.url, "FLASK_NATSPUBSUB_ENV": env}
-    with (tmp_path / "log").open("wb") as log:
-        gunicorn = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env={**os.environ, **variables},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    gunicorn = Child(command, tmp_path / "log", folder=tmp_path, environment=variables)
 
     def post(event_id: str) -> str:
         url = f"http://127.0.0.1:{port}/{event_id}"
@@ -286,7 +276,7 @@ def test_gunicorn_with_a_connection_made_before_it_forks(
             return text
 
     def is_ready() -> bool:
-        assert gunicorn.poll() is None, (tmp_path / "log").read_text()
+        assert not gunicorn.has_ended, gunicorn.log
         return ready.exists() and len(ready.read_text().splitlines()) == 4
 
     try:
@@ -295,13 +285,10 @@ def test_gunicorn_with_a_connection_made_before_it_forks(
             pids = list(pool.map(post, (f"e{n}" for n in range(100))))
         connections = server.connections()
     finally:
-        gunicorn.terminate()
         try:
-            code = gunicorn.wait(20)
+            code = gunicorn.stop()
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(gunicorn.pid, signal.SIGKILL)
-            gunicorn.wait()
+            gunicorn.kill()
 
     assert code == 0
     assert Counter(event_ids(stored(shop))) == Counter(["master", *(f"e{n}" for n in range(100))])

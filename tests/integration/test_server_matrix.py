@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import urllib.request
 from collections import Counter
@@ -19,10 +18,11 @@ import pytest
 
 from flask_natspubsub import NatsPubsub
 from tests.conftest import MakePubsub
+from tests.support.processes import Child
+from tests.support.servers import free_port
 from tests.support.waiting import eventually
 
 from .helpers import event_ids, stored
-from .test_connection import free_port
 from .test_fork import MonitoredServer
 
 pytestmark = [
@@ -30,7 +30,6 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="these servers fork"),
 ]
 
-ROOT = Path(__file__).parents[2]
 SITE = "tests.integration.server_site"
 PYTHON = [sys.executable, "-W", "ignore::DeprecationWarning"]
 UWSGI = shutil.which("uwsgi", path=str(Path(sys.executable).parent))
@@ -64,16 +63,15 @@ def shop(make_pubsub: MakePubsub, server: MonitoredServer) -> NatsPubsub:
 class Site:
     """The site under a web server that runs."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    def __init__(self, process: Child, port: int) -> None:
         self.process = process
         self.port = port
-        self._log = log
         #: The exit code, once stopped.
         self.code: int | None = None
 
     @property
     def log(self) -> str:
-        return self._log.read_text(errors="replace")
+        return self.process.log
 
     def ask(self, path: str, method: str = "POST") -> str:
         url = f"http://127.0.0.1:{self.port}/{path}"
@@ -83,7 +81,7 @@ class Site:
             return text
 
     def answers(self) -> bool:
-        assert self.process.poll() is None, self.log
+        assert not self.process.has_ended, self.log
         with contextlib.suppress(OSError):
             return bool(self.ask("", "GET"))
         return False
@@ -93,7 +91,7 @@ class Site:
             return list(pool.map(self.ask, (f"{path}{n}" for n in range(times))))
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        self.process.send_signal(how)
+        self.process.signal(how)
         self.code = self.process.wait(60)
 
 
@@ -112,25 +110,15 @@ def running(
     words = [word.replace("{port}", str(port)).replace("{hooks}", str(hooks)) for word in command]
     variables = {"FLASK_NATSPUBSUB_URLS": server.url, "FLASK_NATSPUBSUB_ENV": env, **more}
     variables |= {"FLASK_NATSPUBSUB_APP_NAME": "shop"}
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            words,
-            cwd=ROOT,
-            env={**os.environ, **variables},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    site = Site(process, port, folder / "log")
+    process = Child(words, folder / "log", environment=variables)
+    site = Site(process, port)
     try:
         eventually(site.answers, 60, "the server does not answer")
         if workers:
             eventually(lambda: len(ready.read_text().splitlines()) == workers, 60)
         yield site
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
 
 
 def check_clean_stop(site: Site, server: MonitoredServer, how: signal.Signals) -> None:

@@ -6,10 +6,10 @@ import os
 import time
 from pathlib import Path
 
+from tests.support.processes import Child
 from tests.support.waiting import eventually, for_seconds
 
 from .ledger import Result, count
-from .processes import Child
 from .run import Run
 from .site import Site
 

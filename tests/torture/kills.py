@@ -7,10 +7,10 @@ import time
 from collections import Counter
 
 from flask_natspubsub.messages.message import Message
+from tests.support.processes import Child
 
 from . import failpoints
 from .ledger import Result, count
-from .processes import Child
 from .run import Run
 from .shop import TOPIC
 from .site import Site, kill_in_turn

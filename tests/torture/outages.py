@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from flask_natspubsub import PublishError
+from tests.support.processes import Child
+from tests.support.servers import free_port
 from tests.support.waiting import eventually
 
 from .ledger import Result, count
-from .processes import Child
 from .run import Run
 from .shop import TOPIC
 from .site import Site
@@ -31,9 +32,7 @@ class Shop:
     """
 
     def __init__(self, site: Site, each: int = 1) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port: int = probe.getsockname()[1]
+        self._port = free_port()
         self._site = site
         self._each = each
         self._process = site.start_web(self._port)

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from tests.support.processes import Child
 from tests.support.waiting import eventually
 
 from .ledger import Result, count_sent
-from .processes import Child
 from .run import Run
 from .site import Site
 

@@ -17,12 +17,12 @@ from flask_natspubsub import NatsPubsub
 from flask_natspubsub.app.state import AppState
 from tests.support.cluster import NatsCluster
 from tests.support.databases import sqlite_url
+from tests.support.processes import Child, Children
 from tests.support.proxy import Proxy
 from tests.support.servers import NatsServer
 from tests.support.waiting import eventually
 
 from . import failpoints
-from .processes import Child, Children
 from .shop import TICKS, TOPIC, create_app, db, place_order
 
 FLASK = (sys.executable, "-m", "flask", "--app", "tests.torture.shop", "natspubsub")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import pytest
 
 from flask_natspubsub.outbox.relay import Relay
 from flask_natspubsub.outbox.upkeep import LEASE_SECONDS
+from tests.support.processes import Child
 from tests.support.servers import NatsServer
 from tests.support.waiting import eventually
 
@@ -242,52 +242,25 @@ def start_with_short_lease(shop: OutboxShop) -> Relay:
 # --- processes
 
 
-class RelayProcess:
-    """A relay in a process of its own, see ``relay_process``."""
-
-    def __init__(self, shop: OutboxShop, folder: Path, *options: str) -> None:
-        self._log = folder / f"relay-{time.monotonic_ns()}.log"
-        settings = shop.state.settings
-        url = shop.engine.url.render_as_string(hide_password=False)
-        where = [url, settings.urls[0], settings.env]
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", __package__ + ".relay_process", *where, *options],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")
-
-    def wait_for(self, word: str, timeout: float = 20.0) -> None:
-        eventually(lambda: word in self.log, timeout, f"{word!r} was not said: {self.log}")
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def wait(self) -> int:
-        return self.process.wait(20)
-
-
-StartProcess = Callable[..., RelayProcess]
+StartProcess = Callable[..., Child]
 
 
 @pytest.fixture
 def start_process(tmp_path: Path) -> Iterator[StartProcess]:
-    """Start relay processes; they are killed at the end."""
-    started: list[RelayProcess] = []
+    """Start relays in processes, see ``relay_process``; they are killed at the end."""
+    started: list[Child] = []
 
-    def start(shop: OutboxShop, *options: str) -> RelayProcess:
-        started.append(RelayProcess(shop, tmp_path, *options))
+    def start(shop: OutboxShop, *options: str) -> Child:
+        settings = shop.state.settings
+        url = shop.engine.url.render_as_string(hide_password=False)
+        where = [url, settings.urls[0], settings.env]
+        command = [sys.executable, "-m", __package__ + ".relay_process", *where, *options]
+        started.append(Child(command, tmp_path / f"relay-{len(started)}.log", role="relay"))
         return started[-1]
 
     yield start
     for one in started:
-        one.process.kill()
-        one.wait()
+        one.kill()
 
 
 def test_stand_by_takes_over_within_15_seconds_of_a_kill(
@@ -295,7 +268,7 @@ def test_stand_by_takes_over_within_15_seconds_of_a_kill(
 ) -> None:
     shop = nats_shop
     active = start_process(shop)
-    active.wait_for("leased")
+    active.wait_for_log("leased")
     stand_by = start_process(shop)
     shop.commit(1)
     shop.wait_for_sent(1)
@@ -305,7 +278,7 @@ def test_stand_by_takes_over_within_15_seconds_of_a_kill(
     shop.commit(2)
     shop.wait_for_sent(2, 16)
     assert time.monotonic() - began < 15
-    stand_by.wait_for("leased")
+    stand_by.wait_for_log("leased")
     shop.wait_until_marked()
 
 
@@ -314,15 +287,15 @@ def test_stand_by_takes_over_at_once_after_sigterm(
 ) -> None:
     shop = nats_shop
     active = start_process(shop)
-    active.wait_for("leased")
+    active.wait_for_log("leased")
     stand_by = start_process(shop, "outbox_poll_interval=60")
     shop.commit(1)
     shop.wait_for_sent(1)
-    stand_by.wait_for("looked")
+    stand_by.wait_for_log("looked")
     active.signal(signal.SIGTERM)
     assert active.wait() == 0
     began = time.monotonic()
-    stand_by.wait_for("leased", 5)
+    stand_by.wait_for_log("leased", timeout=5)
     assert time.monotonic() - began < 2
     shop.commit(2)
     shop.wait_for_sent(2, 2)
@@ -334,10 +307,10 @@ def test_relay_that_was_frozen_finds_its_lease_lost(
 ) -> None:
     shop = nats_shop
     frozen = start_process(shop, "lease=1")
-    frozen.wait_for("leased")
+    frozen.wait_for_log("leased")
     frozen.signal(signal.SIGSTOP)
     other = start_process(shop, "lease=1")
-    other.wait_for("leased")
+    other.wait_for_log("leased")
     shop.commit(*range(10))
     shop.wait_for_sent(10)
     shop.wait_until_marked()
@@ -346,9 +319,9 @@ def test_relay_that_was_frozen_finds_its_lease_lost(
     shop.commit(10)
     shop.wait_for_sent(11)
     shop.wait_until_marked()
-    frozen.wait_for("noticed")  # it may be slow to come back
+    frozen.wait_for_log("noticed")  # it may be slow to come back
     frozen.signal(signal.SIGTERM)
-    frozen.wait_for("lost 1")
+    frozen.wait_for_log("lost 1")
     assert shop.rows[:10] == before
     assert shop.sent == list(range(11))
 
