@@ -107,9 +107,14 @@ class Child:
         self._popen.wait()
 
     def end(self, timeout: float = TIMEOUT) -> int:
-        """Stop it, or kill it if it does not end in time; returns the exit code."""
+        """Send it SIGTERM, and kill it if it does not end in time; returns the exit code."""
+        self.terminate()
+        return self.await_end(timeout)
+
+    def await_end(self, timeout: float = TIMEOUT) -> int:
+        """Wait for the end that was asked for, or bring it about; returns the exit code."""
         try:
-            return self.stop(timeout)
+            return self.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
             return -signal.SIGKILL
@@ -145,7 +150,7 @@ class Children:
         running = [child for child in self._children if not child.has_ended]
         for child in running:
             child.terminate()
-        return [child.end() for child in running]
+        return [child.await_end() for child in running]  # a second SIGTERM would end it at once
 
     def log(self, role: str, size: int = 3000) -> str:
         """The end of what the processes of a role have written."""
