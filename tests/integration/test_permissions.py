@@ -33,9 +33,9 @@ STREAM = "production-events-stream"
 MakeSite = Callable[..., NatsPubsub]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def guarded() -> Iterator[NatsServer]:
-    """A server with exactly the permissions that the documentation shows."""
+    """An empty server with exactly the permissions that the documentation shows."""
     with pytest.MonkeyPatch.context() as patch:
         for user in USERS:
             patch.setenv(f"{user.upper()}_PASSWORD", SECRET)
