@@ -37,7 +37,7 @@ OWN_APP = {  # these work without an app context
     "quickstart.rst",
 }
 
-PROGRAMS = {"curl", "export", "flask", "gunicorn", "make", "nats", "pip"}
+PROGRAMS = {"curl", "export", "flask", "gunicorn", "make", "nats", "pip", "pytest"}
 EXTRAS = re.compile(r"^(\w+) = \[", re.M)
 
 
@@ -136,6 +136,9 @@ def test_the_commands_on_the_pages_exist(page, line):
     elif program == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
         assert words[0] in targets
+    elif program == "pytest":
+        path, _, name = words[0].partition("::")
+        assert f"def {name}(" in (ROOT / path).read_text("utf-8")
     elif program == "pip":
         asked = set(re.findall(r"\[(\w+)\]", line))
         assert asked <= set(EXTRAS.findall((ROOT / "pyproject.toml").read_text("utf-8")))

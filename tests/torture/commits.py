@@ -29,7 +29,13 @@ CLIENTS = 4
 #: A connection is killed so many seconds after its COMMIT is sent, at most.
 AROUND = 0.003
 _AFTER = "SET LOCAL synchronous_commit = on"
-_WAITS = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND wait_event = 'SyncRep'"
+# Also true of a connection that is gone: a kill that came after its COMMIT found it in the hands of
+# another client.
+_WAITS = """
+    SELECT 1 WHERE NOT EXISTS (
+        SELECT FROM pg_stat_activity WHERE pid = %s AND wait_event IS DISTINCT FROM 'SyncRep'
+    )
+"""
 _OTHERS = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
     WHERE application_name IN ('relay', 'worker') ORDER BY random() LIMIT 1
