@@ -1,4 +1,4 @@
-"""What all tests share: a server, a place of its own for each test, and a look for leftovers."""
+"""Fixtures that all tests share, and checks that a test leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SLOW_FIRST = ("torture", "e2e", "integration")
 # Python's own helper of multiprocessing's "spawn", which lives as long as the interpreter.
 _ALLOWED_CHILDREN = ("multiprocessing.resource_tracker",)
 
-# How long an example takes says more of what else the machine does than of the code.
+# The duration of an example depends more on the load of the machine than on the code.
 hypothesis.settings.register_profile(
     "shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -38,7 +38,7 @@ hypothesis.settings.load_profile("shared")
 
 
 def pytest_configure() -> None:
-    """Have signals end what the tests start, also where the tests run in the background."""
+    """Restore the default signal handlers, which background jobs lack, for child processes."""
     ordinary_signals.restore()
 
 
@@ -90,7 +90,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 def _children() -> list[str]:
-    tasks = Path("/proc/self/task")  # elsewhere than on Linux, this looks for nothing
+    tasks = Path("/proc/self/task")  # Linux only: elsewhere, nothing is checked
     pids = [
         pid
         for task in (tasks.iterdir() if tasks.exists() else ())
@@ -111,7 +111,7 @@ def _command(pid: str) -> str:
 
 @pytest.fixture(scope="session")
 def nats_server() -> Iterator[NatsServer]:
-    """A server that all tests share: it is never stopped, and holds every test's streams."""
+    """A server that all tests share: no test stops it, and it holds every test's streams."""
     with NatsServer() as server:
         yield server
 
@@ -120,7 +120,7 @@ def nats_server() -> Iterator[NatsServer]:
 def postgres_server() -> Iterator[PostgresServer]:
     """A PostgreSQL server that all tests share; each makes databases of its own in it."""
     from tests.support.databases import (
-        PostgresServer,  # the driver and the server, only where they are used
+        PostgresServer,  # imports a driver and a server: only where they are used
     )
 
     with PostgresServer() as server:

@@ -1,4 +1,4 @@
-"""``make demo``, without make."""
+"""The demonstration, as ``make demo`` runs it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Demo:
         return self.process.wait(100)
 
     def leftovers(self):
-        """Return what it has left: files, and processes that know of its folder."""
+        """Return its remaining files, and processes that have its folder in their environment."""
         left = list(self.files.iterdir())
         for process in Path("/proc").glob("[0-9]*"):
             try:

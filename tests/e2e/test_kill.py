@@ -40,7 +40,7 @@ class Site:
             environment = {
                 "DATABASE_URL": f"sqlite:///{self.folder / 'shop.db'}",
                 "FLASK_NATSPUBSUB_URLS": self.nats.url,
-                # What a dead worker had in hand comes back after this time.
+                # Messages of a dead worker are redelivered after this time.
                 "FLASK_NATSPUBSUB_ACK_WAIT": "3",
                 "FLASK_NATSPUBSUB_PUBLISH_TIMEOUT": "2",
             }

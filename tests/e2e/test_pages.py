@@ -1,6 +1,6 @@
-"""What README and the Compose file of the documentation promise, done as they are printed.
+"""Runs the examples of the README and the Compose file of the docs as they are printed.
 
-Only ports, and the place of the server, are others: several tests may run at once.
+Only ports and the server's address differ, so that several tests can run at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def blocks(language: str) -> list[str]:
 def running(
     command: list[str], folder: Path, name: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[Path]:
-    """Run a command until the end of the block; yields the file with all that it writes."""
+    """Run a command until the end of the block; yields the file of its output."""
     path = folder / f"{name}.out"
     if command[0] in ("flask", "gunicorn"):
         command = [sys.executable, "-m", *command]
@@ -60,7 +60,7 @@ def ask(url: str, data: str | None = None, method: str | None = None) -> Any:
 
 
 def curl(line: str, port: int) -> Any:
-    """Do what the printed line does."""
+    """Send the request of a printed curl command."""
     words = shlex.split(line.replace("5000", str(port)))
     url = next(word for word in words if word.startswith("http"))
     data = words[words.index("-d") + 1] if "-d" in words else None

@@ -85,7 +85,7 @@ if __name__ == "__main__":
 
 
 class Site:
-    """A folder with the app, and its processes, each of the old or of the new version."""
+    """A folder with the app, and its processes, each of the old or the new version."""
 
     def __init__(self, folder: Path, old: Path, url: str, database: str) -> None:
         self.folder, self._old = folder, old
@@ -118,7 +118,7 @@ class Site:
         return child.log
 
     def stop_all(self) -> None:
-        """Stop what still runs, in order."""
+        """Stop the processes that still run."""
         for child in self._children:
             child.end(40)
 
@@ -150,7 +150,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def old_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package of before, out of the project's history."""
+    """A folder with the old package, from the project's history."""
     command = ["git", "-C", str(ROOT), "archive", OLD, "flask_natspubsub"]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""What the tests on a real server say briefly."""
+"""Helpers of tests on a real server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inbox on real databases: what handlers do to their session, and what others do meanwhile."""
+"""The inbox on real databases, with handlers that misuse their session, and with concurrency."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the tests stand on: servers, databases, proxies, certificates, waiting."""
+"""Code that tests share: servers, databases, processes, proxies, certificates, waiting."""

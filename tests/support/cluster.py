@@ -1,4 +1,4 @@
-"""Three nats-servers that replicate streams among each other, on the loopback interface."""
+"""Three nats-servers that replicate streams to each other, on the loopback interface."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class NatsCluster:
         return next((node for node in self.nodes if node.name == name and node.is_running), None)
 
     def step_down(self, what: str) -> None:
-        """Make a leader give up its office, if it has one just now.
+        """Ask a leader to step down, if there is one.
 
         :param what: ``STREAM.LEADER.STEPDOWN.<stream>``, or the same of a consumer.
         """

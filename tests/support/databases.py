@@ -103,7 +103,7 @@ class MysqlServer(Managed):
     A context manager; leaving it removes the databases it has made.
     """
 
-    #: What to say where there is neither.
+    #: The reason for a skip where neither is available.
     MISSING = "no mariadbd on PATH and no NATSPUBSUB_TEST_MYSQL_URL"
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ class MysqlServer(Managed):
                 self._execute(f"DROP DATABASE {database}")
             self._databases.clear()
         if self._process is not None:
-            self._process.kill()  # what it holds is thrown away
+            self._process.kill()  # its data is thrown away
             self._process.wait(20)
             self._process = None
         if self._folder is not None:
@@ -158,7 +158,7 @@ class MysqlServer(Managed):
             capture_output=True,
         )
         places = [f"--socket={folder / 'socket'}", f"--pid-file={folder / 'pid'}"]
-        # Nobody else can reach it, and what it holds need not survive.
+        # Nobody else can reach it, and its data need not survive.
         easy = [
             "--skip-networking",
             "--skip-grant-tables",
@@ -176,7 +176,7 @@ class MysqlServer(Managed):
         eventually(self._is_up, 30, "mariadbd did not start")
 
     def _is_up(self) -> bool:
-        """Look into the log: the driver leaves a socket open when it comes too early."""
+        """Read the log: the driver leaves a socket open if it connects too early."""
         assert self._process is not None
         assert self._folder is not None
         log = (self._folder / "log").read_text(errors="replace")
@@ -192,9 +192,12 @@ class MysqlServer(Managed):
 
 
 def use_wal(engine: sa.Engine) -> None:
-    """Have a SQLite engine work as that of a site does: WAL, and no fsync at each commit."""
+    """Set a SQLite engine up as sites do: WAL, and no fsync at each commit; others as they are."""
+    if engine.dialect.name != "sqlite":
+        return
 
     @sa.event.listens_for(engine, "connect")
     def prepare(connection: Any, record: object) -> None:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
+        if "mode=ro" not in str(engine.url):
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")

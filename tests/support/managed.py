@@ -1,4 +1,4 @@
-"""What tests start has to be gone at the end, whatever goes wrong."""
+"""The base of everything that tests start and must stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Managed(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End it and remove what it has left, also if it was started only in part."""
+        """Stop it and remove its files; works also after a start that failed halfway."""
 
     def __enter__(self) -> Self:
         try:

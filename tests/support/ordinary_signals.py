@@ -1,4 +1,4 @@
-"""Signals as a terminal has them, whoever started this process.
+"""Restores the default handlers of signals, as a terminal has them.
 
 A shell that is not interactive has its background jobs ignore SIGINT, ``nohup`` SIGHUP. A process
 that is started hands that on to those it starts, and the tests send both to theirs.
@@ -14,7 +14,7 @@ _HANDLERS = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL} | 
 
 
 def restore() -> None:
-    """Stop ignoring them; to be called in the main thread."""
+    """Stop ignoring the signals; call it in the main thread."""
     for name, handler in _HANDLERS.items():
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:

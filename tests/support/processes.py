@@ -1,4 +1,4 @@
-"""Child processes of tests: what they write is in a file, and at the end they are gone."""
+"""Child processes of tests: their output goes to a file, and they are stopped at the end."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Child:
 
     :param log: the file that its stdout and stderr are added to.
     :param folder: where it runs.
-    :param environment: what it sees beside this process's own environment.
-    :param role: what it is called in messages.
+    :param environment: variables that are added to this process's own.
+    :param role: its name in error messages.
     """
 
     def __init__(
@@ -62,21 +62,21 @@ class Child:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is no longer there."""
+        """Whether it has ended."""
         return self._popen.poll() is not None
 
     @property
     def was_killed(self) -> bool:
-        """Whether it ended by SIGKILL, its own or another's."""
+        """Whether SIGKILL ended it."""
         return self._popen.poll() == -signal.SIGKILL
 
     @property
     def log(self) -> str:
-        """What it has written so far."""
+        """Its output so far."""
         return self._log.read_text("utf-8", errors="replace")
 
     def wait_for_log(self, pattern: str, count: int = 1, timeout: float = TIMEOUT) -> None:
-        """Wait until it has written what the regular expression finds, ``count`` times."""
+        """Wait until its output matches a regular expression ``count`` times."""
 
         def is_there() -> bool:
             return len(re.findall(pattern, self.log)) >= count
@@ -101,8 +101,8 @@ class Child:
         return self.wait(timeout)
 
     def kill(self) -> None:
-        """Send SIGKILL to it and what it has started, and wait for its end."""
-        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+        """Send SIGKILL to its process group, and wait for its end."""
+        with contextlib.suppress(ProcessLookupError):  # it has already ended
             os.killpg(self.pid, signal.SIGKILL)
         self._popen.wait()
 
@@ -112,7 +112,7 @@ class Child:
         return self.await_end(timeout)
 
     def await_end(self, timeout: float = TIMEOUT) -> int:
-        """Wait for the end that was asked for, or bring it about; returns the exit code."""
+        """Wait for its end, and kill it after ``timeout`` seconds; returns the exit code."""
         try:
             return self.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -146,19 +146,19 @@ class Children:
         return child
 
     def stop_all(self) -> list[int]:
-        """Stop those that still run; returns their exit codes."""
+        """Stop the processes that still run; returns their exit codes."""
         running = [child for child in self._children if not child.has_ended]
         for child in running:
             child.terminate()
         return [child.await_end() for child in running]  # a second SIGTERM would end it at once
 
     def log(self, role: str, size: int = 3000) -> str:
-        """The end of what the processes of a role have written."""
+        """The last ``size`` characters of a role's log."""
         path = self._path(role)
         return path.read_text("utf-8", errors="replace")[-size:] if path.exists() else ""
 
     def check_killed(self, child: Child) -> None:
-        """Check that a child that ended was killed, and did not just fail."""
+        """Check that a child was killed and did not fail by itself."""
         assert child.was_killed, f"the {child.role} failed:\n{self.log(child.role)}"
 
     def _path(self, role: str) -> Path:

@@ -155,7 +155,7 @@ def _write(writer: asyncio.StreamWriter, data: bytes) -> None:
 
 
 class CutAfter:
-    """A filter that lets so many bytes of the server's through, and then has the connection cut."""
+    """A filter that passes the first ``count`` bytes of the server, then cuts the connection."""
 
     def __init__(self, count: int) -> None:
         self._left = count

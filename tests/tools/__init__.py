@@ -1,1 +1,1 @@
-"""Programs that the Makefile runs: licences, known weaknesses, lowest versions."""
+"""Programs about the project: licences, vulnerabilities, lowest versions, repeated test runs."""

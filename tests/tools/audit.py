@@ -1,4 +1,4 @@
-"""Looks for known weaknesses in what users install with the package: ``python -m tests.audit``.
+"""Looks for known vulnerabilities of the dependencies: ``python -m tests.tools.audit``.
 
 Ends with 1 if pip-audit finds one, and if pip-audit itself fails. Only where the vulnerability
 service cannot be reached, or gives no answer in time, it says so and ends with 0: no network is

@@ -1,4 +1,4 @@
-"""Checks the licences of what users install with the package: ``python -m tests.licences``.
+"""Checks the licences of what users install with the package: ``python -m tests.tools.licences``.
 
 Reads the metadata of the installed distributions, from the package on through everything it
 needs, with its extra ``all``. Ends with 1 if one has a licence that is not on the list.

@@ -1,6 +1,6 @@
 """Prints, as constraints for pip, the lowest version that pyproject.toml allows of each dependency.
 
-python -m tests.lowest > constraints.txt
+python -m tests.tools.lowest > constraints.txt
 """
 
 from __future__ import annotations

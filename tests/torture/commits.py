@@ -26,7 +26,7 @@ from .shop import db, place_order
 from .site import Site
 
 CLIENTS = 4
-#: A connection is killed so many seconds after its COMMIT is sent, at most.
+#: Longest time from sending a COMMIT to the kill of its connection; seconds.
 AROUND = 0.003
 _AFTER = "SET LOCAL synchronous_commit = on"
 # Also true of a connection that is gone: a kill that came after its COMMIT found it in the hands of
@@ -44,7 +44,7 @@ _OTHERS = """
 
 @dataclass
 class Tally:
-    """What the clients saw."""
+    """Counts of what the clients saw."""
 
     attempts: int = 0
     kills: int = 0
@@ -53,7 +53,7 @@ class Tally:
 
 
 def commits_killed(run: Run) -> Result:
-    """What is committed is sent and handled, whatever the client was told."""
+    """Check that every committed event is sent and handled, whatever the client was told."""
     with PostgresServer() as server, Site(_with_waiting_commits(server)) as site:
         site.start_relay()
         site.start_worker()

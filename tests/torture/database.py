@@ -14,7 +14,7 @@ from .run import Run
 from .site import Site
 
 ORDERS = 200
-#: How much of a processor a relay may need that waits for its database.
+#: Largest share of a processor for a relay that waits for its database.
 MOST_WORK = 0.05
 #: Seconds from the database's return until an order made then has its effect.
 LONGEST_RETURN = 15.0
@@ -52,7 +52,7 @@ def database_down(run: Run) -> Result:
 
 
 def _work(child: Child, seconds: float) -> float:
-    """What part of one processor a process uses in so many seconds."""
+    """Return the share of one processor that a process uses during ``seconds``."""
     before = _processor_seconds(child.pid)
     for_seconds(seconds, lambda: None)
     return (_processor_seconds(child.pid) - before) / seconds

@@ -1,4 +1,4 @@
-"""Scenarios 9 and 10: what is done very often leaves nothing behind."""
+"""Scenarios 9 and 10: many messages and many forks leave nothing behind."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .run import Run
 from .site import Site
 
 BATCH = 500
-#: The first of so many parts warms the processes up.
+#: Parts of a run; the first warms the processes up.
 PARTS = 10
-#: How much more memory a process may have at the end than after the first part, MB.
+#: Largest growth of a process after the first part, MB.
 MOST_GROWTH = 20.0
-#: A child publishes so many messages.
+#: Messages that each child publishes.
 EACH_CHILD = 3
 
 
 class Footprint(NamedTuple):
-    """What a process has in use: memory in MB, threads, file descriptors."""
+    """Resources of a process: memory in MB, threads, file descriptors."""
 
     memory: float
     threads: int

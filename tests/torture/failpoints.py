@@ -16,7 +16,7 @@ from typing import Any
 
 from flask_natspubsub.brokers.base import StoredAck
 from flask_natspubsub.inbox import inbox
-from flask_natspubsub.outbox import relay, store
+from flask_natspubsub.outbox import relay, store, upkeep
 
 FAIL = "TORTURE_FAIL"
 LEASE = "TORTURE_LEASE"
@@ -39,7 +39,7 @@ class FailPoints:
         self._lock = threading.Lock()
 
     def reach(self, place: str) -> None:
-        """Come to a place, and perhaps no further."""
+        """Note that ``place`` is reached, and die there if it is this one's turn."""
         with self._lock:
             self._reached[place] += 1
             if place == self._place and self._reached[place] == self._count:
@@ -52,8 +52,7 @@ def install() -> FailPoints:
     _around(store.OutboxStore, "mark", before=lambda *marked: _on_mark(points, marked[2]))
     _around(inbox.HandlerWork, "commit", after=lambda: points.reach(COMMITTED))
     if seconds := os.environ.get(LEASE):
-        for module in (store, relay):
-            vars(module)["LEASE_SECONDS"] = float(seconds)
+        upkeep.LEASE_SECONDS = relay.LEASE_SECONDS = float(seconds)
         relay.RENEW_BEFORE = float(seconds) * 2 / 3
         relay.STAND_BY_INTERVAL = 0.2
     return points

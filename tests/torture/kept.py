@@ -1,4 +1,4 @@
-"""Results of long runs: kept, so that ``make torture`` goes on where it was, and reported."""
+"""Keeps results of long runs, so that ``make torture`` resumes, and reports them."""
 
 from __future__ import annotations
 

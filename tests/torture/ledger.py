@@ -1,4 +1,4 @@
-"""The oracle: what was committed, compared with what came of it."""
+"""The oracle: compares committed messages with their effects."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Result:
         return "\n".join(lines + [f"    WRONG: {problem}" for problem in self.problems])
 
     def expect(self, true: bool, problem: str) -> None:
-        """Note a problem unless it is as it should be."""
+        """Add a problem unless ``true`` is."""
         if not true:
             self.problems.append(problem)
 

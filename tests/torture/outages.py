@@ -1,4 +1,4 @@
-"""Scenarios 6 and 7: the whole way from HTTP to the effect, while parts of it are away."""
+"""Scenarios 6 and 7: the whole way from HTTP to the effect, while parts of it are down."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _await_sent(run: Run, site: Site, rows: int) -> None:
 
 
 def _seconds_after(site: Site, running: list[Child], end: Callable[[Child], None]) -> float:
-    """End a relay that holds a partition; how long until its rows are sent by others."""
+    """End a relay that holds a partition; returns the seconds until others send its rows."""
     holders = _holders(site)
     victim = next(child for child in running if child.pid in holders)
     running.remove(victim)

@@ -20,7 +20,7 @@ COPY = "copy-of-the-store"
 
 
 def stream_rewound(run: Run) -> Result:
-    """What the stream has acknowledged and lost is noticed, and sent again from the outbox."""
+    """Check that the outbox resends messages that a rewound stream has lost."""
     total = {"lost by the stream": 0, "of these not handled": 0, "s until noticed": 0.0}
     rounds, messages = run.size["rounds"], run.size["messages"]
     with Site(outbox_resend_on_rewind=True, slowness=0.02) as site:
@@ -37,7 +37,7 @@ def stream_rewound(run: Run) -> Result:
 
 
 def _rewind(run: Run, site: Site, messages: int, total: dict[str, float], way: str) -> None:
-    """Send messages, copy the store, send more, kill the server, and give it the copy.
+    """Send messages, copy the store, send more, kill the server, and start it on the copy.
 
     The worker has handled some of what the stream then loses: these must not happen again.
     The others are in nothing but the outbox.

@@ -1,4 +1,4 @@
-"""How a scenario is run: its size, its seed, its time limit, its progress."""
+"""One run of a scenario: its size, seed, time limit and progress."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ class Run:
         return self.postgres().url(name)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Show now and then how far it is; also where it ends if its time is up."""
+        """Print progress now and then.
+
+        :raises TooLong: the time limit is reached.
+        """
         now = time.monotonic()
         if now - self._began > self.limit:
             raise TooLong(f"{self.name}: {done} of {total} {what} after {self.limit:.0f} s")

@@ -39,7 +39,7 @@ class Order(db.Model):  # type: ignore[name-defined,misc]
 
 
 class Effect(db.Model):  # type: ignore[name-defined,misc]
-    """What the handler does in the database. Nothing here keeps it from happening twice."""
+    """An effect of the handler. No constraint here keeps it from happening twice."""
 
     id: orm.Mapped[int] = orm.mapped_column(primary_key=True)
     event_id: orm.Mapped[str] = orm.mapped_column(sa.String(80), index=True)

@@ -1,4 +1,4 @@
-"""A site to torture: nats-server, a database, and the shop's processes."""
+"""A site under torture: nats-server, a database, and the shop's processes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ FLASK = (sys.executable, "-m", "flask", "--app", "tests.torture.shop", "natspubs
 
 
 class Site:
-    """A place of its own for one scenario; a context manager that leaves nothing behind.
+    """The servers and processes of one scenario; a context manager that leaves nothing behind.
 
     :param database: its address; default a SQLite file.
-    :param lease: how long a dead relay holds its partitions; default as in production.
+    :param lease: duration of leases, seconds; default as in production.
     :param slowness: longest time that a handler takes, seconds; each takes another.
     :param nats: what is to be started; default one server.
     :param proxied: whether there is a ``proxy`` on the way to it, which can be cut.
@@ -128,7 +128,7 @@ class Site:
 
     @property
     def state(self) -> AppState:
-        """What the extension keeps for the application in this process."""
+        """The extension's state of the application in this process."""
         return self.pubsub.state(self.app)
 
     # --- the processes
@@ -160,7 +160,7 @@ class Site:
                 db.session.commit()
 
     def publish_ticks(self, count: int) -> None:
-        """Publish messages that have no effect, round the outbox; each is stored afterwards."""
+        """Publish messages without effect directly, bypassing the outbox."""
         with self.app.app_context():
             self.pubsub.publish_many([(TOPIC, {"tick": True})] * count)
 
@@ -190,7 +190,7 @@ class Site:
 
     @property
     def last_effect(self) -> int:
-        """Grows with each effect; cheaper than to count them."""
+        """The id of the newest effect; cheaper than a count."""
         return self.number("SELECT coalesce(max(id), 0) FROM effect")
 
     @property
@@ -200,7 +200,7 @@ class Site:
 
     @property
     def resent(self) -> list[str]:
-        """The rows that a relay sent although the stream had them already."""
+        """The event ids that a relay sent although the stream had them already."""
         path = self.folder / "resent"
         return path.read_text().split() if path.exists() else []
 
@@ -229,7 +229,7 @@ class Site:
         eventually(self.is_consumed, timeout, "messages are still to be handled", 0.1)
 
     def finish(self, timeout: float = 60.0) -> None:
-        """Let the processes finish their work in peace, and end in order."""
+        """Wait until the processes have nothing left to do, and stop them."""
         self.await_effects(timeout)
         codes = self.children.stop_all()
         assert not any(codes), f"exit codes {codes}"

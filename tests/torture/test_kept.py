@@ -1,4 +1,4 @@
-"""Long runs go on where they were cut off, and are told in the docs."""
+"""Long runs resume where they were cut off, and the docs report them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scenarios in a size for every day; ``make torture`` runs them in full."""
+"""Runs every scenario in short; ``make torture`` runs them at full length."""
 
 from __future__ import annotations
 

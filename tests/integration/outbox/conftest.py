@@ -1,4 +1,4 @@
-"""Every database there is, and shops with an outbox in one."""
+"""Fixtures of databases, and of shops with an outbox in one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An app with rows of its own, an outbox beside them, and what a test wants to know of both."""
+"""An app with an outbox, and queries of its rows and its stream."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from flask_natspubsub.brokers.base import Broker, Ticket
 from flask_natspubsub.brokers.topology import wakeup_subject
 from flask_natspubsub.messages.message import Message, StoredMessage
 from flask_natspubsub.outbox.relay import Relay
+from tests.support.databases import use_wal
 from tests.support.waiting import eventually
 
 TIMEOUT = 20.0
@@ -25,18 +26,6 @@ TIMEOUT = 20.0
 def engine_options(url: str) -> dict[str, Any]:
     """Room for all the writers of a test."""
     return {"pool_size": 60} if not url.startswith("sqlite") else {}
-
-
-def use_wal(engine: sa.Engine) -> None:
-    """Have a SQLite database keep a write-ahead log, as the docs advise, and not wait for disks."""
-    if engine.dialect.name != "sqlite":
-        return
-
-    @sa.event.listens_for(engine, "connect")
-    def connected(connection: Any, _record: Any) -> None:
-        if "mode=ro" not in str(engine.url):
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = OFF")
 
 
 def begin_transactions(engine: sa.Engine) -> None:
@@ -255,8 +244,8 @@ class OutboxShop:
                 plans.append(str([row.get("key", dict(row)) for row in rows]))
 
     @contextmanager
-    def hints(self) -> Iterator[list[bytes]]:
-        """Collect the hints that are given to relays; of a broker in memory only."""
+    def wakeups(self) -> Iterator[list[bytes]]:
+        """Collect the wake-ups of relays; of a broker in memory only."""
         found: list[bytes] = []
 
         def note(message: Message) -> None:
@@ -281,13 +270,13 @@ class FlakyBroker:
         self.calls: list[list[int]] = []
         #: Called before each call is carried out.
         self.before: Callable[[], object] = lambda: None
-        self.loses_hints = False
+        self.loses_wakeups = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._broker, name)
 
     def send(self, subject: str, payload: bytes) -> None:
-        if not self.loses_hints:
+        if not self.loses_wakeups:
             self._broker.send(subject, payload)
 
     def submit(self, messages: Sequence[Message], timeout: float) -> Ticket:

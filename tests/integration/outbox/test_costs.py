@@ -1,4 +1,4 @@
-"""What the outbox and the inbox cost, in statements: a busy machine does not change those."""
+"""The costs of outbox and inbox, in statements, which a busy machine does not change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .shop import OutboxShop
 
 @pytest.mark.parametrize("events", [1, 10])
 def test_outbox_costs_a_request_one_statement(shop: OutboxShop, events: int) -> None:
-    """SQLite, where a statement is no round trip, needs one for each row: it keeps no order."""
+    """One for all rows; on SQLite, where a statement is no round trip, one for each row."""
     numbers = count()
 
     def request() -> str:
@@ -52,7 +52,7 @@ def test_inbox_costs_a_message_one_statement(sqlite_shop: OutboxShop) -> None:
 
 
 def test_idle_relay_asks_the_database_as_often_as_it_is_told(sqlite_shop: OutboxShop) -> None:
-    """Nothing to send: a look for each interval; the lease and other partitions now and then."""
+    """An idle relay reads once an interval, and the lease and other partitions now and then."""
     shop = sqlite_shop
     shop.start_relay()
     eventually(lambda: shop.execute("SELECT owner FROM natspubsub_lease"), 30)

@@ -125,15 +125,15 @@ def test_the_error_of_a_row_may_be_any_text(make_shop: MakeShop, url: str) -> No
 
 
 def test_nothing_is_asked_of_the_database_after_a_commit(sqlite_shop: OutboxShop) -> None:
-    """SQLAlchemy allows no SQL in its hook there: only a hint is given to relays."""
+    """SQLAlchemy allows no SQL in its hook there: relays are only woken up."""
     shop, told = sqlite_shop, []
-    with shop.app.app_context(), shop.hints() as hints:
+    with shop.app.app_context(), shop.wakeups() as wakeups:
         shop.session.add(shop.Order(name="a"))
         shop.publish(1)
         connection = shop.session.connection()
         sa.event.listen(connection, "commit", lambda *_: told.append("commit"))
         sa.event.listen(shop.engine, "before_cursor_execute", lambda *_: told.append("SQL"))
         shop.session.commit()
-        eventually(lambda: len(hints) == 1)
+        eventually(lambda: len(wakeups) == 1)
     assert told[-1] == "commit"
     assert told.count("commit") == 1

@@ -1,4 +1,4 @@
-"""The tables as Flask-Migrate, ``db.create_all()`` and ``outbox ddl`` make them."""
+"""Flask-Migrate, ``db.create_all()`` and ``outbox ddl`` make the same tables."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Migrations:
         NatsPubsub(self._app, self._db)
 
     def do(self, command: Callable[..., None], **options: str) -> None:
-        """Do what a command of ``flask db`` does."""
+        """Run the function behind a command of ``flask db``."""
         with self._app.app_context():
             command(self._folder, **options)
             self._db.engine.dispose()

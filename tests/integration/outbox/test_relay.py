@@ -1,4 +1,4 @@
-"""The relay: order, failures, hints and statements, with a broker that fails on request."""
+"""The relay: order, failures, wake-ups and statements, with a broker that fails on request."""
 
 from __future__ import annotations
 
@@ -354,7 +354,7 @@ def wait_for_lease(relay: Relay, partitions: int = 1) -> None:
     eventually(lambda: len(relay.partitions) == partitions, 10, "no lease was taken")
 
 
-def test_hint_wakes_the_relay(make_shop: MakeShop, url: str) -> None:
+def test_wakeup_wakes_the_relay(make_shop: MakeShop, url: str) -> None:
     shop = make_shop(url, outbox_poll_interval=60)
     wait_for_lease(shop.start_relay())
     for n in range(3):
@@ -364,9 +364,9 @@ def test_hint_wakes_the_relay(make_shop: MakeShop, url: str) -> None:
         assert time.monotonic() - began < 2
 
 
-def test_hint_that_is_lost_does_no_harm(make_shop: MakeShop, sqlite: str) -> None:
+def test_wakeup_that_is_lost_does_no_harm(make_shop: MakeShop, sqlite: str) -> None:
     shop = make_shop(sqlite, outbox_poll_interval=0.2)
-    shop.use_flaky_broker().loses_hints = True
+    shop.use_flaky_broker().loses_wakeups = True
     wait_for_lease(shop.start_relay())
     shop.commit(1)
     shop.wait_for_sent(1, 3)

@@ -31,7 +31,7 @@ def test_stream_and_sequence_are_kept(nats_shop: OutboxShop) -> None:
         assert bytes(row["payload"]) == message.data
 
 
-def test_hint_crosses_from_one_process_to_another(
+def test_wakeup_crosses_from_one_process_to_another(
     make_shop: MakeShop, sqlite: str, nats_server: NatsServer
 ) -> None:
     """Here from one connection to another, which is the same to the server."""
@@ -39,7 +39,7 @@ def test_hint_crosses_from_one_process_to_another(
     other = make_shop(sqlite, urls=nats_server.url, outbox_poll_interval=60)
     wait_for_lease(other.start_relay())
     for shop in (writer, other):
-        shop.broker.connect(10)  # while there is no connection, a hint is lost
+        shop.broker.connect(10)  # while there is no connection, a wake-up is lost
     for n in range(3):
         began = time.monotonic()
         writer.commit(n)

@@ -625,26 +625,26 @@ def test_outbox_at_a_call_without_a_database() -> None:
     pubsub.shutdown()
 
 
-# --- the hint
+# --- the wake-up
 
 
-def test_hint_comes_after_the_commit_and_at_no_other_time(shop: OutboxShop) -> None:
-    with shop.hints() as hints, shop.app.app_context():
+def test_wakeup_comes_after_the_commit_and_at_no_other_time(shop: OutboxShop) -> None:
+    with shop.wakeups() as wakeups, shop.app.app_context():
         shop.publish(1)
         shop.session.flush()
         with shop.session.begin_nested():
             shop.publish(2)
         shop.session.begin_nested().rollback()
-        assert hints == []
+        assert wakeups == []
         shop.session.commit()
-        assert hints == [b""]
+        assert wakeups == [b""]
         shop.session.add(shop.Order(name="a"))
         shop.session.commit()
-        assert hints == [b""]
+        assert wakeups == [b""]
 
 
-def test_no_hint_after_a_rollback(shop: OutboxShop) -> None:
-    with shop.hints() as hints:
+def test_no_wakeup_after_a_rollback(shop: OutboxShop) -> None:
+    with shop.wakeups() as wakeups:
         with shop.app.app_context():
             shop.publish(1)
             shop.session.rollback()
@@ -652,10 +652,10 @@ def test_no_hint_after_a_rollback(shop: OutboxShop) -> None:
             shop.session.commit()
             shop.publish(2)
             shop.session.flush()
-        assert hints == []
+        assert wakeups == []
 
 
-def test_hint_finds_the_row_committed(shop: OutboxShop) -> None:
+def test_wakeup_finds_the_row_committed(shop: OutboxShop) -> None:
     seen: list[int] = []
     listening = shop.broker.listen(
         f"natspubsub.wakeup.{shop.state.settings.env}.shop", lambda _: seen.append(len(shop.rows))
@@ -666,13 +666,13 @@ def test_hint_finds_the_row_committed(shop: OutboxShop) -> None:
     assert seen == [1, 2]
 
 
-def test_hint_goes_to_the_app_that_wrote(make_shop: MakeShop, make_url: Any) -> None:
+def test_wakeup_goes_to_the_app_that_wrote(make_shop: MakeShop, make_url: Any) -> None:
     one, two = make_shop(make_url("sqlite")), make_shop(make_url("sqlite"), app_name="other")
-    with one.hints() as hints_of_one, two.hints() as hints_of_two:
+    with one.wakeups() as wakeups_of_one, two.wakeups() as wakeups_of_two:
         one.commit(1)
-        assert (hints_of_one, hints_of_two) == ([b""], [])
+        assert (wakeups_of_one, wakeups_of_two) == ([b""], [])
         two.commit(2)
-        assert (hints_of_one, hints_of_two) == ([b""], [b""])
+        assert (wakeups_of_one, wakeups_of_two) == ([b""], [b""])
 
 
 # --- publishing directly beside changes
