@@ -132,6 +132,7 @@ def test_two_processes_share_the_work_and_sigterm_to_all_of_them_is_one_end_in_o
     for pid in pool.pids():
         os.kill(pid, signal.SIGTERM)
     pool.worker.signal(signal.SIGTERM)
+    pool.wait_for_log("(SIGTERM|the parent process): finishing", 2)
     project.release()
 
     assert pool.worker.wait(TIMEOUT) == 0
