@@ -7,14 +7,7 @@ import pytest
 from flask_natspubsub import CircuitOpen
 from flask_natspubsub.publishing import breaker as module
 from flask_natspubsub.publishing.breaker import CircuitBreaker
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 @pytest.fixture

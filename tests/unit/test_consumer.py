@@ -13,19 +13,10 @@ from flask_natspubsub.brokers.base import ConsumerInfo
 from flask_natspubsub.errors import BrokerError
 from flask_natspubsub.worker import consumer as module
 from flask_natspubsub.worker.consumer import Gate, SubscriberConsumer
+from tests.support.clock import Clock
 from tests.support.waiting import eventually
 
 from .worker_helpers import FakeBroker, FakeDelivery, Rig
-
-
-class Clock:
-    """Stands in for the module ``time``."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 class Bench:

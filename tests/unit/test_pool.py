@@ -9,16 +9,9 @@ from flask_natspubsub.worker.processes import supervisor
 from flask_natspubsub.worker.processes.child import Child, exit_text
 from flask_natspubsub.worker.processes.supervisor import Pool, Slot
 from flask_natspubsub.worker.processes.vitals import Vitals
+from tests.support.clock import Clock
 
 WELL = Vitals({"monitor": 0.2}, {"nats": True})
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def monotonic(self):
-        return self.now
 
 
 @pytest.fixture
