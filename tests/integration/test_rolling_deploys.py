@@ -216,7 +216,7 @@ def test_a_consumer_that_cannot_be_mended_is_unhealthy(
     monkeypatch.setattr(pull._api, "_create", refused)
     change_by_hand(shop, filter_subjects=[shop.subject("order.created")])
     eventually(lambda: not worker.checks()["subscriber bill"], 20)
-    said = [one.getMessage() for one in caplog.records if "not as declared" in one.getMessage()]
+    said = eventually(lambda: [text for text in caplog.messages if "not as declared" in text])
     assert len(said) == 1
     assert "order.cancelled" in said[0]
     monkeypatch.undo()
