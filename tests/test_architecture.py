@@ -24,6 +24,7 @@ FLOORS = [
     ["brokers"],
     ["publishing", "subscribing"],
     ["outbox", "inbox", "deadletters"],
+    ["inspection"],
     ["observability", "doctor"],
     ["worker"],
     ["app"],
@@ -183,6 +184,22 @@ def test_the_core_does_not_know_flask():
 def test_imports_inside_functions_are_the_ones_with_a_reason():
     inside = {(name, found.target) for name, found in IMPORTS if found.in_function}
     assert inside == IMPORTS_IN_FUNCTIONS.keys()
+
+
+def test_facts_come_from_the_read_model():
+    """CLI, doctor and health ask ``inspection`` only, so that they show the same."""
+    questions = {"consumer_info", "consumers", "counts", "holders", "oldest_pending_age", "rewound"}
+    shows = ("cli/", "doctor/", "app/", "observability/")
+    asking = [
+        f"{name_of(path)} asks {node.func.attr}"
+        for path in files()
+        if name_of(path).startswith(shows)
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in questions
+    ]
+    assert asking == []
 
 
 def test_files_are_short():

@@ -14,6 +14,7 @@ from ..config.settings import Settings
 from ..database.adapter import Database
 from ..errors import ConfigurationError
 from ..inbox.inbox import Inbox, define_table
+from ..inspection import outbox_health
 from ..observability.health import Check
 from ..outbox.relay import Relay
 from ..outbox.store import OutboxStore
@@ -98,10 +99,12 @@ class Persistence:
             connection.execute(sa.select(1))
 
     def _outbox_health(self) -> dict[str, Any]:
-        age = self.store.oldest_pending_age()
-        rewound = [record.name for record in self.store.streams.rewound()]
-        healthy = not rewound and (age is None or age < 60)
-        return {"ok": healthy, "oldest_pending_seconds": age, "rewound_streams": rewound}
+        health = outbox_health(self.store)
+        return {
+            "ok": health.is_ok,
+            "oldest_pending_seconds": health.oldest_pending_seconds,
+            "rewound_streams": [stream.name for stream in health.rewound],
+        }
 
 
 def _name(index: sa.Index) -> str:

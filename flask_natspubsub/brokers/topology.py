@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from ..config.parsers import DAY
 from ..config.settings import Settings
 from ..errors import TopologyError
 from ..messages.subjects import covers, overlaps
 from .base import Change, ConsumerConfig, StreamConfig, StreamInfo
-
-_DAY = 24 * 3600.0
 
 
 def wanted_streams(settings: Settings, filters: Iterable[str] = ()) -> list[StreamConfig]:
@@ -32,14 +31,14 @@ def wanted_streams(settings: Settings, filters: Iterable[str] = ()) -> list[Stre
         if env == settings.env and producer not in ("*", ">", "", "dlq"):
             subjects.append(f"{env}.{producer}.>")
     main = StreamConfig(
-        name=settings.stream, subjects=tuple(dict.fromkeys(subjects)), max_age=7 * _DAY
+        name=settings.stream, subjects=tuple(dict.fromkeys(subjects)), max_age=7 * DAY
     )
     streams = [msgspec.structs.replace(main, **settings.stream_config)]
     if settings.use_dlq:
         letters = StreamConfig(
             name=settings.dead_letter_stream,
             subjects=(f"{settings.env}.dlq.>",),
-            max_age=30 * _DAY,
+            max_age=30 * DAY,
             storage=streams[0].storage,
             replicas=streams[0].replicas,
         )
@@ -123,7 +122,7 @@ def plan(wanted: Sequence[StreamConfig], existing: Sequence[StreamInfo]) -> list
     changes: list[Change] = []
     for stream in wanted:
         current = configs.get(stream.name)
-        missing = _uncovered(stream.subjects, current.subjects if current else ())
+        missing = uncovered(stream.subjects, current.subjects if current else ())
         others = [config for config in configs.values() if config.name != stream.name]
         host = _host(stream, [other for other in others if other.name in names])
         if current is None and host is not None:
@@ -165,7 +164,8 @@ def _differences(wanted: StreamConfig, current: StreamConfig) -> Iterable[str]:
             yield f"{name} is {have!r}, not {want!r}"
 
 
-def _uncovered(subjects: Iterable[str], by: Iterable[str]) -> tuple[str, ...]:
+def uncovered(subjects: Iterable[str], by: Iterable[str]) -> tuple[str, ...]:
+    """Return the subjects, or filters, that none of the filters ``by`` covers."""
     patterns = tuple(by)
     return tuple(
         subject for subject in subjects if not any(covers(pattern, subject) for pattern in patterns)
@@ -174,7 +174,7 @@ def _uncovered(subjects: Iterable[str], by: Iterable[str]) -> tuple[str, ...]:
 
 def _host(stream: StreamConfig, candidates: Iterable[StreamConfig]) -> StreamConfig | None:
     for candidate in candidates:
-        if not _uncovered(stream.subjects, candidate.subjects):
+        if not uncovered(stream.subjects, candidate.subjects):
             return candidate
     return None
 

@@ -1,10 +1,12 @@
-"""``inbox``: which events subscribers remember as handled."""
+"""``inbox``: the table of handled events."""
 
 from __future__ import annotations
 
 import click
+from msgspec.structs import asdict
 
 from ..app.state import AppState
+from ..inspection import inbox_rows
 from .group import natspubsub
 from .output import json_option, print_json, print_table
 from .purging import older_than_option, purge, yes_option
@@ -19,13 +21,13 @@ def inbox() -> None:
 @json_option
 def status_command(state: AppState, as_json: bool) -> None:
     """Count the events that each subscriber remembers as handled."""
-    counts = state.require_persistence().inbox.counts()
+    found = inbox_rows(state.require_persistence().inbox)
     if as_json:
-        print_json([{"subscriber": name, "events": count} for name, count in counts.items()])
-    elif not counts:
+        print_json([asdict(one) for one in found])
+    elif not found:
         click.echo("The inbox is empty.")
     else:
-        print_table(("SUBSCRIBER", "EVENTS"), counts.items())
+        print_table(("SUBSCRIBER", "EVENTS"), [(one.subscriber, one.events) for one in found])
 
 
 @inbox.command("purge", examples=["flask natspubsub inbox purge --older-than 30d --yes"])

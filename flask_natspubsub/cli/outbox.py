@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+from msgspec.structs import asdict
 
 from ..app.state import AppState
+from ..inspection import PartitionLease, outbox_rows, partition_leases
+from ..outbox.names import PARKED, SENT, STATUSES
 from .group import Misused, end, natspubsub
 from .output import json_option, print_fields, print_json, print_table
 from .purging import older_than_option, purge, yes_option
 
-STATUSES = ("pending", "sent", "parked")
 DIALECTS = ("sqlite", "postgresql", "mysql", "mariadb")
 _TIMES = ("available_at", "created_at", "sent_at", "confirmed_at")
 
@@ -32,15 +34,16 @@ def status_command(state: AppState, as_json: bool) -> None:
     nobody relays is taken by the next relay or worker that runs.
     """
     store = state.require_persistence().store
-    counts = store.counts()
-    leases = _leases(store.leases.holders(), state.settings.outbox_partitions)
+    rows, held = outbox_rows(store), partition_leases(store)
+    partitions = range(state.settings.outbox_partitions)
+    leases = [held.get(number, PartitionLease(number)) for number in partitions]
     if as_json:
-        print_json({**counts, "leases": leases})
+        print_json({**asdict(rows), "leases": [asdict(lease) for lease in leases]})
         return
-    age = counts["oldest_pending_seconds"]
+    age = rows.oldest_pending_seconds
     print_fields(
         [
-            *((status, counts[status]) for status in STATUSES),
+            *((status, getattr(rows, status)) for status in STATUSES),
             ("oldest pending", None if age is None else f"{age:.1f} s"),
         ]
     )
@@ -48,24 +51,10 @@ def status_command(state: AppState, as_json: bool) -> None:
     print_table(
         ("PARTITION", "RELAYED BY", "SECONDS LEFT"),
         [
-            (one["partition"], one["owner"] or "nobody", f"{one['seconds_left']:.1f}")
-            for one in leases
+            (lease.partition, lease.owner or "nobody", f"{lease.seconds_left:.1f}")
+            for lease in leases
         ],
     )
-
-
-def _leases(holders: Sequence[dict[str, Any]], partitions: int) -> list[dict[str, Any]]:
-    """Return one entry for each partition; a lease that ran out has no owner."""
-    by_name = {holder["name"]: holder for holder in holders if holder["seconds_left"] > 0}
-    found = [by_name.get(f"outbox/{number}", {}) for number in range(partitions)]
-    return [
-        {
-            "partition": number,
-            "owner": holder.get("owner"),
-            "seconds_left": float(holder.get("seconds_left", 0.0)),
-        }
-        for number, holder in enumerate(found)
-    ]
 
 
 @outbox.command(
@@ -163,7 +152,7 @@ def retry_command(state: AppState, ids: tuple[int, ...], everything: bool, as_js
     ],
 )
 @click.option(
-    "--status", type=click.Choice(("sent", "parked")), default="sent", show_default=True,
+    "--status", type=click.Choice((SENT, PARKED)), default=SENT, show_default=True,
     help="Which rows.",
 )  # fmt: skip
 @older_than_option

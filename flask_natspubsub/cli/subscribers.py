@@ -9,10 +9,11 @@ import click
 import msgspec
 
 from ..app.state import AppState
-from ..brokers.base import Broker, ConsumerInfo
+from ..brokers.base import ConsumerInfo
 from ..errors import BrokerError
+from ..inspection import SubscriberFacts
+from ..inspection import subscribers as inspect_subscribers
 from ..subscribing.durables import complaints, delete, rename
-from ..subscribing.subscription import Subscription
 from ..text import printable
 from .group import Misused, natspubsub, onlooker
 from .output import json_option, print_json, print_table
@@ -32,12 +33,13 @@ def subscribers(state: AppState, offline: bool, as_json: bool) -> None:
     """
     subscriptions, complained = state.subscriptions(), list[str]()
     if offline:
-        rows = [_describe(one, None, state.settings.stream) for one in subscriptions]
+        found = inspect_subscribers(state.settings, subscriptions)
     else:
         with onlooker(state) as broker:
-            rows = [_describe(one, broker, state.settings.stream) for one in subscriptions]
+            found = inspect_subscribers(state.settings, subscriptions, broker)
             with contextlib.suppress(BrokerError):  # may look at the app's own, not at all
                 complained = complaints(broker, state.settings, subscriptions)
+    rows = [_row(facts) for facts in found]
     if as_json:
         print_json(rows)
     elif not rows:
@@ -48,10 +50,8 @@ def subscribers(state: AppState, offline: bool, as_json: bool) -> None:
         click.secho(printable(f"! {line}"), fg="yellow", err=True)
 
 
-def _describe(subscription: Subscription, broker: Broker | None, stream: str) -> dict[str, Any]:
-    place = subscription.consumer_config(stream)
-    place = broker.place(place) if broker else place
-    info = broker.consumer_info(place.stream, place.durable) if broker else None
+def _row(facts: SubscriberFacts) -> dict[str, Any]:
+    subscription, place, consumer = facts.subscription, facts.place, facts.consumer
     return {
         "name": subscription.name,
         "topics": list(subscription.topics),
@@ -60,7 +60,7 @@ def _describe(subscription: Subscription, broker: Broker | None, stream: str) ->
         "stream": place.stream,
         "concurrency": subscription.concurrency,
         "max_deliver": subscription.max_deliver,
-        **{name: getattr(info, name) if info else None for name in _COUNTS},
+        **{name: getattr(consumer, name) if consumer else None for name in _COUNTS},
     }
 
 

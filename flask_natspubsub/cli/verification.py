@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from ..app.state import AppState
+from ..inspection import rewound_streams
 from ..outbox.verification import SentEvents, Verification
 from ..text import printable
 from .group import Misused, end, onlooker
@@ -143,9 +144,9 @@ def resend_command(
         click.echo(f"would be sent again: {count} (--dry-run)")
     else:
         click.echo(f"to be sent again: {count}")
-    left = [record.name for record in store.streams.rewound()]
+    left = rewound_streams(store)
     if left and not dry_run:
-        names = ", ".join(map(printable, left))
+        names = ", ".join(printable(stream.name) for stream in left)
         click.echo(f"More is missing: {names}. Use --missing-only without --since.", err=True)
         end(1)
 

@@ -16,6 +16,9 @@ from ..messages.subjects import RESERVED_APP_NAMES
 
 Parser = Callable[[Any], Any]
 
+#: Seconds of a day.
+DAY = 24 * 3600.0
+
 
 class Invalid(ValueError):
     """What is allowed, in words; becomes a ConfigurationError with key and value."""

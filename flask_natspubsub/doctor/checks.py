@@ -20,7 +20,9 @@ from typing import Literal
 
 import msgspec
 
-from .facts import DAY, Facts, StreamFacts
+from ..config.parsers import DAY
+from ..inspection import is_stuck
+from .facts import Facts, StreamFacts
 
 Grade = Literal["A", "B", "C", "D"]
 Severity = Literal["error", "warning", "info"]
@@ -31,8 +33,6 @@ OLDEST = (2, 10, 23)
 PATCHED = {(2, 10): 27, (2, 11): 1}
 #: What nats-server does unless it is told otherwise, seconds.
 DEFAULT_SYNC_INTERVAL = 120.0
-#: Age of the oldest due row from which it is an alarm, seconds.
-STUCK = 60.0
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -337,7 +337,7 @@ def _check_rows(facts: Facts) -> Iterator[Finding]:
             "parked", "error", f"{outbox.parked} rows of the outbox are parked.",
             "See `flask natspubsub outbox list --status parked`, then `outbox retry`.",
         )  # fmt: skip
-    if outbox.oldest_pending is not None and outbox.oldest_pending >= STUCK:
+    if is_stuck(outbox.oldest_pending):
         yield Finding(
             "stuck", "error",
             f"A row has been due for {outbox.oldest_pending:,.0f} s; {outbox.pending} are pending.",

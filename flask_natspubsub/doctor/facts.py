@@ -1,14 +1,15 @@
-"""The facts that ``doctor`` goes by, as plain values."""
+"""The facts that ``doctor`` judges, as plain values; ``--json`` prints them as they are."""
 
 from __future__ import annotations
 
 import msgspec
 
-DAY = 24 * 3600.0
+from ..config.parsers import DAY
+from ..inspection import OrphanFacts
 
 
 class StreamFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A stream as the server reports it; durations are seconds, 0 is without end."""
+    """A stream as the server reports it; durations are seconds, 0 is unlimited."""
 
     name: str
     exists: bool = True
@@ -23,11 +24,11 @@ class StreamFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConsumerFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A subscriber and what the server has of it.
+    """A subscriber's options, and how its consumer differs from them; durations are seconds.
 
     :param exists: whether a worker has made its consumer.
-    :param missing_subjects: what the subscriber wants and the consumer does not get.
-    :param extra_subjects: what the consumer gets and the subscriber does not want.
+    :param missing_subjects: subjects that the subscriber wants and the consumer does not receive.
+    :param extra_subjects: subjects that the consumer receives and the subscriber does not want.
     """
 
     name: str
@@ -39,33 +40,12 @@ class ConsumerFacts(msgspec.Struct, frozen=True, kw_only=True):
     inbox: bool = True
 
 
-class OrphanFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A consumer of this application that no subscriber has and no worker pulls from.
-
-    :param subscriber: the name that it was made for.
-    :param is_certain: whether it says so itself; else another app with a longer name may own it.
-    :param is_main: whether it is on the application's stream.
-    :param waiting: how many messages it has not settled, which an interest or work queue stream
-        keeps for it.
-    :param retains: whether the stream keeps them for it.
-    """
-
-    stream: str
-    durable: str
-    subscriber: str
-    is_certain: bool = True
-    is_main: bool = True
-    created: str = ""
-    last_active: str = ""
-    waiting: int = 0
-    retains: bool = False
-
-
 class OutboxFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The outbox's rows and retention.
+    """The outbox's rows and retention; durations are seconds.
 
+    :param oldest_pending: how long the oldest due row has been waiting; None if none is due.
     :param savepoints: whether a rollback undoes what was done in savepoints before it.
-    :param rewound: stream and reason of each loss that was noticed and is not repaired.
+    :param rewound: name and reason of each stream whose loss was noticed and is not repaired.
     """
 
     retention: float = DAY
@@ -79,11 +59,12 @@ class OutboxFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServerFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The server, and what its monitoring says; None is what nobody has told.
+    """The server by its connection and its monitoring; None is unknown.
 
     :param sync_interval: seconds between two writes to the disk.
     :param sync_always: whether it writes before it acknowledges.
     :param cluster_size: servers in its cluster; 1 if it is alone.
+    :param monitor_problem: why the monitoring address did not help; empty if it did.
     """
 
     version: str = ""
@@ -94,12 +75,13 @@ class ServerFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """All that the checks go by.
+    """Everything that the checks need.
 
-    :param orphans: consumers of subscribers that the code has no more.
+    :param orphans: consumers whose subscribers the code does not have any more.
     :param outbox: None if the application has none.
-    :param setup: what ``setup`` would do: what, of which stream, in words.
-    :param setup_problem: why it could not be told, such as subjects of another's stream.
+    :param setup: action, stream and detail of each change that ``setup`` would make.
+    :param setup_problem: why ``setup`` would fail, such as subjects of another stream; empty if it
+        would not.
     :param unbound: subjects that the application uses and no stream stores.
     """
 

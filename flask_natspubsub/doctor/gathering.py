@@ -1,26 +1,28 @@
-"""Gathers what ``doctor`` goes by: from the broker, the server's monitoring and the database."""
+"""Gathers what ``doctor`` judges: facts of the read model, and the server's monitoring."""
 
 from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ..brokers.base import Broker, ConsumerConfig, ConsumerInfo, StreamConfig, StreamInfo
-from ..brokers.topology import OWNER_APP
+from .. import inspection
+from ..brokers.base import Broker, ConsumerConfig, StreamConfig, StreamInfo
 from ..config.settings import Settings
 from ..errors import ConfigurationError, RequestDenied, TopologyError
+from ..inspection import OrphanFacts, SubscriberFacts
 from ..messages.subjects import covers
-from ..subscribing.durables import name_of, orphans
-from .facts import ConsumerFacts, Facts, OrphanFacts, OutboxFacts, ServerFacts, StreamFacts
+from .facts import ConsumerFacts, Facts, OutboxFacts, ServerFacts, StreamFacts
 
 if TYPE_CHECKING:
     from ..outbox.store import OutboxStore
     from ..subscribing.subscription import Subscription
 
+#: Seconds to wait for a page of the server's monitoring.
 MONITOR_TIMEOUT = 3.0
+#: Nanoseconds of a second; the server writes durations in nanoseconds.
 NANO = 1_000_000_000
 
 
@@ -32,29 +34,28 @@ def gather(
     store: OutboxStore | None,
     monitor_url: str | None = None,
 ) -> Facts:
-    """Ask for all that can be known. Nothing is changed.
+    """Ask for everything that the checks need. Nothing is changed.
 
+    :param wanted: the streams that the application needs.
+    :param subscriptions: all that the application has.
     :param store: of the outbox; None if the application has none.
-    :raises ConfigurationError: ``monitor_url`` is no HTTP address.
+    :raises ConfigurationError: ``monitor_url`` is not an HTTP address.
     :raises BrokerError: the server did not answer.
     :raises DatabaseError: the database failed.
     """
-    infos = {stream.name: broker.stream_info(stream.name) for stream in wanted}
+    streams = {stream.name: broker.stream_info(stream.name) for stream in wanted}
     setup, problem = _setup(broker, wanted)
-    places = [broker.place(one.consumer_config(settings.stream)) for one in subscriptions]
-    found = [broker.consumer_info(place.stream, place.durable) for place in places]
+    subscribers = inspection.subscribers(settings, subscriptions, broker)
+    places = [one.place for one in subscribers if one.place.stream == settings.stream]
     return Facts(
         server=_server(broker, monitor_url),
-        streams=tuple(_stream(name, infos[name], settings) for name in infos),
-        consumers=tuple(map(_consumer, places, found, subscriptions)),
+        streams=tuple(_stream(name, info, settings) for name, info in streams.items()),
+        consumers=tuple(map(_consumer, subscribers)),
         orphans=_orphans(broker, settings, subscriptions),
         outbox=None if store is None else _outbox(store, settings),
         setup=setup,
         setup_problem=problem,
-        unbound=_unbound(
-            infos.get(settings.stream),
-            [place for place in places if place.stream == settings.stream],
-        ),
+        unbound=_unbound(streams.get(settings.stream), places),
         allow_volatile=settings.allow_volatile_streams,
     )
 
@@ -78,34 +79,15 @@ def _stream(name: str, info: StreamInfo | None, settings: Settings) -> StreamFac
     return StreamFacts(name=name, is_main=is_main, persist_mode=info.persist_mode, **values)
 
 
-def _consumer(place: ConsumerConfig, info: ConsumerInfo | None, one: Subscription) -> ConsumerFacts:
-    got = info.filter_subjects if info else place.filter_subjects
+def _consumer(facts: SubscriberFacts) -> ConsumerFacts:
     return ConsumerFacts(
-        name=one.name,
-        exists=info is not None,
-        missing_subjects=_uncovered(place.filter_subjects, got),
-        extra_subjects=_uncovered(got, place.filter_subjects),
-        ack_wait=one.ack_wait,
-        timeout=one.timeout,
-        inbox=one.inbox,
-    )
-
-
-def _uncovered(subjects: Iterable[str], by: Sequence[str]) -> tuple[str, ...]:
-    return tuple(one for one in subjects if not any(covers(pattern, one) for pattern in by))
-
-
-def _orphan(info: ConsumerInfo, retention: str, settings: Settings) -> OrphanFacts:
-    return OrphanFacts(
-        stream=info.stream,
-        durable=info.durable,
-        subscriber=name_of(info, settings.app_name),
-        is_certain=OWNER_APP in info.metadata,
-        is_main=info.stream == settings.stream,
-        created=info.created,
-        last_active=info.last_active,
-        waiting=info.pending + info.ack_pending,
-        retains=retention not in ("", "limits"),
+        name=facts.subscription.name,
+        exists=facts.consumer is not None,
+        missing_subjects=facts.missing_subjects,
+        extra_subjects=facts.extra_subjects,
+        ack_wait=facts.subscription.ack_wait,
+        timeout=facts.subscription.timeout,
+        inbox=facts.subscription.inbox,
     )
 
 
@@ -113,19 +95,14 @@ def _orphans(
     broker: Broker, settings: Settings, subscriptions: Sequence[Subscription]
 ) -> tuple[OrphanFacts, ...]:
     try:
-        found = orphans(broker, settings, subscriptions)
+        return inspection.orphaned_consumers(settings, subscriptions, broker)
     except RequestDenied:
-        return ()  # who may not see them needs no word about them
-    # One that a worker pulls from is known to an older or newer version of the code.
-    found = [info for info in found if not info.waiting]
-    streams = {info.stream: broker.stream_info(info.stream) for info in found}
-    retention = {name: info.config.retention if info else "" for name, info in streams.items()}
-    return tuple(_orphan(info, retention[info.stream], settings) for info in found)
+        return ()  # a user who may not list consumers needs no finding about them
 
 
 def _unbound(info: StreamInfo | None, consumers: Sequence[ConsumerConfig]) -> tuple[str, ...]:
-    """Return what subscribers want and the stream, if there is one, has no room for."""
-    if info is None or info.origins:  # what it copies, it does not say
+    """Return the subjects that subscribers want and the stream, if there is one, does not store."""
+    if info is None or info.origins:  # the server does not tell the subjects of its origins
         return ()
     subjects = info.config.subjects
     return tuple(
@@ -137,19 +114,16 @@ def _unbound(info: StreamInfo | None, consumers: Sequence[ConsumerConfig]) -> tu
 
 
 def _outbox(store: OutboxStore, settings: Settings) -> OutboxFacts:
-    counts = store.counts()
-    holders = store.leases.holders()
+    rows = inspection.outbox_rows(store)
     return OutboxFacts(
         retention=settings.outbox_retention,
         inbox_retention=settings.inbox_retention,
-        pending=counts["pending"],
-        parked=counts["parked"],
-        oldest_pending=counts["oldest_pending_seconds"],
-        has_relay=any(
-            one["name"].startswith("outbox/") and one["seconds_left"] > 0 for one in holders
-        ),
+        pending=rows.pending,
+        parked=rows.parked,
+        oldest_pending=rows.oldest_pending_seconds,
+        has_relay=bool(inspection.partition_leases(store)),
         savepoints=store.database.keeps_savepoints(),
-        rewound=tuple((one.name, one.reason) for one in store.streams.rewound()),
+        rewound=tuple((one.name, one.reason) for one in inspection.rewound_streams(store)),
     )
 
 
@@ -168,9 +142,9 @@ def _server(broker: Broker, monitor_url: str | None) -> ServerFacts:
 
 
 def server_facts(varz: dict[str, Any], jsz: dict[str, Any], version: str) -> ServerFacts:
-    """Read what ``/varz`` and ``/jsz`` say.
+    """Read the pages ``/varz`` and ``/jsz``.
 
-    :param version: what the connection says, should they not.
+    :param version: the connection's, used if the pages have none.
     """
     config = (varz.get("jetstream") or {}).get("config") or jsz.get("config") or {}
     interval = config.get("sync_interval")
@@ -193,5 +167,5 @@ def _fetch(url: str, page: str) -> dict[str, Any]:
     with urllib.request.urlopen(address, timeout=MONITOR_TIMEOUT) as response:  # noqa: S310
         found = json.load(response)
     if not isinstance(found, dict):
-        raise ValueError(f"{page} is no object")
+        raise ValueError(f"{page} is not an object")
     return found

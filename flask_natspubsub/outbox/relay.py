@@ -27,10 +27,10 @@ from ..config.settings import Settings
 from ..errors import NatsPubsubError, PublishError
 from ..messages.message import Message
 from ..text import get_logger
+from .names import PARTITION, SENT
 from .rewind import StreamWatch
 from .store import DueRow, Failure, OutboxStore, Published, runs
-from .tables import SENT
-from .upkeep import CLEAN_BATCH, LEASE_SECONDS, PARTITION
+from .upkeep import CLEAN_BATCH, LEASE_SECONDS
 
 if TYPE_CHECKING:
     from ..database.leases import Lease

@@ -10,7 +10,8 @@ import sqlalchemy as sa
 
 from ..database.adapter import Database
 from ..database.dialects import database_now
-from .tables import ID_CHUNK, PENDING, SENT
+from .names import PENDING, SENT
+from .tables import ID_CHUNK
 
 #: Rows read and compared together.
 PAGE = 500

@@ -19,7 +19,8 @@ from ..database.leases import Lease
 from ..errors import PublishError
 from ..messages.message import Message
 from ..text import printable
-from .tables import DELAYED_INDEX, PARKED, PENDING, OutboxTables, is_pending
+from .names import PARKED, PENDING
+from .tables import DELAYED_INDEX, OutboxTables, is_pending
 from .upkeep import OutboxUpkeep
 
 #: Bytes of payloads and headers that are read together; one row is read, however large.

@@ -13,9 +13,9 @@ from sqlalchemy import orm
 
 from ..database.dialects import BigInt, Blob, Identifier, LongText, Seconds, database_now
 from ..database.leases import make_lease_table
+from .names import PENDING
 from .streams import stream_table
 
-PENDING, SENT, PARKED = "pending", "sent", "parked"
 TABLE = "natspubsub_outbox"
 PENDING_INDEX = "ix_natspubsub_outbox_pending"
 DELAYED_INDEX = "ix_natspubsub_outbox_delayed"

@@ -12,14 +12,13 @@ from ..database.adapter import Database
 from ..database.dialects import database_now
 from ..database.leases import Leases
 from ..messages.message import Message
+from .names import PARKED, PARTITION, PENDING, SENT
 from .sent import SentRows
 from .streams import StreamRecords
-from .tables import PARKED, PENDING, SENT, OutboxTables, has_status, is_pending, is_pending_by_index
+from .tables import OutboxTables, has_status, is_pending, is_pending_by_index
 
 LEASE_SECONDS = 10.0
 CLEAN_BATCH = 1000
-#: The lease of a partition is called this and its number.
-PARTITION = "outbox/"
 
 
 class OutboxUpkeep:

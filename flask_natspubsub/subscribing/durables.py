@@ -34,6 +34,11 @@ class Renamed(msgspec.Struct, frozen=True, kw_only=True):
     remembered: int
 
 
+def place_of(broker: Broker, settings: Settings, subscription: Subscription) -> ConsumerConfig:
+    """Return the consumer that a subscriber needs, on the stream that has its subjects."""
+    return broker.place(subscription.consumer_config(settings.stream))
+
+
 def orphans(
     broker: Broker, settings: Settings, subscriptions: Sequence[Subscription]
 ) -> list[ConsumerInfo]:
@@ -51,7 +56,7 @@ def _look(
     broker: Broker, settings: Settings, subscriptions: Sequence[Subscription]
 ) -> tuple[list[ConsumerInfo], list[ConsumerConfig]]:
     """Return the consumers of the streams that the app receives from, and those it needs."""
-    places = [broker.place(one.consumer_config(settings.stream)) for one in subscriptions]
+    places = [place_of(broker, settings, one) for one in subscriptions]
     streams = dict.fromkeys((settings.stream, *(place.stream for place in places)))
     return [info for stream in streams for info in broker.consumers(stream)], places
 
@@ -163,7 +168,7 @@ def rename(
     :param rename_inbox: has what one name of the app has handled count for another; how many.
     :raises TopologyError: there is no such consumer, a worker pulls, or the new one has begun.
     """
-    place = broker.place(new.consumer_config(settings.stream))
+    place = place_of(broker, settings, new)
     before = _stopped_consumer(broker, settings, old, [place.stream])
     there = broker.consumer_info(place.stream, place.durable)
     if there is not None and (there.delivered or there.waiting):
@@ -233,9 +238,8 @@ def delete(
     :param confirm: called before it is done; may raise.
     :raises TopologyError: there is no such consumer, or a worker pulls for it.
     """
-    places = [broker.place(one.consumer_config(settings.stream)) for one in subscriptions]
-    streams = [settings.stream, *(place.stream for place in places)]
-    info = _stopped_consumer(broker, settings, name, streams)
+    elsewhere = [place_of(broker, settings, one).stream for one in subscriptions]
+    info = _stopped_consumer(broker, settings, name, [settings.stream, *elsewhere])
     confirm(info)
     broker.delete_consumer(info.stream, info.durable)
     return info

@@ -10,18 +10,18 @@ import pytest
 from flask_natspubsub import ConfigurationError, TopologyError
 from flask_natspubsub.brokers.base import StreamConfig, StreamInfo
 from flask_natspubsub.brokers.topology import refuse_volatile
+from flask_natspubsub.config.parsers import DAY
 from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.doctor.checks import examine, version_of
 from flask_natspubsub.doctor.facts import (
-    DAY,
     ConsumerFacts,
     Facts,
-    OrphanFacts,
     OutboxFacts,
     ServerFacts,
     StreamFacts,
 )
 from flask_natspubsub.doctor.gathering import gather, server_facts
+from flask_natspubsub.inspection import OrphanFacts
 
 SOUND = Facts(
     server=ServerFacts(
