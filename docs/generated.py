@@ -8,9 +8,7 @@ import textwrap
 import click
 
 from flask_natspubsub.cli import natspubsub
-from flask_natspubsub.config import settings
-
-PRESETS = ("development", "testing", "production")
+from flask_natspubsub.config import groups, settings
 
 
 def settings_text() -> str:
@@ -21,7 +19,7 @@ def settings_text() -> str:
 def presets_text() -> str:
     """Describe what each preset sets."""
     lines = []
-    for preset in PRESETS:
+    for preset in groups.PRESETS:
         one = settings.Settings.from_config({"NATSPUBSUB_PRESET": preset}, "shop")
         changed = [
             f":confval:`{key}` ``{value}``"

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..messages.subjects import RESERVED_APP_NAMES
+from .table import Parser
 
-Parser = Callable[[Any], Any]
-
+#: One token of a subject, as a regular expression.
+ONE_NAME = "[A-Za-z0-9_-]+"
 #: Seconds of a day.
 DAY = 24 * 3600.0
 
@@ -114,14 +115,14 @@ def credential(value: Any) -> str:
 
 def token(value: Any) -> str:
     """Take what can be one token of a subject."""
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", value):
+    if not isinstance(value, str) or not re.fullmatch(ONE_NAME, value):
         raise Invalid("letters, digits, '_' and '-' (it becomes one token of a subject)")
     return value
 
 
 def subject_prefix(value: Any) -> str:
     """Take the first tokens of a subject, without wildcards."""
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", value):
+    if not isinstance(value, str) or not re.fullmatch(rf"{ONE_NAME}(\.{ONE_NAME})*", value):
         raise Invalid("tokens of letters, digits, '_' and '-', joined by dots")
     return value
 

@@ -1,7 +1,8 @@
-"""Every ``NATSPUBSUB_*`` key in one table: default, check, help.
+"""The settings of one application, read from its ``NATSPUBSUB_*`` keys.
 
-``Settings.from_config`` reads ``app.config`` once, in ``init_app``; later changes of the
-config are not seen. The documentation's configuration page is generated from this table.
+``Settings.from_config`` reads ``app.config`` once, in ``init_app``; later changes of the config
+are not seen. What each setting is stands in ``groups``; the documentation's configuration page is
+generated from it.
 """
 
 from __future__ import annotations
@@ -13,274 +14,18 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
 from ..errors import ConfigurationError
 from ..messages.subjects import slug
 from . import parsers
+from .groups import PRESETS, AppSettings
+from .table import Row, rows_of
 
 PREFIX = "NATSPUBSUB_"
 MASK = "***"
 
 
-class Row(msgspec.Struct, frozen=True):
-    """What the table has of a setting beside its name, type and default.
-
-    :param parse: checks a value and gives it its final form.
-    :param secret: whether the value must not be shown.
-    """
-
-    parse: parsers.Parser
-    help: str
-    secret: bool
-
-
-_rows: list[Row] = []
-
-
-def setting(default: Any, parse: parsers.Parser, help_text: str, *, secret: bool = False) -> Any:
-    """Declare one row of the table."""
-    _rows.append(Row(parse, help_text, secret))
-    return default
-
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "development": {"concurrency": 4, "backoff": (1.0, 2.0, 5.0)},
-    "testing": {
-        "env": "test",
-        "urls": ("memory://",),
-        "concurrency": 1,
-        "backoff": (0.01,),
-        "shutdown_timeout": 5.0,
-    },
-    "production": {"env": "production"},
-}
-
-_DAY = 24 * 3600.0
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+class Settings(AppSettings, frozen=True, kw_only=True, eq=False):
     """The settings of one application; durations are seconds."""
-
-    urls: tuple[str, ...] = setting(
-        ("nats://127.0.0.1:4222",),
-        parsers.urls,
-        "Servers to connect to: a URL or a list of URLs. `memory://` is a broker inside the "
-        "process, for tests and single-process demos.",
-        secret=True,
-    )
-    env: str = setting(
-        "development", parsers.token, "First token of every subject; keeps environments apart."
-    )
-    app_name: str = setting(
-        "",
-        parsers.app_name,
-        "Second token of every subject and the `producer` of messages. Default: the Flask "
-        "app's name, slugged.",
-    )
-    preset: str | None = setting(
-        None,
-        parsers.optional(lambda value: parsers.choice(value, tuple(_PRESETS))),
-        "A set of defaults: `development`, `testing` (memory broker) or `production`. "
-        "Keys set explicitly win.",
-    )
-    user: str | None = setting(None, parsers.optional(parsers.credential), "User name.")
-    password: str | None = setting(
-        None, parsers.optional(parsers.credential), "Password.", secret=True
-    )
-    token: str | None = setting(
-        None, parsers.optional(parsers.credential), "Authentication token.", secret=True
-    )
-    nkey_seed_file: str | None = setting(
-        None, parsers.optional(parsers.text), "File with an NKey seed (needs the extra `nkeys`)."
-    )
-    credentials_file: str | None = setting(
-        None,
-        parsers.optional(parsers.text),
-        "Credentials file (JWT and seed; needs the extra `nkeys`).",
-    )
-    tls_ca_file: str | None = setting(
-        None, parsers.optional(parsers.text), "CA certificates (PEM) to check the server with."
-    )
-    tls_cert_file: str | None = setting(
-        None, parsers.optional(parsers.text), "Client certificate (PEM)."
-    )
-    tls_key_file: str | None = setting(
-        None, parsers.optional(parsers.text), "Key of the client certificate."
-    )
-    tls_hostname: str | None = setting(
-        None,
-        parsers.optional(parsers.text),
-        "Host name the server's certificate must carry, if not the URL's.",
-    )
-    reply_prefix: str = setting(
-        "_INBOX",
-        parsers.subject_prefix,
-        "First tokens of the subjects that the server's answers come to, which NATS calls the "
-        "inbox prefix: one for each user keeps them from reading each other's answers.",
-    )
-    connect_timeout: float = setting(
-        2.0, parsers.positive_seconds, "Longest wait for one server to accept a connection."
-    )
-    publish_timeout: float = setting(
-        5.0, parsers.positive_seconds, "Longest wait for a direct publish to be stored."
-    )
-    publish_in_flight: int = setting(
-        4_000,
-        parsers.integer(1),
-        "Messages sent and not yet acknowledged; a publish beyond that is queued.",
-    )
-    publish_queue: int = setting(
-        10_000,
-        parsers.integer(1),
-        "Messages of one process that may wait to be sent; a publish beyond that waits for room, "
-        "at most its timeout.",
-    )
-    publish_queue_bytes: int = setting(
-        64 * 1024 * 1024, parsers.integer(1), "The same in bytes of payload and headers."
-    )
-    stream_name: str | None = setting(
-        None,
-        parsers.optional(parsers.token),
-        "Name of the main stream. Default: `{env}-events-stream`.",
-    )
-    stream_config: Mapping[str, Any] = setting(
-        {},
-        parsers.stream_config,
-        "How the main stream is created: max_msgs, max_bytes, max_age, storage, replicas, "
-        "duplicate_window, discard. An existing stream is never changed by it.",
-    )
-    dlq_stream_config: Mapping[str, Any] = setting(
-        {},
-        parsers.stream_config,
-        "The same for the dead letter stream; its storage and replicas are else the main stream's.",
-    )
-    jetstream_domain: str | None = setting(
-        None,
-        parsers.optional(parsers.token),
-        "The JetStream domain that has the streams, where it is not that of the server connected "
-        "to: over a leaf node, say.",
-    )
-    jetstream_api_prefix: str | None = setting(
-        None,
-        parsers.optional(parsers.api_prefix),
-        "First tokens of the subjects of JetStream's API, where they are not `$JS.API`: streams "
-        "that another account shares are imported under a prefix.",
-    )
-    auto_setup: bool = setting(
-        True, parsers.flag, "Create missing streams and add missing subjects on first connect."
-    )
-    concurrency: int = setting(
-        10, parsers.integer(1), "Handler threads of a worker; at most so many messages at once."
-    )
-    prefetch: int = setting(
-        1_000,
-        parsers.integer(1),
-        "Most messages of one subscriber that a worker has in hand; fewer where handlers are slow, "
-        "but one for each of its handler threads.",
-    )
-    max_deliver: int = setting(
-        5, parsers.integer(1), "Deliveries after which a message becomes a dead letter."
-    )
-    ack_wait: float = setting(
-        30.0,
-        parsers.positive_seconds,
-        "Time after which the server redelivers a message it hears nothing of.",
-    )
-    backoff: tuple[float, ...] = setting(
-        (1.0, 5.0, 15.0, 30.0, 60.0),
-        parsers.backoff,
-        "Waits before the redeliveries of a failed message; the last repeats; jitter is added.",
-    )
-    handler_timeout: float = setting(
-        60.0, parsers.positive_seconds, "Time limit of a handler; after it the message is retried."
-    )
-    shutdown_timeout: float = setting(
-        30.0, parsers.seconds, "How long a stopping worker waits for running handlers."
-    )
-    heartbeat_timeout: float = setting(
-        30.0,
-        parsers.positive_seconds,
-        "A process of `worker --processes` that shows no sign of life for so long, or in which a "
-        "loop hangs for so long, is killed and replaced.",
-    )
-    use_dlq: bool = setting(
-        True, parsers.flag, "Keep messages given up on in the dead letter stream."
-    )
-    use_outbox: bool = setting(
-        False,
-        parsers.flag,
-        "Publish through the outbox: a row in the caller's transaction, sent after its commit. "
-        "Needs a database.",
-    )
-    use_inbox: bool = setting(
-        False,
-        parsers.flag,
-        "Handlers' database effects happen once, for all subscribers. Needs a database.",
-    )
-    outbox_retention: float = setting(
-        _DAY,
-        parsers.seconds,
-        "How long sent rows are kept: an acknowledgement of the stream is not yet on its disk, "
-        "and the row is the durable copy.",
-    )
-    outbox_batch_size: int = setting(500, parsers.integer(1), "Rows the relay sends together.")
-    outbox_poll_interval: float = setting(
-        1.0,
-        parsers.positive_seconds,
-        "How often an idle relay looks for rows that no hint told it of.",
-    )
-    outbox_partitions: int = setting(
-        1, parsers.integer(1), "Partitions of the outbox; each is relayed by one process at a time."
-    )
-    outbox_max_attempts: int = setting(
-        10, parsers.integer(1), "Refusals by the server after which a row is parked."
-    )
-    outbox_resend_on_rewind: bool = setting(
-        False,
-        parsers.flag,
-        "When a stream is found to have lost messages that it had acknowledged, send them again "
-        "without being asked. Off: it is logged and shown by health and `doctor`.",
-    )
-    allow_volatile_streams: bool = setting(
-        False,
-        parsers.flag,
-        "Let the outbox send to streams that keep messages in memory only, or acknowledge them "
-        "before they are written.",
-    )
-    inbox_retention: float = setting(
-        7 * _DAY, parsers.seconds, "How long handled event ids are remembered."
-    )
-    bind_key: str | None = setting(
-        None,
-        parsers.optional(parsers.text),
-        "The Flask-SQLAlchemy bind of the outbox and inbox tables.",
-    )
-    monitor_url: str | None = setting(
-        None,
-        parsers.optional(parsers.text),
-        "The server's monitoring address, such as `http://127.0.0.1:8222`, for `doctor`.",
-        secret=True,
-    )
-    breaker_threshold: int = setting(
-        10, parsers.integer(0), "Failed direct publishes in a row that open the circuit; 0: never."
-    )
-    breaker_reset: float = setting(
-        5.0,
-        parsers.positive_seconds,
-        "Time after which an open circuit lets one publish try again.",
-    )
-    subscribers: tuple[str, ...] = setting(
-        (), parsers.subscribers, "Modules and packages to import for their subscribers."
-    )
-    trace_header: str = setting(
-        "X-Trace-ID", parsers.header_name, "HTTP header that carries the trace id in and out."
-    )
-    health_url_prefix: str | None = setting(
-        None,
-        parsers.optional(parsers.url_prefix),
-        "Where to mount the health endpoints, such as `/health`.",
-    )
 
     #: Where each value came from: ``"default"``, ``"preset NAME"`` or ``"config"``.
     sources: Mapping[str, str] = {}
@@ -297,7 +42,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         _warn_unknown_keys(config)
         _warn_unread_environment(config)
         preset_name = _parse_one("preset", config.get(PREFIX + "PRESET"))
-        preset = _PRESETS.get(preset_name or "", {})
+        preset = PRESETS.get(preset_name or "", {})
         found: dict[str, Any] = {}
         sources: dict[str, str] = {}
         for name in TABLE:
@@ -374,8 +119,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return f"<Settings {self.env}.{self.app_name} at {self.safe_urls}>"
 
 
-#: The rows by the names of their settings, in order.
-TABLE: Mapping[str, Row] = dict(zip(Settings.__struct_fields__, _rows, strict=False))
+#: The row of each setting by its name, in order.
+TABLE: Mapping[str, Row] = rows_of(Settings)
 
 
 def masked(name: str, value: Any) -> str:

@@ -1,25 +1,17 @@
 """The options of a subscriber: one table, checked where the subscriber is declared."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Self
 
 import msgspec
 
 from ..brokers.base import DeliverPolicy
-from ..config.parsers import Parser, backoff, boolean, integer, positive_seconds, token
+from ..config import parsers
+from ..config.table import Row, rows_of
 from ..errors import RegistrationError
 from ..middleware import Middleware
-
-_parsers: list[Parser] = []
-
-
-def _option(parse: Parser, default: Any = None) -> Any:
-    _parsers.append(parse)
-    return default
 
 
 def _name(value: Any) -> str:
@@ -29,7 +21,7 @@ def _name(value: Any) -> str:
 
 
 def _producer(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"\*|[A-Za-z0-9_-]+", value):
+    if not isinstance(value, str) or not re.fullmatch(rf"\*|{parsers.ONE_NAME}", value):
         raise ValueError("the name of an app (letters, digits, '_' and '-'), or '*' for any app")
     return value
 
@@ -55,7 +47,7 @@ def _middleware(value: Any) -> tuple[Middleware, ...]:
 
 def _stream(value: Any) -> str:
     try:
-        return token(value)
+        return parsers.token(value)
     except ValueError:
         raise ValueError("the name of a stream (letters, digits, '_' and '-')") from None
 
@@ -90,24 +82,24 @@ class SubscriberOptions(msgspec.Struct, frozen=True, kw_only=True):
     :param middleware: functions around the handler, the first outermost.
     """
 
-    name: str | None = _option(_name)
-    producer: str | None = _option(_producer)
-    subject: str | None = _option(_text)
-    max_deliver: int | None = _option(integer(1))
-    ack_wait: float | None = _option(positive_seconds)
-    backoff: tuple[float, ...] | None = _option(backoff)
-    concurrency: int | None = _option(integer(1))
-    timeout: float | None = _option(positive_seconds)
-    inbox: bool | None = _option(boolean)
-    ordered: bool | None = _option(boolean)
-    deliver_policy: DeliverPolicy | None = _option(_deliver_policy)
-    dead_letter: bool | None = _option(boolean)
-    stream: str | None = _option(_stream)
-    envelope: bool | Callable[..., Any] | None = _option(_envelope)
-    middleware: tuple[Middleware, ...] = _option(_middleware, ())
+    name: Annotated[str | None, Row(_name)] = None
+    producer: Annotated[str | None, Row(_producer)] = None
+    subject: Annotated[str | None, Row(_text)] = None
+    max_deliver: Annotated[int | None, Row(parsers.integer(1))] = None
+    ack_wait: Annotated[float | None, Row(parsers.positive_seconds)] = None
+    backoff: Annotated[tuple[float, ...] | None, Row(parsers.backoff)] = None
+    concurrency: Annotated[int | None, Row(parsers.integer(1))] = None
+    timeout: Annotated[float | None, Row(parsers.positive_seconds)] = None
+    inbox: Annotated[bool | None, Row(parsers.boolean)] = None
+    ordered: Annotated[bool | None, Row(parsers.boolean)] = None
+    deliver_policy: Annotated[DeliverPolicy | None, Row(_deliver_policy)] = None
+    dead_letter: Annotated[bool | None, Row(parsers.boolean)] = None
+    stream: Annotated[str | None, Row(_stream)] = None
+    envelope: Annotated[bool | Callable[..., Any] | None, Row(_envelope)] = None
+    middleware: Annotated[tuple[Middleware, ...], Row(_middleware)] = ()
 
     @classmethod
-    def parse(cls, who: str, given: Mapping[str, Any]) -> SubscriberOptions:
+    def parse(cls, who: str, given: Mapping[str, Any]) -> Self:
         """Check ``given`` and turn it into options; a value of None counts as not given.
 
         :param who: the subscriber, for errors.
@@ -115,13 +107,13 @@ class SubscriberOptions(msgspec.Struct, frozen=True, kw_only=True):
         """
         values = {}
         for option, value in given.items():
-            if option not in _PARSERS:
+            if option not in _TABLE:
                 raise _unknown_option(who, option)
             if value is not None:
                 values[option] = _parse(who, option, value)
         return cls(**values)
 
-    def with_defaults(self, defaults: SubscriberOptions) -> SubscriberOptions:
+    def with_defaults(self, defaults: Self) -> Self:
         """Return these options with what is not set taken from ``defaults``."""
         missing = [name for name in OPTION_NAMES if getattr(self, name) is None]
         return msgspec.structs.replace(self, **{name: getattr(defaults, name) for name in missing})
@@ -129,7 +121,7 @@ class SubscriberOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 #: Every option, in the order of the table.
 OPTION_NAMES: tuple[str, ...] = SubscriberOptions.__struct_fields__
-_PARSERS = dict(zip(OPTION_NAMES, _parsers, strict=True))
+_TABLE = rows_of(SubscriberOptions)
 
 
 def nearest_option(name: str, cutoff: float = 0.6) -> str | None:
@@ -146,6 +138,6 @@ def _unknown_option(who: str, option: str) -> RegistrationError:
 
 def _parse(who: str, option: str, value: Any) -> Any:
     try:
-        return _PARSERS[option](value)
+        return _TABLE[option].parse(value)
     except ValueError as error:
         raise RegistrationError(f"{who}: {option} is {value!r}.", f"Allowed: {error}.") from None
