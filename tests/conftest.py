@@ -13,6 +13,7 @@ import pytest
 from flask import Flask
 
 from flask_natspubsub import NatsPubsub
+from flask_natspubsub.subscribing.subscriber import collect_local_classes
 from tests.support import ordinary_signals
 from tests.support.secrets import SECRET
 from tests.support.servers import NatsServer
@@ -65,6 +66,11 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         report.outcome = "failed"
         report.longrepr = f"the secret of the tests is shown in: {', '.join(shown)}"
     return report
+
+
+@pytest.fixture(autouse=True)
+def _no_subscribers_of_other_tests() -> None:
+    collect_local_classes()
 
 
 @pytest.fixture(scope="session", autouse=True)

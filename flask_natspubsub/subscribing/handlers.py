@@ -98,14 +98,13 @@ def message_annotation(who: str, handler: AnyHandler) -> Any:
     return _annotation(who, handler, _positional(who, handler)[0])
 
 
-def message_decoder(who: str, handler: AnyHandler, *, plain: bool = False) -> Callable[[Any], Any]:
-    """Build the decoder for the type in the annotation of the handler's first parameter.
+def message_decoder(who: str, annotation: Any, *, plain: bool = False) -> Callable[[Any], Any]:
+    """Build the decoder for the type that a handler asks for.
 
+    :param annotation: see ``message_annotation``.
     :param plain: whether its messages need not be JSON objects.
-    :raises RegistrationError: the annotation names something that cannot be found, or is
-        no type that a message can be decoded into.
+    :raises RegistrationError: a message cannot be decoded into this type.
     """
-    annotation = message_annotation(who, handler)
     try:
         return build_decoder(annotation, plain=plain)
     except RegistrationError as error:

@@ -94,12 +94,18 @@ class Subscriber:
 _unbound: weakref.WeakKeyDictionary[type[Subscriber], tuple[int, Any]] = weakref.WeakKeyDictionary()
 
 
+def collect_local_classes() -> None:
+    """Forget Subscriber classes that were defined in functions which have returned.
+
+    Such a class is a reference cycle: nobody has it any more, and it receives messages until the
+    garbage collector comes. Tests define classes like that; applications need not call this.
+    """
+    if any("<locals>" in cls.__qualname__ for cls in list(_unbound)):
+        gc.collect()
+
+
 def unbound_classes() -> Iterator[Declaration]:
     """Yield the declarations of all live subclasses of Subscriber bound to no extension."""
-    if any("<locals>" in cls.__qualname__ for cls in list(_unbound)):
-        # A class defined in a function that has returned is a reference cycle: still
-        # there, but nobody's. Collecting it now keeps it from receiving messages.
-        gc.collect()
     for cls, (order, _) in list(_unbound.items()):
         yield declare_class(cls, order=order)
 

@@ -35,6 +35,8 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     :param topics: as declared; none if it subscribes to a raw subject.
     :param filter_subjects: what its consumer receives; no two overlap.
     :param handler: called with the decoded message and its context.
+    :param message_type: the type in the annotation of the handler's first parameter; None if it
+        has none, or ``Any``.
     :param decode: turns the envelope's message into the type the handler asks for.
     :param is_async: whether calling the handler in its middleware gives an awaitable.
     :param middleware: all of it: global, the group's, its own; the first is outermost.
@@ -62,6 +64,7 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     deliver_policy: DeliverPolicy
     dead_letter: bool
     middleware: tuple[Middleware, ...]
+    message_type: Any = None
     stream: str | None = None
     elsewhere: str = ""
     read: Read = read
@@ -114,6 +117,7 @@ def resolve(
     """
     options, who = declaration.options, declaration.who
     handler = _handler(declaration)
+    annotation = handlers.message_annotation(who, handler)
     middleware = (*around, *options.middleware)
     is_foreign = _is_foreign(declaration, settings)
     durable = declaration.durable(settings.app_name)
@@ -126,7 +130,10 @@ def resolve(
         topics=declaration.topics,
         filter_subjects=_filter_subjects(declaration, settings),
         handler=handlers.with_context(who, handler),
-        decode=handlers.message_decoder(who, handler, plain=is_foreign or not _enveloped(options)),
+        message_type=None if annotation is Any else annotation,
+        decode=handlers.message_decoder(
+            who, annotation, plain=is_foreign or not _enveloped(options)
+        ),
         is_async=is_async(handler) or any(map(is_async, middleware)),
         max_deliver=_or(options.max_deliver, settings.max_deliver),
         ack_wait=_or(options.ack_wait, settings.ack_wait),
@@ -140,11 +147,7 @@ def resolve(
         middleware=middleware,
         stream=options.stream,
         elsewhere=elsewhere if is_foreign and options.stream is None else "",
-        read=reader(
-            options.envelope,
-            is_foreign=is_foreign,
-            annotation=handlers.message_annotation(who, handler),
-        ),
+        read=reader(options.envelope, is_foreign=is_foreign, annotation=annotation),
     )
 
 

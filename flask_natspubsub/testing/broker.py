@@ -31,6 +31,7 @@ from ..messages.subjects import matches, normalize_topic, overlaps, subject_for,
 from ..observability.tracing import current_lineage
 from ..publishing.draft import Draft
 from ..publishing.publisher import prepare
+from ..subscribing.subscriber import collect_local_classes
 from ..subscribing.subscription import Subscription
 from ..worker.async_handlers import AsyncHandlers
 from ..worker.outcome import Outcome
@@ -78,6 +79,7 @@ class TestBroker:
     __test__ = False  # its name begins with Test, and pytest would collect it
 
     def __init__(self, app: Flask, *others: Flask) -> None:
+        collect_local_classes()  # those of earlier tests
         self._states = [_state_of(one) for one in (app, *others)]
         self._state = self._states[0]
         self._clock = VirtualClock()

@@ -212,6 +212,29 @@ def test_without_an_annotation_the_message_is_the_dict() -> None:
     assert resolved(take, "a").decode({"x": [None]}) == {"x": [None]}
 
 
+@pytest.mark.parametrize(
+    ("handler", "message_type"),
+    [
+        (takes_order, Order),
+        (lambda message: None, None),
+        (functools.partial(takes_order), Order),
+    ],
+)
+def test_a_subscription_keeps_the_type_that_its_handler_asks_for(
+    handler: Any, message_type: Any
+) -> None:
+    assert resolved(handler, "a", name="x").message_type is message_type
+
+
+def test_any_type_is_no_type() -> None:
+    def take(message: Any) -> None: ...
+
+    def take_dict(message: dict[str, Any]) -> None: ...
+
+    assert resolved(take, "a").message_type is None
+    assert resolved(take_dict, "a").message_type == dict[str, Any]
+
+
 def test_an_annotation_that_cannot_be_found_is_named_with_the_fix(registry: Registry) -> None:
     class Local:
         pass

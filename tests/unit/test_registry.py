@@ -12,7 +12,7 @@ from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.errors import RegistrationError
 from flask_natspubsub.middleware import compose
 from flask_natspubsub.subscribing.registry import Registry, SubscriberGroup
-from flask_natspubsub.subscribing.subscriber import Subscriber
+from flask_natspubsub.subscribing.subscriber import Subscriber, collect_local_classes
 
 SETTINGS = Settings(env="test", app_name="shop")
 ANY_CONTEXT: Any = object()
@@ -200,6 +200,7 @@ def test_an_unbound_class_is_found_by_every_registry() -> None:
     cls = define_unbound()
     assert names(Registry()) == names(Registry()) == ["unbound"]
     del cls
+    collect_local_classes()
     assert names(Registry()) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ from flask_natspubsub import (
     NotConnected,
     PublishError,
     Retry,
+    Subscriber,
     message_handled,
 )
 from flask_natspubsub.testing import TestBroker
@@ -65,6 +67,27 @@ def project():
 def broker(project):
     with TestBroker(project.app) as broker:
         yield broker
+
+
+def test_a_class_that_an_earlier_test_defined_receives_nothing(project):
+    received = []
+
+    def earlier_test():
+        class Left(Subscriber):
+            topics = "order.created"
+
+            def handle(self, message):
+                received.append(message)
+
+    gc.disable()  # or it might be gone before the broker looks
+    try:
+        earlier_test()
+        with TestBroker(project.app) as broker:
+            broker.deliver("order.created", {})
+    finally:
+        gc.enable()
+
+    assert received == []
 
 
 def fail_until(attempt):
