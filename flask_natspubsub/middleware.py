@@ -1,9 +1,9 @@
 """Functions around a handler, or around a publish.
 
 A middleware is ``def mw(subject, call_next)``. ``subject`` is the ``MessageContext`` of the
-message being handled, or the draft of the message being published. ``call_next()`` runs what
-lies further in and returns its result; ``call_next(other)`` passes ``other`` inwards instead.
-Not calling it skips the rest.
+message being handled, or the draft of the message being published. ``call_next()`` runs the next
+middleware, or the handler or publish, and returns its result; ``call_next(other)`` passes
+``other`` on instead. Not calling it skips the rest.
 
 An async handler's result is an awaitable: plain middleware returns it untouched, ``async def``
 middleware awaits it. What ``async def`` middleware calls next can be awaited even if it is
@@ -31,11 +31,11 @@ def compose(
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling ``function`` gives a coroutine; sees through partials and objects."""
+    """Whether calling ``function``, a partial or a callable object returns a coroutine."""
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004 - the method itself is what is asked about
+        getattr(function, "__call__", None)  # noqa: B004 - the method itself is wanted
     )
 
 

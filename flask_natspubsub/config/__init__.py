@@ -1,1 +1,1 @@
-"""What a project can set: the settings, and the parsers that check them."""
+"""Settings: their table in groups, and the parsers that check them."""

@@ -186,7 +186,10 @@ class WorkerSettings(StreamSettings, frozen=True, kw_only=True, eq=False):
 
     concurrency: Annotated[
         int,
-        Row(parsers.integer(1), "Handler threads of a worker; at most so many messages at once."),
+        Row(
+            parsers.integer(1),
+            "Handler threads of a worker: the limit of messages handled at once.",
+        ),
     ] = 10
     prefetch: Annotated[
         int,
@@ -268,7 +271,7 @@ class DatabaseSettings(WorkerSettings, frozen=True, kw_only=True, eq=False):
         float,
         Row(
             parsers.positive_seconds,
-            "How often an idle relay looks for rows that no hint told it of.",
+            "How often an idle relay looks for rows of which no wake-up came.",
         ),
     ] = 1.0
     outbox_partitions: Annotated[

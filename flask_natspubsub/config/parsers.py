@@ -1,7 +1,7 @@
-"""What a setting or an option may be: parsers that say what is allowed.
+"""Parsers of settings and options.
 
-Each takes a value and returns its final form; ``Invalid`` says, in words that fit behind
-"Allowed:", what would have been accepted.
+Each takes a value and returns its final form. For a bad value it raises ``Invalid``, whose text
+says what is allowed and reads well behind "Allowed:".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DAY = 24 * 3600.0
 
 
 class Invalid(ValueError):
-    """What is allowed, in words; becomes a ConfigurationError with key and value."""
+    """A bad value; says what is allowed. Becomes a ConfigurationError with key and value."""
 
 
 def optional(parse: Parser) -> Parser:
@@ -31,7 +31,7 @@ def optional(parse: Parser) -> Parser:
 
 
 def boolean(value: Any) -> bool:
-    """Take True or False, and nothing that is merely true."""
+    """Accept True or False only."""
     if not isinstance(value, bool):
         raise Invalid("True or False")
     return value
@@ -43,9 +43,9 @@ _SPELLED = {"true": True, "1": True, "yes": True, "on": True} | {
 
 
 def flag(value: Any) -> bool:
-    """Take True or False, or one of the words that stand for them in an environment variable.
+    """Accept True or False, or a word that stands for them in an environment variable.
 
-    ``app.config.from_prefixed_env`` makes 0 and 1 numbers, and leaves ``False`` a text.
+    ``app.config.from_prefixed_env`` makes 0 and 1 numbers, and leaves ``False`` a string.
     """
     if isinstance(value, (bool, int, str)) and str(value).strip().lower() in _SPELLED:
         return _SPELLED[str(value).strip().lower()]
@@ -55,7 +55,7 @@ def flag(value: Any) -> bool:
 
 
 def integer(minimum: int) -> Parser:
-    """Make a parser of whole numbers from ``minimum`` on."""
+    """Return a parser of whole numbers that are ``minimum`` or more."""
 
     def parse(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -66,7 +66,7 @@ def integer(minimum: int) -> Parser:
 
 
 def seconds(value: Any) -> float:
-    """Turn seconds (int or float) or a timedelta into seconds; ValueError if negative."""
+    """Convert seconds (int or float) or a timedelta to seconds; it must not be negative."""
     if isinstance(value, dt.timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e10:
@@ -75,7 +75,7 @@ def seconds(value: Any) -> float:
 
 
 def positive_seconds(value: Any) -> float:
-    """Turn a duration into seconds; it must not be 0."""
+    """Convert a duration to seconds; it must be greater than 0."""
     result = seconds(value)
     if result == 0:
         raise Invalid("a number of seconds, or a timedelta, greater than 0")
@@ -83,7 +83,7 @@ def positive_seconds(value: Any) -> float:
 
 
 def backoff(value: Any) -> tuple[float, ...]:
-    """Turn a list of delays into seconds; the last one repeats."""
+    """Convert a list of delays to seconds; the last one repeats."""
     if isinstance(value, (int, float, dt.timedelta)) and not isinstance(value, bool):
         value = [value]
     if not isinstance(value, (list, tuple)) or not value:
@@ -92,14 +92,14 @@ def backoff(value: Any) -> tuple[float, ...]:
 
 
 def text(value: Any) -> str:
-    """Take a text that is not empty."""
+    """Accept a string that is not empty."""
     if not isinstance(value, str) or not value:
         raise Invalid("a text, not empty")
     return value
 
 
 def credential(value: Any) -> str:
-    """Take a name, password or token; one of digits only may come as a number.
+    """Accept a name, password or token; one of digits only may be a number.
 
     ``app.config.from_prefixed_env`` reads values as JSON, which makes 12345 a number.
     """
@@ -114,21 +114,21 @@ def credential(value: Any) -> str:
 
 
 def token(value: Any) -> str:
-    """Take what can be one token of a subject."""
+    """Accept a string that can be one token of a subject."""
     if not isinstance(value, str) or not re.fullmatch(ONE_NAME, value):
         raise Invalid("letters, digits, '_' and '-' (it becomes one token of a subject)")
     return value
 
 
 def subject_prefix(value: Any) -> str:
-    """Take the first tokens of a subject, without wildcards."""
+    """Accept the first tokens of a subject, without wildcards."""
     if not isinstance(value, str) or not re.fullmatch(rf"{ONE_NAME}(\.{ONE_NAME})*", value):
         raise Invalid("tokens of letters, digits, '_' and '-', joined by dots")
     return value
 
 
 def api_prefix(value: Any) -> str:
-    """Take the prefix of an API, such as ``$JS.hub.API``; a last dot is dropped."""
+    """Accept the prefix of an API, such as ``$JS.hub.API``; a dot at its end is dropped."""
     prefix = value.removesuffix(".") if isinstance(value, str) else value
     if not isinstance(prefix, str) or not re.fullmatch(r"[$\w-]+(\.[$\w-]+)*", prefix, re.ASCII):
         raise Invalid("tokens of letters, digits, '$', '_' and '-', joined by dots")
@@ -136,7 +136,7 @@ def api_prefix(value: Any) -> str:
 
 
 def app_name(value: Any) -> str:
-    """Take a token that the streams do not use themselves."""
+    """Accept a token that the streams do not use themselves."""
     name = token(value)
     if name.lower() in RESERVED_APP_NAMES:
         raise Invalid("any name but 'dlq' and 'events', which the streams use themselves")
@@ -144,14 +144,14 @@ def app_name(value: Any) -> str:
 
 
 def header_name(value: Any) -> str:
-    """Take the name of an HTTP header."""
+    """Accept the name of an HTTP header."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", value):
         raise Invalid("the name of an HTTP header")
     return value
 
 
 def url_prefix(value: Any) -> str:
-    """Take a path to mount something at, without a slash at its end."""
+    """Accept a path to mount a blueprint at; a slash at its end is dropped."""
     if not isinstance(value, str) or not value.startswith("/") or value.rstrip("/") == "":
         raise Invalid("a path such as '/health'")
     return value.rstrip("/")
@@ -161,7 +161,7 @@ SCHEMES = ("nats", "tls", "ws", "wss", "memory")
 
 
 def urls(value: Any) -> tuple[str, ...]:
-    """Take servers: a URL, several with commas, or a list of them."""
+    """Accept a server's URL, several with commas, or a list of URLs."""
     allowed = "a server's URL such as 'nats://127.0.0.1:4222', a list of them, or 'memory://'"
     if isinstance(value, str):
         value = value.split(",")
@@ -189,7 +189,7 @@ def _url(value: Any, allowed: str) -> str:
 
 
 def subscribers(value: Any) -> tuple[str, ...]:
-    """Take module names."""
+    """Accept a module's name or a list of them."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) and v for v in value):
@@ -209,14 +209,14 @@ STREAM_KEYS: dict[str, Parser] = {
 
 
 def choice(value: Any, choices: tuple[str, ...]) -> str:
-    """Take one of ``choices``."""
+    """Accept one of ``choices``."""
     if value not in choices:
         raise Invalid(" or ".join(repr(choice) for choice in choices))
     return str(value)
 
 
 def stream_config(value: Any) -> Mapping[str, Any]:
-    """Take what a stream can be told when it is made."""
+    """Accept the options that a stream can be created with."""
     if not isinstance(value, Mapping):
         raise Invalid(f"a dict with keys from {', '.join(STREAM_KEYS)}")
     parsed = {}

@@ -109,7 +109,7 @@ class Settings(AppSettings, frozen=True, kw_only=True, eq=False):
         return ", ".join(mask_url(url) for url in self.urls)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Key, value as text (secrets masked) and source of every setting."""
+        """Return key, value as a string (secrets masked) and source of every setting."""
         return [
             (PREFIX + name.upper(), masked(name, getattr(self, name)), self.sources[name])
             for name in TABLE
@@ -124,7 +124,7 @@ TABLE: Mapping[str, Row] = rows_of(Settings)
 
 
 def masked(name: str, value: Any) -> str:
-    """Return the value of a setting as text that may be shown: no password, no token."""
+    """Return the value of a setting as a string that may be shown: no password, no token."""
     if name == "urls" and isinstance(value, (str, list, tuple)):
         urls = [value] if isinstance(value, str) else value
         return ", ".join(mask_url(str(url)) for url in urls)
@@ -134,7 +134,7 @@ def masked(name: str, value: Any) -> str:
 
 
 def mask_url(url: str) -> str:
-    """Return ``url`` with all before its last ``@`` masked; it need not be a valid URL."""
+    """Return ``url`` with everything before its last ``@`` masked; it need not be valid."""
     scheme, found, rest = url.rpartition("://") if url.count("://") == 1 else ("", "", url)
     if "@" not in rest:
         return url
@@ -153,7 +153,7 @@ def _parse_one(name: str, value: Any) -> Any:
 def _own_name(app_import_name: str) -> str:
     """Return the app's name as a token; ConfigurationError if it has no letter for that.
 
-    All apps with names in another script would be one app otherwise.
+    Otherwise all apps with names in another script would share one name.
     """
     if not app_import_name.isascii() and not re.search("[A-Za-z0-9]", app_import_name):
         raise ConfigurationError(
@@ -174,7 +174,7 @@ def _warn_unknown_keys(config: Mapping[str, Any]) -> None:
 
 
 def _warn_unread_environment(config: Mapping[str, Any]) -> None:
-    """Warn of settings in the environment that the application did not take from there."""
+    """Warn of settings in the environment that the application has not read."""
     names = {name: name.removeprefix("FLASK_").partition("__")[0] for name in os.environ}
     unread = [
         name

@@ -1,8 +1,8 @@
-"""Keeping messages that are given up on.
+"""Storing dead letters.
 
 A dead letter is the original message, byte for byte, with headers that say why and where
-from; see the wire format. It is stored before the original is terminated, so a message is in
-one place or the other whatever dies in between.
+from; see the wire format. It is stored before the original is terminated, so the message is in at
+least one of the two places whatever dies in between.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRIAL = "trial"
 
 
 class DeadLetterBox:
-    """Where a worker puts the messages of one application that it gives up on."""
+    """Stores the messages that a worker of one application gives up on."""
 
     def __init__(self, broker: Broker, settings: Settings) -> None:
         self._broker = broker
@@ -40,11 +40,9 @@ class DeadLetterBox:
         reason: GiveUpReason,
         error: BaseException,
     ) -> None:
-        """Store a dead letter; storing the same one twice stores it once.
+        """Store a dead letter. Idempotent: its id names the app, the subscriber and the message.
 
-        Its id names the app, the subscriber and the message, whatever else has those names.
-
-        A body that is too large together with these headers is left out: it stays in the
+        A body that is too large together with the added headers is left out: it stays in the
         original stream, where ``DeadLetters`` finds it.
 
         :raises PublishError: it could not be stored.
@@ -89,22 +87,22 @@ class DeadLetterBox:
         settings = self._settings
         return dead_letter_subject(settings.env, settings.app_name, subscription.token)
 
-    # A message over its delivery limit that no handler refused was in hand whenever the
-    # process died: it is the culprit or a bystander. It is run once more alone, and a marker
-    # beside the dead letters says so first: if it is found at the next delivery, that run was
-    # not survived. The server's count cannot tell, it counts bystanders too.
+    # A message over its delivery limit that no handler refused was being handled whenever the
+    # process died: it is the culprit or a bystander. It is run once more, alone, after a marker
+    # was stored beside the dead letters. If the next delivery finds the marker, the process did
+    # not survive that run. The server's count cannot tell: it counts bystanders too.
 
     def trial_was_started(self, delivery: Delivery, subscription: Subscription) -> bool:
-        """Whether this message was already being run alone when a process died."""
+        """Whether a process died while it ran this message alone."""
         return self._trial_marker(delivery, subscription) is not None
 
     def start_trial(self, delivery: Delivery, subscription: Subscription) -> None:
-        """Note that this message is about to be run alone."""
+        """Store the marker: this message is about to be run alone."""
         subject = self._trial_subject(delivery, subscription)
         store_one(self._broker, Message(subject, b"", {}), self._settings.publish_timeout)
 
     def end_trial(self, delivery: Delivery, subscription: Subscription) -> None:
-        """Forget the marker: the message's fate is settled."""
+        """Delete the marker: the message is settled."""
         marker = self._trial_marker(delivery, subscription)
         if marker is not None:
             self._broker.delete_message(marker.stream, marker.sequence)

@@ -1,9 +1,10 @@
-"""Dead letters: reading them, sending them again, discarding them.
+"""Reading, replaying and discarding dead letters.
 
-What lies there is data: of another app, of another package, of whoever may publish. So a record
-is believed as far as its place goes. Only the dead letter stream is looked at, whose subjects an
-app shares with nobody; a letter goes where its writer might have published by itself, or is sent
-as it is still stored where it came from; and never to the server's own subjects.
+A dead letter is untrusted data: another app, another package or any publisher may have written it.
+A record is trusted only as far as its subject proves. By default only the dead letter stream is
+read, where an app shares its subjects with nobody. A replay goes only where the writer of the dead
+letter could have published itself, or is sent as the original stream still stores it; never to the
+server's own subjects.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from .replays import replay_headers
 from .shapes import BODY_OMITTED, try_read, values_of
 
 UNKNOWN = "?"
-#: Stands for all apps of the environment.
+#: All apps of the environment.
 ANY_APP = "*"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetterRecord:
-    """A dead letter as it is read; times are as written by whoever stored it.
+    """A dead letter; ``dead_lettered_at`` is a string as its writer wrote it.
 
-    :param id: names it in ``show``, ``replay`` and ``discard``.
-    :param app: the app that gave it up, by the subject it was stored under.
-    :param traceback: where the handler failed: the innermost frames, the last one raised.
+    :param id: its id in ``show``, ``replay`` and ``discard``.
+    :param app: the app that gave the message up, by the subject it is stored under.
+    :param traceback: the innermost frames of the handler's failure; the last one raised.
+    :param stored_at: when the stream stored it; aware, UTC.
     :param data: the original bytes; empty if ``body_omitted``.
-    :param shape: who wrote it: ``"python"``, ``"javascript"`` or ``"ruby"``.
+    :param shape: the package that wrote it: ``"python"``, ``"javascript"`` or ``"ruby"``.
     """
 
     id: str
@@ -65,9 +67,9 @@ class DeadLetterRecord:
 
 
 class DeadLetters:
-    """Reads, replays and discards the dead letters of an app, or of others if it is told so.
+    """Reads, replays and discards dead letters, by default those of one app.
 
-    :param subscriptions: those of the app, by which it is known who handles a replay.
+    :param subscriptions: returns those of the app; they tell who handles a replay.
     """
 
     def __init__(
@@ -96,16 +98,16 @@ class DeadLetters:
         app: str | None = None,
         peers: bool = False,
     ) -> Iterator[DeadLetterRecord]:
-        """Read dead letters, oldest first; a page costs the same however many there are.
+        """Read dead letters, oldest first. The cost of a page does not depend on their number.
 
         :param topic: a topic, in which ``*`` and ``>`` may stand for tokens.
-        :param older_than: only what was stored longer ago than these seconds.
-        :param newer_than: only what was stored within these last seconds.
-        :param after: only what comes after the dead letter with this id, the last of the page
-            before; it need not exist any more.
+        :param older_than: only those stored more than ``older_than`` seconds ago.
+        :param newer_than: only those stored less than ``newer_than`` seconds ago.
+        :param after: only those after the dead letter with this id, the last of the previous
+            page; it need not exist any more.
         :param app: those of another app, ``"*"`` for all; default: this app's.
-        :param peers: also what the JavaScript and Ruby packages keep among the events, where
-            whoever publishes as the app can write as well.
+        :param peers: also those that the JavaScript and Ruby packages store among the events,
+            where everybody who may publish as the app can write.
         :raises ValueError: ``after`` is not an id.
         """
         pattern = normalize_topic(topic, wildcards=True) if topic else None
@@ -138,13 +140,13 @@ class DeadLetters:
     def replay(
         self, record: DeadLetterRecord, *, force: bool = False, to: str | None = None
     ) -> StoredAck:
-        """Send the message again, to the subscriber that failed only, and remove the dead letter.
+        """Send the message again, only to the subscriber that failed, and delete the dead letter.
 
-        It keeps its event id; other subscribers see that it is not for them and skip it.
+        The message keeps its event id. Other subscribers skip it.
 
-        :param force: have it handled even if the inbox says that it was handled before.
+        :param force: handle it even if the inbox says that it was handled before.
         :param to: the name of another subscriber of the same app, such as a renamed one.
-        :raises ReplayRefused: nobody would handle it, or it asks to go where it may not.
+        :raises ReplayRefused: no subscriber would handle it, or its subject is not allowed.
         :raises PublishError: it could not be stored; the dead letter stays.
         :raises BrokerError: the body was left out and is no longer in the original stream.
         """
@@ -153,7 +155,7 @@ class DeadLetters:
         letter = place_key(record.stream, record.sequence, record.stored_at.timestamp())
         headers = replay_headers(
             original.headers,
-            # The number tells this dead letter from those other subscribers have of the event.
+            # The sequence distinguishes it from other subscribers' dead letters of the event.
             message_id=f"{record.event_id}:replay:{record.sequence}",
             letter=letter,
             addressee=addressee,
@@ -178,7 +180,7 @@ class DeadLetters:
     # --- where a replay may go
 
     def _addressee(self, record: DeadLetterRecord, to: str | None) -> tuple[str, str] | None:
-        """Return the app and the subscriber that a replay is for; None: whoever receives it.
+        """Return the app and the subscriber that a replay is for; None: all that receive it.
 
         :raises ReplayRefused: there is no such subscriber, or it would not receive it.
         """
@@ -263,9 +265,9 @@ class DeadLetters:
         return is_subject(subject) and is_event
 
     def _stored_original(self, record: DeadLetterRecord) -> StoredMessage:
-        """Return the original out of a stream that the app receives from, if that has it still.
+        """Return the original from a stream that the app receives from.
 
-        :raises BrokerError: it has not.
+        :raises BrokerError: the stream does not have it any more.
         """
         stored = None
         stream = record.original_stream
@@ -286,17 +288,17 @@ class DeadLetters:
         configs = [one.consumer_config(main) for one in (self._subscriptions or list)()]
         return {main, *(self._broker.place(config).stream for config in configs)}
 
-    # --- where they are
+    # --- streams and subjects
 
     def _letters_stream(self) -> str:
-        """Return the stream that has the dead letters: one of a peer may take both kinds."""
+        """Return the stream of the dead letters; with a peer's set-up, the main stream."""
         if not self._home:
             own = self._settings.dead_letter_stream
             self._home = own if self._broker.stream_info(own) else self._settings.stream
         return self._home
 
     def _sources(self, app: str, peers: bool) -> dict[str, tuple[str, ...]]:
-        """Return streams, and the subjects in each, that have the letters of ``app``."""
+        """Return the streams that store dead letters of ``app``, with the subjects in each."""
         env, main = self._settings.env, self._settings.stream
         whose = (f"{env}.dlq.{app}", f"{env}.dlq.{app}.>") if app != ANY_APP else (f"{env}.dlq.>",)
         sources: dict[str, tuple[str, ...]] = {self._letters_stream(): whose}
@@ -305,7 +307,7 @@ class DeadLetters:
         return sources
 
     def _app_of(self, stored: StoredMessage) -> str | None:
-        """Return whose dead letter it is, by the subject it lies under; None if it is none."""
+        """Return the app of a dead letter, by its subject; None if it is not a dead letter."""
         tokens = stored.subject.split(".")
         if tokens[0] != self._settings.env or len(tokens) < 3:
             return None
@@ -315,7 +317,7 @@ class DeadLetters:
         return tokens[1] if of_peer and stored.stream == self._settings.stream else None
 
     def _place(self, record_id: str) -> tuple[str, int]:
-        """Return the stream and the sequence that an id stands for."""
+        """Return the stream and the sequence of an id."""
         stream, _, sequence = checked_id(record_id).rpartition(":")
         return stream or self._settings.dead_letter_stream, int(sequence)
 
@@ -326,7 +328,7 @@ class DeadLetters:
         older_than: float | None,
         newer_than: float | None,
     ) -> Iterator[StoredMessage]:
-        """Read what is stored, from one stream after the other."""
+        """Read stored messages, one stream after the other."""
         now, todo = self._broker.now(), dict(sources)
         last_stream, last = self._place(after) if after is not None else ("", 0)
         if last_stream == self._settings.stream and len(todo) > 1:
@@ -347,7 +349,7 @@ class DeadLetters:
         return heapq.merge(*found, key=lambda stored: stored.sequence)
 
     def _last_before(self, stream: str, time: float) -> int:
-        """Return the last sequence stored before ``time``: twenty looks find it in a million."""
+        """Return the last sequence stored before ``time``, by binary search."""
         info = self._broker.stream_info(stream)
         if info is None:
             return 0
@@ -395,7 +397,7 @@ class DeadLetters:
 
 
 def _subscriber(stored: StoredMessage, told: object) -> str:
-    """Return who gave a message up: as the subject says, in the words of the header."""
+    """Return the subscriber: the header's name if it fits the subject, else the subject's token."""
     tokens, name = stored.subject.split("."), str(told or UNKNOWN)
     if len(tokens) == 4 and slug(name) != tokens[3]:
         return tokens[3]
@@ -407,7 +409,7 @@ def _sequence(text: str) -> int | None:
 
 
 def checked_id(record_id: str) -> str:
-    """Return the id of a dead letter as it is; ValueError for anything else."""
+    """Return the id of a dead letter unchanged; ValueError for anything else."""
     sequence = record_id.rpartition(":")[2]
     if not (sequence.isascii() and sequence.isdigit() and len(sequence) < 20):
         raise ValueError(f"{record_id!r} is not the id of a dead letter")

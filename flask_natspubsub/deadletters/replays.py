@@ -1,4 +1,4 @@
-"""The headers of a message that is sent again: for whom, of which dead letter, how often."""
+"""The headers of a replay: the addressee, the dead letter, the number of replays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HEADER_NAME = re.compile(r"[!-9;-~]+")
 
 
 def kept(headers: Mapping[str, str]) -> Headers:
-    """Return the original headers: those of dead letters and what makes the server act are gone."""
+    """Return the original headers, without those of dead letters and the server's own."""
     return Headers(
         (name, printable(value))
         for name, value in pairs_of(headers)
@@ -41,10 +41,10 @@ def replay_headers(
     addressee: tuple[str, str] | None,
     force: bool,
 ) -> dict[str, str]:
-    """Return the headers of a message that is sent again.
+    """Return the headers of a replay.
 
-    :param original: those it had.
-    :param letter: what names the dead letter, in ``x-replay-of``.
+    :param original: the headers of the message.
+    :param letter: the place of the dead letter, for ``x-replay-of``.
     :param addressee: the app and the subscriber that it is for; None: all that receive it.
     """
     count = number(original.get(REPLAY_COUNT)) + 1
@@ -60,7 +60,7 @@ def replay_headers(
 
 
 def is_for(headers: Mapping[str, str], subscription: Subscription) -> bool:
-    """Whether a message is for this subscriber: it is, unless it is a replay for another one."""
+    """Whether a message is for this subscriber: all are, except replays for another one."""
     name = headers.get(REPLAY_FOR)
     if name is None:
         return True
@@ -69,16 +69,16 @@ def is_for(headers: Mapping[str, str], subscription: Subscription) -> bool:
 
 
 def forced_id(headers: Mapping[str, str], event_id: str) -> str:
-    """Return the id by which the inbox takes a message: that of the replay if it is forced.
+    """Return the id that the inbox uses for a message: a forced replay has one of its own.
 
-    It begins with the event id, so that nobody can have another event taken for handled.
+    It starts with the event id, so that nobody can mark another event as handled.
     """
-    if headers.get(REPLAY_FORCE) is None:  # "in" would read them all
+    if headers.get(REPLAY_FORCE) is None:  # "in" would parse all of them
         return event_id
     return f"{event_id}:replay:{headers.get(REPLAY_OF) or headers.get(MESSAGE_ID, '')}"
 
 
 def number(value: object) -> int:
-    """Return the whole number that ``value`` is or spells; 0 if it is none."""
+    """Return the whole number in ``value``, an int or a string; 0 if there is none."""
     text = str(value)
     return int(text) if text.isdecimal() and len(text) < 10 else 0

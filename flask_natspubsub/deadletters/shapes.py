@@ -1,4 +1,4 @@
-"""What dead letters look like: our own, and those of the JavaScript and Ruby packages."""
+"""The formats of dead letters: our own, and those of the JavaScript and Ruby packages."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BODY_OMITTED = "x-dlq-body-omitted"
 def try_read(
     source: Delivery | StoredMessage, subject: str, data: bytes | None = None
 ) -> Received | None:
-    """Read the message in a delivery or a dead letter; None if it is none.
+    """Read the message in a delivery or a dead letter; None if it cannot be read.
 
-    :param data: instead of the bytes of ``source``.
+    :param data: read instead of the bytes of ``source``.
     """
     body = source.data if data is None else data
     try:
@@ -33,10 +33,9 @@ def try_read(
 
 
 def values_of(stored: StoredMessage) -> dict[str, Any]:
-    """Find who wrote a dead letter, and where it keeps what.
+    """Read the fields of a dead letter, whichever package wrote it.
 
-    :returns: ``shape``, the original ``data``, and what else is known; nothing in it can be
-        relied on to have the right type.
+    :returns: ``shape``, the original ``data``, and the fields found; their types are not checked.
     """
     headers = {name.lower(): value for name, value in stored.headers.items()}
     if "x-dlq-context" in headers:
@@ -63,7 +62,7 @@ def values_of(stored: StoredMessage) -> dict[str, Any]:
 
 
 def _ruby_values(context: str, data: bytes) -> dict[str, Any]:
-    """Read the Ruby package's shape: the original body, one header with a JSON object."""
+    """Read the Ruby package's format: the original body, and a header with a JSON object."""
     try:
         values = decode_object(context.encode())
     except DecodingError:
@@ -72,7 +71,7 @@ def _ruby_values(context: str, data: bytes) -> dict[str, Any]:
 
 
 def _javascript_values(data: bytes) -> dict[str, Any] | None:
-    """Read the JavaScript package's shape: a new JSON object around the original."""
+    """Read the JavaScript package's format: a new JSON object around the original."""
     try:
         values = decode_object(data)
         if "original_subject" not in values:

@@ -1,7 +1,8 @@
-"""The durable consumers of an app, and what becomes of one whose subscriber is gone or renamed.
+"""The durable consumers of an app: finding orphans, renaming, deleting.
 
-A consumer is the position of one subscriber in the stream. It is found by the subscriber's name:
-under another name a new one begins with everything that is stored, and the old one waits for ever.
+A consumer is the position of one subscriber in the stream, found by the subscriber's name. After a
+rename, a new consumer starts with everything that is stored, and the old one keeps its messages
+for ever.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from .subscription import Subscription
 
 
 class Renamed(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rename has done.
+    """The result of a rename.
 
-    :param waiting: messages that wait for the new name.
-    :param again: of those, how many were given to the old name and may have been handled.
-    :param remembered: events that the inbox takes for handled under the new name.
+    :param waiting: the number of messages that wait for the new name.
+    :param again: at most this many of them were delivered to the old name, and may be handled.
+    :param remembered: the number of inbox rows that count for the new name.
     """
 
     old: str
@@ -42,10 +43,10 @@ def place_of(broker: Broker, settings: Settings, subscription: Subscription) -> 
 def orphans(
     broker: Broker, settings: Settings, subscriptions: Sequence[Subscription]
 ) -> list[ConsumerInfo]:
-    """Return the app's consumers that none of its subscribers has.
+    """Return the app's consumers that no subscriber has.
 
-    Those of version 0.1 do not say whose they are: one whose name begins as the app's do is taken
-    for the app's own, and may be that of an app with a longer name.
+    Consumers of version 0.1 have no metadata. One with the app's prefix in its name counts as the
+    app's own, and may belong to an app with a longer name.
 
     :param subscriptions: all that the app has, not only those of one worker.
     """
@@ -55,7 +56,7 @@ def orphans(
 def _look(
     broker: Broker, settings: Settings, subscriptions: Sequence[Subscription]
 ) -> tuple[list[ConsumerInfo], list[ConsumerConfig]]:
-    """Return the consumers of the streams that the app receives from, and those it needs."""
+    """Return the consumers of the streams that the app receives from, and those that it needs."""
     places = [place_of(broker, settings, one) for one in subscriptions]
     streams = dict.fromkeys((settings.stream, *(place.stream for place in places)))
     return [info for stream in streams for info in broker.consumers(stream)], places
@@ -73,9 +74,9 @@ def _orphans(
 
 
 def _is_of(info: ConsumerInfo, settings: Settings) -> bool:
-    """Whether a consumer is the app's own; on a stream of others, this environment's."""
+    """Whether a consumer is the app's own; on another team's stream, this environment's."""
     if UNTIL in info.metadata:
-        return False  # it is deleted by who made it
+        return False  # a worker has made it for a while, and deletes it
     elsewhere = f"{settings.env}-{settings.app_name}-"
     if info.stream != settings.stream and not info.durable.startswith(elsewhere):
         return False
@@ -93,7 +94,7 @@ def name_of(info: ConsumerInfo, app: str) -> str:
 def complaints(
     broker: Broker, settings: Settings, subscriptions: Sequence[Subscription]
 ) -> list[str]:
-    """Say what looks like a subscriber that was renamed or removed, and who begins, a line each.
+    """Return a line for each orphaned consumer, and for each subscriber that is new to the server.
 
     :param subscriptions: all that the app has.
     """
@@ -114,7 +115,7 @@ def complaints(
 
 
 def _has_stored(broker: Broker, place: ConsumerConfig) -> bool:
-    """Whether messages are stored that a new consumer begins with; True if nobody may look."""
+    """Whether messages are stored that a new consumer starts with; True if reading is denied."""
     try:
         return any(
             next(iter(broker.messages(place.stream, subject)), None) is not None
@@ -136,7 +137,7 @@ def _of_orphan(info: ConsumerInfo, app: str) -> str:
 
 
 def _of_newcomer(one: Subscription, left: Sequence[ConsumerInfo], app: str) -> str:
-    """Say that a subscriber begins with what is stored, and who may have handled it before."""
+    """Return a line that says where a new subscriber starts, and who may have handled that."""
     before = [
         name_of(info, app)
         for info in left
@@ -160,13 +161,14 @@ def rename(
     new: Subscription,
     rename_inbox: Callable[[str, str, str], int],
 ) -> Renamed:
-    """Give the position and the inbox rows of a subscriber to the one it is called now.
+    """Move the position and the inbox rows of a subscriber to its new name.
 
-    Called again after a failure, it goes on.
+    Can be called again after a failure.
 
     :param old: the name that no subscriber has any more.
-    :param rename_inbox: has what one name of the app has handled count for another; how many.
-    :raises TopologyError: there is no such consumer, a worker pulls, or the new one has begun.
+    :param rename_inbox: ``(app, old, new)`` renames the inbox rows and returns their number.
+    :raises TopologyError: there is no such consumer, a worker pulls from it, or the new one has
+        been used.
     """
     place = place_of(broker, settings, new)
     before = _stopped_consumer(broker, settings, old, [place.stream])
@@ -193,7 +195,7 @@ def rename(
 def _stopped_consumer(
     broker: Broker, settings: Settings, name: str, streams: Iterable[str]
 ) -> ConsumerInfo:
-    """Return the consumer of a subscriber that no worker pulls for, on one of the streams."""
+    """Return a subscriber's consumer on one of the streams; TopologyError if a worker pulls."""
     own = f"{settings.app_name}-{slug(name)}"
     for stream in dict.fromkeys(streams):
         durable = own if stream == settings.stream else f"{settings.env}-{own}"
@@ -212,10 +214,10 @@ def _stopped_consumer(
 
 
 def _move(broker: Broker, before: ConsumerInfo, place: ConsumerConfig) -> None:
-    """Make the new consumer begin where the old one has got, and delete that."""
+    """Make the new consumer start where the old one stopped, and delete the old one."""
     stream = broker.stream_info(before.stream)
     if stream is not None and stream.config.retention == "workqueue":
-        # It has what is not settled, and only one consumer of a subject.
+        # It stores unsettled messages only, and allows one consumer for each subject.
         broker.delete_consumer(before.stream, before.durable)
         broker.add_consumer(place)
         return
@@ -232,11 +234,11 @@ def delete(
     subscriptions: Sequence[Subscription],
     confirm: Callable[[ConsumerInfo], object],
 ) -> ConsumerInfo:
-    """Delete the position of a subscriber; returns what it was.
+    """Delete the position of a subscriber, and return the deleted consumer.
 
-    :param subscriptions: those of the app, by which it is known where to look.
-    :param confirm: called before it is done; may raise.
-    :raises TopologyError: there is no such consumer, or a worker pulls for it.
+    :param subscriptions: those of the app; they tell which streams to search.
+    :param confirm: called before the deletion; may raise to prevent it.
+    :raises TopologyError: there is no such consumer, or a worker pulls from it.
     """
     elsewhere = [place_of(broker, settings, one).stream for one in subscriptions]
     info = _stopped_consumer(broker, settings, name, [settings.stream, *elsewhere])

@@ -1,4 +1,4 @@
-"""What can be learned from a handler by looking: name, place, arguments, message type."""
+"""Introspection of handlers: name, place, arguments, message type."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def code_of(source: AnyHandler | type) -> Any:
 
 
 def execution_of(module: str) -> object:
-    """Return what is another one each time a module is executed; None in a script."""
+    """Return an object that differs each time a module is executed; None in a script."""
     return getattr(sys.modules.get(module), "__spec__", None)
 
 
@@ -112,7 +112,7 @@ def message_decoder(who: str, annotation: Any, *, plain: bool = False) -> Callab
 
 
 def _positional(who: str, handler: AnyHandler) -> list[inspect.Parameter]:
-    """Return the one or two parameters that are filled."""
+    """Return the one or two parameters that a call fills."""
     try:
         parameters = list(inspect.signature(handler).parameters.values())
     except (TypeError, ValueError):
@@ -133,7 +133,7 @@ def _positional(who: str, handler: AnyHandler) -> list[inspect.Parameter]:
 def _annotation(who: str, handler: AnyHandler, parameter: inspect.Parameter) -> Any:
     """Resolve the annotation of one parameter.
 
-    Only this one: the others may name what exists for type checkers alone, as a
+    Only this one: the others may name types that exist for type checkers alone, such as a
     ``MessageContext`` imported under ``TYPE_CHECKING``.
     """
     if parameter.annotation is parameter.empty:

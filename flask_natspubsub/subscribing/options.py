@@ -1,4 +1,4 @@
-"""The options of a subscriber: one table, checked where the subscriber is declared."""
+"""The options of a subscriber, checked where the subscriber is declared."""
 
 import difflib
 import re
@@ -62,20 +62,20 @@ def _envelope(value: Any) -> Any:
 
 
 class SubscriberOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a subscriber may set for itself; ``None`` is the application's setting.
+    """The options of one subscriber; ``None`` stands for the application's setting.
 
     :param name: names the subscriber, its durable consumer and its dead letters.
     :param producer: the app whose events are received, ``"*"`` for any; default: this app.
     :param subject: a raw NATS subject, instead of topics.
     :param max_deliver: deliveries after which a message becomes a dead letter.
-    :param ack_wait: seconds after which the server redelivers what it hears nothing of.
+    :param ack_wait: seconds without a sign of life after which the server redelivers a message.
     :param backoff: seconds before each redelivery of a failed message; the last repeats.
     :param concurrency: messages handled at once by one worker.
     :param timeout: time limit of the handler in seconds.
     :param inbox: whether the handler's database effects happen once.
     :param ordered: one message at a time, in the order of the stream.
     :param deliver_policy: where a new consumer starts: ``"all"``, ``"new"`` or ``"last"``.
-    :param dead_letter: whether messages given up on are kept.
+    :param dead_letter: whether messages given up on are stored as dead letters.
     :param stream: the stream to receive from, if not the application's.
     :param envelope: False for messages of other systems: the JSON value, or bytes, as they are; a
         function ``(data)`` or ``(data, headers)`` decodes them.
@@ -100,7 +100,7 @@ class SubscriberOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def parse(cls, who: str, given: Mapping[str, Any]) -> Self:
-        """Check ``given`` and turn it into options; a value of None counts as not given.
+        """Check ``given`` and return the options; a value of None counts as not given.
 
         :param who: the subscriber, for errors.
         :raises RegistrationError: an unknown option or a bad value.
@@ -114,18 +114,18 @@ class SubscriberOptions(msgspec.Struct, frozen=True, kw_only=True):
         return cls(**values)
 
     def with_defaults(self, defaults: Self) -> Self:
-        """Return these options with what is not set taken from ``defaults``."""
+        """Return these options; those that are not set come from ``defaults``."""
         missing = [name for name in OPTION_NAMES if getattr(self, name) is None]
         return msgspec.structs.replace(self, **{name: getattr(defaults, name) for name in missing})
 
 
-#: Every option, in the order of the table.
+#: The name of every option, in order.
 OPTION_NAMES: tuple[str, ...] = SubscriberOptions.__struct_fields__
 _TABLE = rows_of(SubscriberOptions)
 
 
 def nearest_option(name: str, cutoff: float = 0.6) -> str | None:
-    """Return the option, or ``topics``, that ``name`` was probably meant to be."""
+    """Return the option, or ``topics``, that ``name`` probably misspells."""
     near = difflib.get_close_matches(name, ("topics", *OPTION_NAMES), n=1, cutoff=cutoff)
     return near[0] if near else None
 

@@ -1,4 +1,4 @@
-"""What an extension object knows of its subscribers, until an app asks for them."""
+"""The subscribers, groups and middleware declared to one extension object."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from .subscription import Subscription, resolve
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Modules that some app lists in NATSPUBSUB_SUBSCRIBERS: the classes in them are for the apps
-#: that list them, and not for every app of the process.
+#: Modules that some app lists in NATSPUBSUB_SUBSCRIBERS: classes in them are for the apps that
+#: list them, not for every app of the process.
 _listed: set[str] = set()
 
 
 class _Declarations:
-    """What Registry and SubscriberGroup share: handlers are declared to them."""
+    """Base of Registry and SubscriberGroup: handlers are declared to them."""
 
     def __init__(self) -> None:
         self._declared: dict[tuple[str, str, str], Declaration] = {}
-        #: How many apps were initialised so far, and when each subscriber was declared; None
-        #: where nobody counts.
+        #: The number of apps initialised so far, now and when each subscriber was declared; None
+        #: in a group, which does not count.
         self._apps: int | None = None
         self._apps_then: dict[tuple[str, str, str], int | None] = {}
         self._middleware: list[Middleware] = []
@@ -63,7 +63,7 @@ class _Declarations:
         return decorate
 
     def add(self, handler: AnyHandler, *topics: str | Sequence[str], **options: Any) -> None:
-        """Declare ``handler`` a subscriber; what the decorator ``subscriber`` does."""
+        """Declare ``handler`` a subscriber, as the decorator ``subscriber`` does."""
         self._keep(self._declare(handler, topics, options))
 
     def _declare(
@@ -152,7 +152,7 @@ class SubscriberGroup(_Declarations):
 class Registry(_Declarations):
     """The subscribers, groups and middleware of one extension object.
 
-    Nothing in it belongs to an app: ``resolve`` makes an app's subscriptions of it.
+    Nothing in it belongs to an app: ``resolve`` returns an app's subscriptions.
     """
 
     def __init__(self) -> None:
@@ -161,11 +161,11 @@ class Registry(_Declarations):
         self._groups: list[SubscriberGroup] = []
 
     def begin_app(self) -> None:
-        """Note that another app is initialised: its factory may declare everything anew."""
+        """Note that another app is initialised: its factory may declare everything again."""
         self._apps = (self._apps or 0) + 1
 
     def add_class(self, cls: type[Subscriber]) -> None:
-        """Bind a Subscriber class; ``class Audit(Subscriber, pubsub=pubsub)`` does it too."""
+        """Bind a Subscriber class, as ``class Audit(Subscriber, pubsub=pubsub)`` does."""
         if not issubclass(cls, Subscriber):
             raise RegistrationError(
                 f"{cls!r} is no subscriber class.", "Derive it from Subscriber."
@@ -189,7 +189,7 @@ class Registry(_Declarations):
     def resolve(self, settings: Settings) -> list[Subscription]:
         """Return the subscriptions of the app that has ``settings``, in order of declaration.
 
-        Each call makes new ones, with new instances of Subscriber classes: call it once
+        Each call returns new ones, with new instances of Subscriber classes: call it once
         for an app and keep the result.
 
         :raises RegistrationError: two subscribers with one durable name; a handler whose
@@ -209,7 +209,7 @@ class Registry(_Declarations):
         ]
 
     def fingerprint(self, names: Sequence[str]) -> tuple[object, ...]:
-        """Return what changes when something else is declared.
+        """Return a value that changes with the declarations.
 
         :param names: the app's NATSPUBSUB_SUBSCRIBERS.
         """

@@ -1,8 +1,9 @@
-"""What becomes of a message whose handler raised. Pure: no clock, no I/O."""
+"""The decision on a message whose handler raised: retry, drop or give up. No clock, no I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from random import random as stdlib_random
 from typing import Literal
 
 import msgspec
@@ -11,13 +12,13 @@ from ..config.parsers import seconds
 from ..errors import DatabaseError, DeadLetter, DecodingError, Discard, Retry
 from ..text import printable
 
-#: Why a message was given up on; ``x-dlq-reason`` of its dead letter.
+#: The reason for giving up on a message; ``x-dlq-reason`` of its dead letter.
 GiveUpReason = Literal["malformed", "schema", "handler_error", "max_deliver_exceeded", "rejected"]
 
-#: A wait is this much longer or shorter at most, as a fraction of itself.
+#: Largest deviation of a delay, as a fraction of it.
 JITTER = 0.2
 
-#: Bytes that ``error_text`` returns at most.
+#: Limit of what ``error_text`` returns, in bytes.
 ERROR_TEXT_LIMIT = 1024
 
 
@@ -28,13 +29,13 @@ class RetryLater(msgspec.Struct, frozen=True):
 
 
 class Drop(msgspec.Struct, frozen=True):
-    """The handler discarded the message: settle it and keep nothing."""
+    """The handler discarded the message: acknowledge it and keep nothing."""
 
     reason: str
 
 
 class GiveUp(msgspec.Struct, frozen=True):
-    """Keep the message as a dead letter, with ``reason`` and ``error``."""
+    """Store the message as a dead letter, with ``reason`` and ``error``."""
 
     reason: GiveUpReason
     error: BaseException
@@ -43,13 +44,15 @@ class GiveUp(msgspec.Struct, frozen=True):
 Verdict = RetryLater | Drop | GiveUp
 
 
-def backoff_delay(attempt: int, delays: Sequence[float], random: Callable[[], float]) -> float:
+def backoff_delay(
+    attempt: int, delays: Sequence[float], random: Callable[[], float] = stdlib_random
+) -> float:
     """Return the seconds to wait after the failed delivery number ``attempt`` (1 is the first).
 
     The last of ``delays`` repeats. Jitter of 20 % up or down keeps messages that failed
     together from coming back together; a delay of 0 stays 0.
 
-    :param random: returns a number from 0 to 1, as ``random.random`` does.
+    :param random: returns a number from 0 to 1.
     """
     delay = delays[min(max(attempt, 1), len(delays)) - 1]
     return delay * (1 - JITTER + 2 * JITTER * random())
@@ -61,16 +64,16 @@ def classify(
     attempt: int,
     max_deliver: int,
     backoff: Sequence[float],
-    random: Callable[[], float],
+    random: Callable[[], float] = stdlib_random,
     spared: bool | None = None,
 ) -> Verdict:
-    """Decide what becomes of a message whose delivery number ``attempt`` ended in ``error``.
+    """Decide on a message whose delivery number ``attempt`` ended in ``error``.
 
     A ``Retry`` is an ordinary failure with a delay of its own: it counts, and ends in a
     dead letter at ``max_deliver`` too, or a handler could keep a message for ever. A database
-    that cannot be asked is no fault of the message, which waits for it as long as it takes.
+    that does not answer is not the message's fault: the message is retried until it does.
 
-    :param spared: whether it is no fault of the message; default: if it is the database's.
+    :param spared: whether the failure does not count; default: if it is the database's.
     """
     if isinstance(error, Discard):
         return Drop(str(error))
@@ -91,7 +94,7 @@ def _asked_delay(error: BaseException) -> float | None:
         return None
     try:
         return seconds(error.delay)
-    except ValueError:  # not a time: a mistake in the handler must not stop the worker
+    except ValueError:  # not a duration: a mistake in the handler must not stop the worker
         return None
 
 

@@ -1,4 +1,4 @@
-"""What a subscriber is: as declared (``Declaration``) and for one app (``Subscription``)."""
+"""Subscribers as they are declared: the class ``Subscriber``, and ``Declaration``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Subscriber:
 
     A subclass is found once its module is imported, by every extension object of the
     process; ``class Audit(Subscriber, pubsub=pubsub)`` binds it, and its subclasses, to one.
-    ``abstract = True`` in a class's own body makes it a mere base for others. The class
+    ``abstract = True`` in a class's own body makes it a base for others only. The class
     attributes are the options of ``SubscriberOptions``; its name defaults to ``audit``.
     """
 
@@ -111,7 +111,7 @@ def unbound_classes() -> Iterator[Declaration]:
 
 
 def _remember(cls: type[Subscriber]) -> None:
-    declared = declare_class(cls)  # for its checks: errors belong to the class statement
+    declared = declare_class(cls)  # now, so that errors point to the class statement
     for other in list(_unbound):
         if (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__):
             order, execution = _unbound[other]
@@ -135,7 +135,7 @@ def _warn_near_misses(cls: type[Subscriber]) -> None:
 
 
 class Declaration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """A subscriber as written, checked as far as it can be without an app's settings.
+    """A subscriber as written, checked as far as possible without an app's settings.
 
     :param source: the handler, or the Subscriber class.
     :param topics: as written, a group's prefix included; none if ``options.subject`` is set.
@@ -154,7 +154,7 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """What a later declaration shares that is this one anew, after a reload."""
+        """Equal for two declarations of the same code, such as before and after a reload."""
         origin: Any = self.source
         if not isinstance(origin, type):
             origin = handlers.function_of(origin)
@@ -167,9 +167,9 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return typed_in or self.execution is not older.execution
 
     def is_beside(self, older: Declaration) -> bool:
-        """Whether both stand in one module, and are not one declaration executed twice.
+        """Whether both are in one module, and are not one declaration executed twice.
 
-        A reload executes the module anew; a factory that is called twice, the same code.
+        A reload executes the module again; a factory called twice executes the same code.
         """
         if self.is_anew(older):
             return False
@@ -179,11 +179,11 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def who(self) -> str:
-        """The subscriber and the place of its code, for errors."""
+        """The subscriber's name and the place of its code, for errors."""
         return _who(self.name, self.source)
 
     def durable(self, app_name: str) -> str:
-        """Return the name of the consumer, which must be this subscriber's alone."""
+        """Return the name of its consumer, which no other subscriber may have."""
         return f"{app_name}-{subjects.slug(self.name)}"
 
 
@@ -211,9 +211,9 @@ def declare_handler(
     prefix: str = "",
     defaults: SubscriberOptions | None = None,
 ) -> Declaration:
-    """Check a handler and what its decorator was given; see ``_declare`` for the errors.
+    """Check a handler and its decorator's arguments; see ``_declare`` for the errors.
 
-    :param topics: texts, and lists of them.
+    :param topics: strings, and lists of strings.
     :param given: the options; ``topics`` may be among them.
     :param group: the group's name, put before the subscriber's.
     :param prefix: put before each topic.
@@ -279,10 +279,11 @@ def _module(source: AnyHandler | type[Subscriber]) -> str:
 def check_replaces(
     newer: Declaration, older: Declaration, what: str, *, same_app: bool = False
 ) -> None:
-    """Tell a declaration made anew (a reload, a factory called twice) from a second one.
+    """Check that a declaration repeats an older one (a reload, a factory called twice).
 
+    :param what: what both have, for the error.
     :param same_app: whether no app was initialised between the two, so no factory was called twice.
-    :raises RegistrationError: it is a second one, which the first would be lost for.
+    :raises RegistrationError: it is another one, and would silently replace the older.
     """
     another = same_app and newer.source is not older.source and not newer.is_anew(older)
     if newer.identity == older.identity and not (newer.is_beside(older) or another):

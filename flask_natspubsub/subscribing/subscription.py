@@ -1,4 +1,4 @@
-"""A subscriber settled for one app: what the worker and the processor go by."""
+"""A subscriber resolved for one app: what the worker and the processor need."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from .subscriber import Declaration
 
 T = TypeVar("T")
 
-#: Messages that may wait for their retry, and be in hand, at once. The server keeps about 300
-#: bytes of each in memory: without an end, one broken subscriber could take all of it.
-MOST_UNSETTLED = 1_000_000
+#: Limit of messages of one subscriber that wait for their retry or are being handled. The server
+#: keeps about 300 bytes of each in memory: without a limit, one broken subscriber could fill it.
+UNSETTLED_LIMIT = 1_000_000
 
 
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
-    """A subscriber of one app, with every option settled; durations are seconds.
+    """A subscriber of one app, with every option resolved; durations are seconds.
 
-    :param name: as declared; names it in logs and dead letters.
+    :param name: as declared; used in logs and dead letters.
     :param app: the name of the app.
     :param durable: the name of its consumer.
     :param topics: as declared; none if it subscribes to a raw subject.
-    :param filter_subjects: what its consumer receives; no two overlap.
+    :param filter_subjects: the subjects that its consumer receives; no two overlap.
     :param handler: called with the decoded message and its context.
     :param message_type: the type in the annotation of the handler's first parameter; None if it
         has none, or ``Any``.
     :param decode: turns the envelope's message into the type the handler asks for.
-    :param is_async: whether calling the handler in its middleware gives an awaitable.
-    :param middleware: all of it: global, the group's, its own; the first is outermost.
-    :param stream: where it receives from, if not the application's stream.
+    :param is_async: whether calling the handler in its middleware returns an awaitable.
+    :param middleware: the global, the group's and its own; the first is outermost.
+    :param stream: the stream it receives from, if not the application's.
     :param elsewhere: the name of its consumer if another stream turns out to have its subjects;
-        empty if that is not looked for.
-    :param read: makes of a delivery what was received.
+        empty if no other stream is looked for.
+    :param read: decodes a delivery.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> str:
-        """What tells it from every other subscriber of every app; see ``messages.identity``."""
+        """Its unique name among the subscribers of all apps; see ``messages.identity``."""
         return identity.subscriber_key(self.app, self.name)
 
     @property
@@ -81,17 +81,17 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def max_ack_pending(self) -> int:
-        """How many messages may be unsettled at the server before it hands out no new ones.
+        """Limit of unsettled messages at which the server delivers no new ones.
 
-        Those that wait for their retry are among them, so it is no limit for what is in hand:
-        each worker asks for no more than it can work off.
+        Messages that wait for their retry count too, so it does not limit how many a worker
+        holds: each worker requests no more than it can handle.
         """
-        return 1 if self.ordered else MOST_UNSETTLED
+        return 1 if self.ordered else UNSETTLED_LIMIT
 
     def consumer_config(self, stream: str) -> ConsumerConfig:
-        """Return what its consumer should be.
+        """Return the consumer that it needs.
 
-        :param stream: the application's.
+        :param stream: the application's stream.
         """
         return ConsumerConfig(
             stream=self.stream or stream,
@@ -109,7 +109,7 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
 def resolve(
     declaration: Declaration, settings: Settings, around: Sequence[Middleware] = ()
 ) -> Subscription:
-    """Settle a declaration for the app that has ``settings``.
+    """Resolve a declaration for the app that has ``settings``.
 
     :param around: the middleware outside the subscriber's own.
     :raises RegistrationError: the handler's message type cannot be found or decoded into,
@@ -121,7 +121,7 @@ def resolve(
     middleware = (*around, *options.middleware)
     is_foreign = _is_foreign(declaration, settings)
     durable = declaration.durable(settings.app_name)
-    # The stream of somebody else serves all environments, and each has a consumer of its own.
+    # A stream of another team serves all environments, and each needs a consumer of its own.
     elsewhere = f"{settings.env}-{durable}"
     return Subscription(
         name=declaration.name,
@@ -193,7 +193,7 @@ def _or(value: T | None, default: T) -> T:
 
 
 def choose(subscriptions: Sequence[Subscription], only: Sequence[str] | None) -> list[Subscription]:
-    """Pick the subscriptions named in ``only``; all of them if that is None or empty.
+    """Return the subscriptions named in ``only``; all if it is None or empty.
 
     :raises RegistrationError: a name that no subscriber has.
     """

@@ -1,4 +1,4 @@
-"""Where a handler failed: its traceback without our own frames, and in one line."""
+"""Tracebacks of handlers: without this package's frames, whole or in one line."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..text import printable_traceback
 _OURS = f"{Path(__file__).parents[1]}{os.sep}"
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")})
 
-#: So many characters of a traceback are logged at most; its end is the part that counts.
+#: Limit of a logged traceback in characters; its end is kept, which is the part that counts.
 TEXT_LIMIT = 16_384
-#: So many of the innermost frames, and characters, are kept with a dead letter.
+#: Limits of the frames, the innermost, and of the characters kept with a dead letter.
 FRAMES, FRAMES_LIMIT = 8, 1024
 
 
 def of_application(error: BaseException) -> TracebackType | None:
-    """Return the traceback of ``error`` from the first frame of the application on.
+    """Return the traceback of ``error`` from the application's first frame on.
 
-    None if there is none: then it was raised by this package, before or after the handler.
+    None if it has none: this package raised the error, before or after the handler.
     """
     others = [step for step in _steps(error) if not _is_ours(step)]
     own = [step for step in others if not _is_of_library(step)]
@@ -32,14 +32,14 @@ def of_application(error: BaseException) -> TracebackType | None:
 
 
 def place_of_error(error: BaseException) -> str:
-    """Return ``file:line`` where the application's code failed; empty if it was not there."""
+    """Return ``file:line`` where the application's code failed; empty if another's did."""
     steps = [step for step in _steps(error, of_application(error)) if not _is_ours(step)]
     own = [step for step in steps if not _is_of_library(step)] or steps
     return _place(own[-1]) if own else ""
 
 
 def frames_of(error: BaseException) -> str:
-    """Return the innermost frames in one line of ASCII, the one that raised last."""
+    """Return the innermost frames in one line of ASCII; the frame that raised is last."""
     steps = list(_steps(error, of_application(error)))[-FRAMES:]
     line = " > ".join(f"{_place(step)} in {step.tb_frame.f_code.co_name}" for step in steps)
     line = line.encode("unicode_escape").decode("ascii")
@@ -47,7 +47,7 @@ def frames_of(error: BaseException) -> str:
 
 
 def text_of(error: BaseException, frames: TracebackType | None) -> str:
-    """Return the traceback as it is logged: indented, and printable but for its line ends."""
+    """Return the traceback as it is logged: indented, and printable except for line breaks."""
     text = printable_traceback(traceback.format_exception(type(error), error, frames))
     if len(text) > TEXT_LIMIT:
         text = f"...{text[-TEXT_LIMIT:]}"
@@ -74,8 +74,8 @@ def _place(step: TracebackType) -> str:
 
 
 def _shortened(path: str) -> str:
-    """Return the path from the working directory on, if it is below that."""
+    """Return the path relative to the working directory, if it is below it."""
     try:
         return path.removeprefix(f"{os.getcwd()}{os.sep}")  # noqa: PTH109 - at each failure
-    except OSError:  # somebody has removed it
+    except OSError:  # the directory was removed
         return path
