@@ -16,12 +16,11 @@ from ..errors import ConfigurationError
 from ..inbox.inbox import Inbox, define_table
 from ..inspection import outbox_health
 from ..observability.health import Check
+from ..outbox.names import DIALECTS
 from ..outbox.relay import Relay
 from ..outbox.store import OutboxStore
 from ..outbox.tables import define_tables
 from ..outbox.writer import OutboxWriter
-
-DIALECTS = ("sqlite", "postgresql", "mysql", "mariadb")
 
 
 class Persistence:

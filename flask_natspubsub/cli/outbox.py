@@ -11,12 +11,11 @@ from msgspec.structs import asdict
 
 from ..app.state import AppState
 from ..inspection import PartitionLease, outbox_rows, partition_leases
-from ..outbox.names import PARKED, SENT, STATUSES
+from ..outbox.names import DIALECTS, PARKED, SENT, STATUSES
 from .group import Misused, end, natspubsub
 from .output import json_option, print_fields, print_json, print_table
 from .purging import older_than_option, purge, yes_option
 
-DIALECTS = ("sqlite", "postgresql", "mysql", "mariadb")
 _TIMES = ("available_at", "created_at", "sent_at", "confirmed_at")
 
 

@@ -1,4 +1,4 @@
-"""``publish`` and ``tail``: a message by hand, and what others publish."""
+"""``publish`` and ``tail``: publish one message, and watch those that are published."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..errors import DecodingError
 from ..messages.codec import decode_object, encode_value
 from ..messages.headers import for_json
 from ..messages.message import Message, StoredMessage
-from ..messages.received import Received, read
+from ..messages.received import Received, read_or_none
 from ..messages.subjects import filter_for, topic_of
 from ..text import printable
 from .group import natspubsub, onlooker
 from .output import cut, json_option, print_fields, print_json, width
 
-#: Messages that may wait to be printed; a reader who is slower than that misses some.
+#: Limit of messages that wait to be printed; beyond it, the oldest are dropped.
 TAIL_BUFFER = 10_000
 
 
@@ -122,38 +122,35 @@ def tail_command(
     subject = filter_for(state.settings.env, producer, topic)
     dead_letters = f"{state.settings.env}.dlq."
     show = _print_json_line if as_json else _print_line
-    inbox: queue.Queue[Message] = queue.Queue(TAIL_BUFFER)
+    waiting: queue.Queue[Message] = queue.Queue(TAIL_BUFFER)
 
     def keep(message: Message) -> None:
         if producer == "dlq" or not message.subject.startswith(dead_letters):
             try:
-                inbox.put_nowait(message)
+                waiting.put_nowait(message)
             except queue.Full:
-                inbox.get_nowait()
-                inbox.put_nowait(message)
+                waiting.get_nowait()
+                waiting.put_nowait(message)
 
     with onlooker(state) as broker:
         broker.listen(subject, keep)
-        broker.stream_info(state.settings.stream)  # once it answers, the server listens as well
+        broker.stream_info(state.settings.stream)  # its answer shows that the subscription is there
         try:
             where = state.settings.safe_urls
             click.echo(f"Listening to {subject} at {where}; Ctrl-C ends.", err=True)
-            for message in itertools.islice(_received(inbox), count):
+            for message in itertools.islice(_received(waiting), count):
                 show(message)
         except KeyboardInterrupt:
             click.echo(err=True)
 
 
-def _received(inbox: queue.Queue[Message]) -> Iterator[Message]:
+def _received(waiting: queue.Queue[Message]) -> Iterator[Message]:
     while True:
-        yield inbox.get()
+        yield waiting.get()
 
 
 def _read(message: Message) -> Received | None:
-    try:
-        return read(StoredMessage(message.subject, message.data, message.headers, "-", 0, 0.0))
-    except DecodingError:
-        return None
+    return read_or_none(StoredMessage(message.subject, message.data, message.headers, "-", 0, 0.0))
 
 
 def _print_line(message: Message) -> None:

@@ -15,16 +15,19 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from ..brokers.base import Broker, StoredAck
 from ..brokers.storing import store_one
 from ..config.settings import Settings
 from ..errors import BrokerError, ReplayRefused
 from ..messages.identity import place_key
 from ..messages.message import Message, StoredMessage
+from ..messages.received import read_or_none
 from ..messages.subjects import RESERVED_TOPIC, is_subject, matches, normalize_topic, slug, topic_of
 from ..subscribing.subscription import Subscription
 from .replays import replay_headers
-from .shapes import BODY_OMITTED, try_read, values_of
+from .shapes import BODY_OMITTED, values_of
 
 UNKNOWN = "?"
 #: All apps of the environment.
@@ -245,7 +248,7 @@ class DeadLetters:
         if own and not record.body_omitted:
             return record
         stored = self._stored_original(record)
-        known = try_read(stored, subject)
+        known = read_or_none(msgspec.structs.replace(stored, subject=subject))
         other = record.body_omitted and known is not None and known.event_id != record.event_id
         if other or not (record.body_omitted or stored.data == record.data):
             raise ReplayRefused(
@@ -369,7 +372,7 @@ class DeadLetters:
         values = values_of(stored)
         original_subject = str(values.get("original_subject") or stored.subject)
         data = values["data"]
-        known = try_read(stored, original_subject, data)
+        known = read_or_none(msgspec.structs.replace(stored, subject=original_subject, data=data))
         sequence = str(values.get("original_sequence") or "")
         return DeadLetterRecord(
             id=record_id,

@@ -6,30 +6,12 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-from ..brokers.base import Delivery
 from ..errors import DecodingError
 from ..messages.codec import decode_object, encode_value
 from ..messages.message import StoredMessage
-from ..messages.received import Received, read
 from .replays import number
 
 BODY_OMITTED = "x-dlq-body-omitted"
-
-
-def try_read(
-    source: Delivery | StoredMessage, subject: str, data: bytes | None = None
-) -> Received | None:
-    """Read the message in a delivery or a dead letter; None if it cannot be read.
-
-    :param data: read instead of the bytes of ``source``.
-    """
-    body = source.data if data is None else data
-    try:
-        return read(
-            StoredMessage(subject, body, source.headers, source.stream, source.sequence, 0.0)
-        )
-    except DecodingError:
-        return None
 
 
 def values_of(stored: StoredMessage) -> dict[str, Any]:

@@ -104,6 +104,14 @@ def read(source: Readable) -> Received:
     )
 
 
+def read_or_none(source: Readable) -> Received | None:
+    """Read a message as ``read`` does; None if it cannot be read."""
+    try:
+        return read(source)
+    except DecodingError:
+        return None
+
+
 def read_plain(message: Any, source: Readable) -> Received:
     """Take a message of another system, which has no envelope: its headers say what is known."""
     event_id = _header_id(source.headers)

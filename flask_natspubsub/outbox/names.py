@@ -1,12 +1,12 @@
-"""Words in the outbox's tables that other rooms read: statuses, and the names of leases.
-
-Apart from the tables, so that reading them does not need SQLAlchemy.
-"""
+"""Constants of the outbox's tables that modules without SQLAlchemy read too."""
 
 from __future__ import annotations
 
 PENDING, SENT, PARKED = "pending", "sent", "parked"
 STATUSES = (PENDING, SENT, PARKED)
+
+#: The databases that the tables can be created in.
+DIALECTS = ("sqlite", "postgresql", "mysql", "mariadb")
 
 #: A partition's lease is called this and the partition's number.
 PARTITION = "outbox/"

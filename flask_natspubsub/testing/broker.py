@@ -22,11 +22,11 @@ from ..brokers.memory.clock import VirtualClock
 from ..brokers.topology import wanted_streams
 from ..deadletters.box import DeadLetterBox
 from ..deadletters.reader import DeadLetterRecord, DeadLetters
-from ..errors import DecodingError, HandlerVerdict, PublishError
+from ..errors import HandlerVerdict, PublishError
 from ..messages.codec import encode_value
 from ..messages.headers import Headers
 from ..messages.message import Message, StoredMessage
-from ..messages.received import read
+from ..messages.received import read_or_none
 from ..messages.subjects import matches, normalize_topic, overlaps, subject_for, topic_of
 from ..observability.tracing import current_lineage
 from ..publishing.draft import Draft
@@ -431,9 +431,8 @@ def _raise(outcome: Outcome) -> None:
 
 
 def _published(stored: StoredMessage) -> Published | None:
-    try:
-        received = read(stored)
-    except DecodingError:
+    received = read_or_none(stored)
+    if received is None:
         return None
     return Published(
         received.topic,

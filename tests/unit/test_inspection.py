@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from flask_natspubsub import inspection
-from flask_natspubsub.brokers.base import OutgoingMessage
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.brokers.topology import wanted_streams
 from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.inspection import PartitionLease, RewoundStream
+from flask_natspubsub.messages.message import Message
 from flask_natspubsub.subscribing.registry import Registry
 from flask_natspubsub.subscribing.subscription import Subscription
 
@@ -76,7 +76,7 @@ def test_a_subscriber_whose_server_is_not_asked() -> None:
 def test_a_subscriber_and_its_lag(broker: MemoryBroker) -> None:
     (one,) = subscriptions("order.*")
     broker.add_consumer(one.consumer_config(SETTINGS.stream))
-    broker.submit([OutgoingMessage("test.shop.order.created", b"{}", {})], 1.0)
+    broker.submit([Message("test.shop.order.created", b"{}", {})], 1.0)
 
     (facts,) = inspection.subscribers(SETTINGS, [one], broker)
 
@@ -98,7 +98,7 @@ def test_a_consumer_that_another_version_of_the_code_has_made(broker: MemoryBrok
 def test_a_consumer_without_a_subscriber_is_an_orphan(broker: MemoryBroker) -> None:
     (one,) = subscriptions("order.*")
     broker.add_consumer(one.consumer_config(SETTINGS.stream))
-    broker.submit([OutgoingMessage("test.shop.order.created", b"{}", {})], 1.0)
+    broker.submit([Message("test.shop.order.created", b"{}", {})], 1.0)
 
     assert inspection.orphaned_consumers(SETTINGS, [one], broker) == ()
     (orphan,) = inspection.orphaned_consumers(SETTINGS, [], broker)
