@@ -1,4 +1,4 @@
-"""The commands ``flask natspubsub ...``: arguments and printing, no more."""
+"""The commands ``flask natspubsub ...``: arguments and printing only."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ _filters = _all_of(
     click.option(
         "--peers",
         is_flag=True,
-        help="Also those that the JavaScript and Ruby packages keep among the events, where "
-        "whoever publishes can write as well.",
+        help="Also those that the JavaScript and Ruby packages store among the events, where "
+        "everybody who may publish can write.",
     ),
     click.option("--subscriber", metavar="NAME", help="Only those of this subscriber."),
     click.option("--topic", help="Only those of this topic; may have wildcards."),
@@ -149,7 +149,7 @@ def _print_records(records: Iterable[DeadLetterRecord]) -> None:
 @click.option("--raw", is_flag=True, help="Write the body only, byte for byte, to a file.")
 @json_option
 def show_command(state: AppState, record_id: str, raw: bool, as_json: bool) -> None:
-    """Show one dead letter, of any app: why it is here, its headers and its body."""
+    """Show one dead letter of any app: its reason, its headers and its body."""
     if raw and as_json:
         raise Misused("--raw and --json exclude each other.")
     if raw and is_terminal(sys.stdout):
@@ -299,7 +299,7 @@ def _check_choice(
 def _chosen(
     letters: DeadLetters, *, ids: tuple[str, ...], everything: bool, app: str | None, **filters: Any
 ) -> list[DeadLetterRecord]:
-    """Return all of them at once: one that fails again meanwhile comes back as another."""
+    """Return all at once: one that fails again meanwhile becomes another dead letter."""
     return _get(letters, ids, app) if ids else list(letters.list(app=app, **filters))
 
 
@@ -317,7 +317,7 @@ def _apply(
     verb: str,
     rate: float | None,
 ) -> dict[str, str]:
-    """Apply ``action`` to each; return the error of each that failed, by id."""
+    """Apply ``action`` to each; return the errors of those that failed, by id."""
     failed: dict[str, str] = {}
     visible = len(records) > 1 and is_terminal(sys.stderr)
     progress: Any = (
@@ -332,7 +332,7 @@ def _apply(
             try:
                 action(record)
             except NotConnected as error:
-                # So it would go with each of the others, after a long wait.
+                # The others would fail the same way, each after a long wait.
                 failed |= {left.id: str(error) for left in records[number:]}
                 break
             except NatsPubsubError as error:

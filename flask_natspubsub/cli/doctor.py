@@ -1,4 +1,4 @@
-"""``doctor``: what is wrong, and how durable what the streams acknowledge is."""
+"""``doctor``: the findings, and the grade of durability."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "info": None}
 def doctor_command(
     state: AppState, monitor_url: str | None, fail_under: Grade | None, as_json: bool
 ) -> None:
-    """Look for what is wrong, and grade how durable acknowledged messages are.
+    """Look for problems, and grade how durable acknowledged messages are.
 
     A: replicas that write before they acknowledge. B: one server that does, or replicas that do
     not. C: one server with default settings. D: less. The exit code is 1 if there is an error, or

@@ -1,4 +1,4 @@
-"""The group of commands, and what all of them share."""
+"""The group of commands, and the parts that all commands share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Group(AppGroup):
     ) -> Callable[[Command], click.Group]:
         """Add a group of such commands.
 
-        :param runs_alone: it is a command too, where none of its own is asked for.
+        :param runs_alone: without a subcommand, the group runs as a command itself.
         """
         decorate = super().group(
             name, cls=Group, epilog=_epilog(examples), invoke_without_command=runs_alone
@@ -53,7 +53,7 @@ class Group(AppGroup):
         return lambda function: decorate(_alone(with_appcontext(_with_state(function))))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run, with errors as one line."""
+        """Run, and print errors of this package as one line."""
         try:
             return super().invoke(ctx)
         except NatsPubsubError as error:

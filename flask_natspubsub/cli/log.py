@@ -1,13 +1,13 @@
-"""The log of a command on stderr. The lines of messages that went well are written together.
+"""The log of a command on stderr. The lines of successful messages are written in batches.
 
-A write for each would cost more than many a message: each gives the interpreter away to
-another thread. So those lines are kept until there is an occasion, formatted then, and written
-in one go. What is kept is written
+A write for each line would cost more than handling many a message: each write releases the
+interpreter to another thread. So these lines are buffered and formatted later. The buffer is
+written
 
-* ``HOLD`` seconds later at the latest, by a thread that sleeps while there is nothing;
-* before the acknowledgements of these messages leave the process (``flush_before``): what the
-  server will not deliver again is in the log, even if a handler kills the process;
-* before any other line, which is written at once by whoever logs it; and at the end.
+* after ``HOLD`` seconds at the latest, by a thread that sleeps while the buffer is empty;
+* before the acknowledgements of these messages leave the process (``flush_before``): a message
+  that the server will not deliver again is in the log, even if a handler kills the process;
+* before any other line, which the logging thread writes at once; and at the end.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ import click
 from ..worker.outcome import OutcomeRecord
 from .output import is_terminal
 
-#: How long a line may be kept; seconds.
+#: Limit of the time that a line is buffered, in seconds.
 HOLD = 0.05
-#: So many lines are kept at most; then whoever logs waits until they are written.
-MOST = 10_000
-#: So long does the broker's thread wait for a write of another thread; seconds.
-PATIENCE = 0.1
-#: So many characters are written at once to a file, or to what others write to as well: up to
-#: so many bytes a pipe keeps together.
-TOGETHER, PIPE = 65_536, 4096
+#: Limit of buffered lines; beyond it, the logging thread writes them itself.
+BUFFER_LIMIT = 10_000
+#: Seconds that the broker's thread waits for a write of another thread.
+WRITE_TIMEOUT = 0.1
+#: Limits of one write, in characters: to a file, and to a pipe, where larger ones may be mixed
+#: with those of other processes.
+FILE_CHUNK, PIPE_CHUNK = 65_536, 4096
 
 _LEVEL_COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 
@@ -44,8 +44,8 @@ _LEVEL_COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 def log_to_stderr(level: int, *, with_pid: bool = False) -> LineWriter | None:
     """Show the logs of this package, unless the application has configured logging itself.
 
-    :param with_pid: with the process id, where several processes write to one stderr.
-    :returns: what writes them, or None.
+    :param with_pid: add the process id, where several processes write to one stderr.
+    :returns: the handler that writes them; None if the application has configured logging.
     """
     logger = logging.getLogger("flask_natspubsub")
     if logger.hasHandlers():
@@ -58,7 +58,7 @@ def log_to_stderr(level: int, *, with_pid: bool = False) -> LineWriter | None:
 
 
 class LineWriter(logging.Handler):
-    """Writes records to ``stream``; see above."""
+    """Writes records to ``stream``, those of successful messages in batches."""
 
     def __init__(self, stream: TextIO, *, with_pid: bool = False) -> None:
         super().__init__()
@@ -68,16 +68,16 @@ class LineWriter(logging.Handler):
         self._stream = stream
         self._room = _room_of(stream)
         self._kept: deque[OutcomeRecord | str] = deque()
-        #: The beginning of the lines of one millisecond.
+        #: Cached start of the lines of one millisecond.
         self._millis, self._head = 0, ""
         self._start_anew()
         _writers.add(self)
 
     def _start_anew(self) -> None:
-        """Keep nothing and have no thread: what a fork finds here is its parent's to write."""
+        """Empty the buffer and forget the thread: after a fork, both are the parent's."""
         self._kept.clear()
         self._pid = f"[{os.getpid()}] " if self._with_pid else ""
-        # Whoever writes may be interrupted, by a finalizer that logs: that must not wait for it.
+        # Reentrant: a finalizer that logs may interrupt the thread that is writing.
         self._writing = threading.RLock()
         self._is_writing = False
         self._wake = threading.Event()
@@ -86,18 +86,18 @@ class LineWriter(logging.Handler):
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
-    # --- whoever logs
+    # --- logging
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Take a record; without a lock, for which the threads would wait for each other."""
+        """Take a record, without the lock of ``Handler.handle``: threads would wait for it."""
         if self.filter(record):
             self.emit(record)
         return True
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the line of a message that went well; write any other."""
+        """Buffer the record of a successful message; write any other at once."""
         late = record if isinstance(record, OutcomeRecord) and not self.filters else None
-        if late is not None and len(self._kept) < MOST and self._is_open:
+        if late is not None and len(self._kept) < BUFFER_LIMIT and self._is_open:
             self._kept.append(late)
             if not self._is_awake:
                 self._is_awake = True
@@ -106,7 +106,7 @@ class LineWriter(logging.Handler):
         try:
             self._kept.append(self.format(record) if late is None else late)
             self.flush()
-        except Exception:  # noqa: BLE001 - logging has a way to tell, or not to
+        except Exception:  # noqa: BLE001 - logging has its own way to report it
             self.handleError(record)
 
     def _wake_writer(self) -> None:
@@ -116,15 +116,15 @@ class LineWriter(logging.Handler):
         self._wake.set()
 
     def flush(self) -> None:
-        """Write what is kept, however long it takes."""
+        """Write the buffer, however long it takes."""
         with self._writing:
             self._write()
 
     def flush_before(self) -> None:
-        """Write what is kept, unless nobody takes it: the broker's thread must not wait long."""
+        """Write the buffer unless the reader is blocked: the broker's thread must not wait long."""
         if not (self._kept or self._is_writing):
             return
-        if self._writing.acquire(timeout=PATIENCE):
+        if self._writing.acquire(timeout=WRITE_TIMEOUT):
             try:
                 while self._kept and _takes(self._stream, self._room):
                     self._write_some()
@@ -134,7 +134,7 @@ class LineWriter(logging.Handler):
                 self._writing.release()
 
     def close(self) -> None:
-        """End the thread; what comes later is written when it is flushed."""
+        """Stop the thread; records that come later are written when they are flushed."""
         self._is_open = False
         self._ended.set()
         self._wake.set()
@@ -151,18 +151,18 @@ class LineWriter(logging.Handler):
             if ended.wait(HOLD):
                 return
             wake.clear()
-            self._is_awake = False  # before the look: a line that is kept after it wakes again
+            self._is_awake = False  # before the flush: a line added after it wakes the thread
             try:
                 self.flush()
             except (OSError, ValueError):
-                self._kept.clear()  # the stream is closed, or its disk full
+                self._kept.clear()  # the stream is closed, or its disk is full
 
     def _write(self) -> None:
         while self._kept:
             self._write_some()
 
     def _write_some(self) -> None:
-        """Write as many lines as go together; at least one."""
+        """Write the lines of one chunk, at least one."""
         self._is_writing = True
         try:
             lines = self._take_some()
@@ -185,7 +185,7 @@ class LineWriter(logging.Handler):
         return lines
 
     def _line(self, record: OutcomeRecord) -> str:
-        """Format the record of a message that went well: as the formatter does, and faster."""
+        """Format the record of a successful message, as the formatter does but faster."""
         millis = int(record.created * 1000)
         if millis != self._millis:
             self._millis = millis
@@ -204,17 +204,17 @@ class _LineFormatter(logging.Formatter):
 
 
 def _room_of(stream: TextIO) -> int:
-    """Return how many characters are written at once."""
+    """Return the limit of one write in characters."""
     try:
         is_file = stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
-    except (OSError, ValueError):  # it is no file at all
-        return TOGETHER
-    return TOGETHER if is_file else PIPE
+    except (OSError, ValueError):  # not a real file
+        return FILE_CHUNK
+    return FILE_CHUNK if is_file else PIPE_CHUNK
 
 
 def _takes(stream: TextIO, room: int) -> bool:
-    """Whether a write would not wait; a file's never does."""
-    if room == TOGETHER or not hasattr(select, "poll"):
+    """Whether a write would not block; writes to a file never do."""
+    if room == FILE_CHUNK or not hasattr(select, "poll"):
         return True
     poll = select.poll()
     poll.register(stream.fileno(), select.POLLOUT)

@@ -1,4 +1,4 @@
-"""``outbox``: what waits to be sent, what was sent, what was refused."""
+"""``outbox``: pending, sent and parked rows."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def outbox() -> None:
 @outbox.command("status", examples=["flask natspubsub outbox status --json"])
 @json_option
 def status_command(state: AppState, as_json: bool) -> None:
-    """Count the rows, and say who relays them.
+    """Count the rows, and show the relay of each partition.
 
-    "Oldest pending" is how long the oldest row that is due has been waiting. A partition that
-    nobody relays is taken by the next relay or worker that runs.
+    "Oldest pending" is how long the oldest row that is due has been waiting. The next relay or
+    worker that runs takes a partition that nobody relays.
     """
     store = state.require_persistence().store
     rows, held = outbox_rows(store), partition_leases(store)
@@ -70,7 +70,7 @@ def status_command(state: AppState, as_json: bool) -> None:
 )  # fmt: skip
 @click.option(
     "--after", type=click.IntRange(min=0), default=0, metavar="ID",
-    help="Only rows with a higher id, to go on where the last list ended.",
+    help="Only rows with a higher id, to continue after the last list.",
 )  # fmt: skip
 @json_option
 def list_command(
@@ -123,10 +123,12 @@ def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
     examples=["flask natspubsub outbox retry 12 13", "flask natspubsub outbox retry --all"],
 )
 @click.argument("ids", nargs=-1, type=click.IntRange(min=1), metavar="[ID]...")
-@click.option("--all", "everything", is_flag=True, help="All that are parked or back off.")
+@click.option(
+    "--all", "everything", is_flag=True, help="All rows that are parked or wait after a refusal."
+)
 @json_option
 def retry_command(state: AppState, ids: tuple[int, ...], everything: bool, as_json: bool) -> None:
-    """Have rows sent again that are parked, or that wait after the server refused them.
+    """Send rows again that are parked, or that wait after the server refused them.
 
     A relay sends them with its next batch. Rows that were sent stay as they are.
     """

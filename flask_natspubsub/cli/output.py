@@ -1,4 +1,4 @@
-"""How commands print: tables, JSON, durations, and nothing that could harm a terminal."""
+"""Output of commands: tables, JSON, durations; printable, so it cannot harm a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)", re.ASCII)
 
 
 def duration(text: str) -> float:
-    """Return the seconds of ``30s``, ``10m``, ``2h``, ``1d`` or ``1w``, or a plain number."""
+    """Return the seconds of ``30s``, ``10m``, ``2h``, ``1d``, ``1w`` or a plain number."""
     found = _DURATION.fullmatch(text.strip())
     if found is None:
         raise click.BadParameter(f"{text!r} is no duration; use one such as 30s, 10m, 2h or 1d.")
@@ -28,25 +28,25 @@ def duration(text: str) -> float:
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether somebody looks at ``stream``."""
+    """Whether ``stream`` is a terminal."""
     return bool(stream.isatty())
 
 
 def width() -> int | None:
-    """Return the columns that stdout has; None if it is no terminal."""
+    """Return the width of stdout in columns; None if it is not a terminal."""
     return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
 
 
 def cut(text: str, columns: int | None) -> str:
-    """Return ``text``, shortened to fit into ``columns``."""
+    """Return ``text``, cut to fit into ``columns``."""
     if columns is None or len(text) <= columns:
         return text
     return text[: max(0, columns - 1)] + "…"
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
-    """Print one JSON value; in printable ASCII, which is safe for any terminal and encoding."""
-    # Of ASCII, JSON escapes all control characters but this one.
+    """Print one JSON value in printable ASCII, which is safe for any terminal and encoding."""
+    # JSON escapes all ASCII control characters but this one.
     click.echo(json.dumps(value, indent=indent).replace("\x7f", "\\u007f"))
 
 

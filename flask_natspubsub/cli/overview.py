@@ -1,4 +1,4 @@
-"""``setup`` and ``config``: what the app wants and what the server has."""
+"""``setup`` and ``config``: the streams that the app needs, and its settings."""
 
 from __future__ import annotations
 

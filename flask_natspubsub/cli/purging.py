@@ -1,4 +1,4 @@
-"""What ``outbox purge`` and ``inbox purge`` share: asking, batches, progress."""
+"""The common part of ``outbox purge`` and ``inbox purge``: asking, batches, progress."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 def purge(
     total: int, delete_batch: Callable[[], int], what: str, *, yes: bool, as_json: bool
 ) -> None:
-    """Delete rows in short transactions, and say how many.
+    """Delete rows in short transactions, and print their number.
 
-    :param total: how many there are; those that grow old meanwhile are left.
-    :param delete_batch: deletes some and returns how many; 0 if there are none.
+    :param total: the number of rows to delete; those that become old enough meanwhile are left.
+    :param delete_batch: deletes some rows and returns their number; 0 if there are none.
+    :param what: the rows in words, for the question.
     """
     _confirm(total, what, yes)
     if is_terminal(sys.stderr):

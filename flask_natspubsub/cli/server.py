@@ -45,7 +45,7 @@ def server_command(state: AppState, port: int | None, store_dir: Path | None) ->
     sys.stderr.flush()
     if os.name == "nt":
         end(subprocess.call([program, *options]))  # noqa: S603 - our own program and options
-    # The server takes this process's place, so signals reach it without a detour.
+    # Replaces this process, so that signals reach the server directly.
     os.execv(program, [program, *options])  # noqa: S606
 
 

@@ -1,4 +1,4 @@
-"""``subscribers``: what the app has, what waits for each, and what is left of those it had."""
+"""``subscribers``: the list with the lag of each; renaming and deleting positions."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _COUNTS = ("pending", "ack_pending", "redelivered")
 @click.option("--offline", is_flag=True, help="Do not ask the server for counts.")
 @json_option
 def subscribers(state: AppState, offline: bool, as_json: bool) -> None:
-    """List the subscribers, and how much waits for each; or rename or delete one.
+    """List the subscribers and the messages that wait for each; or rename or delete one.
 
-    PENDING is not delivered yet, UNACKED is delivered and not settled, and of that
-    REDELIVERED more than once. "-": the server has no consumer yet; a worker makes it.
+    PENDING messages are not delivered yet, UNACKED ones are delivered and not settled, REDELIVERED
+    ones of these more than once. "-": the server has no consumer yet; a worker makes it.
     """
     subscriptions, complained = state.subscriptions(), list[str]()
     if offline:
@@ -37,7 +37,7 @@ def subscribers(state: AppState, offline: bool, as_json: bool) -> None:
     else:
         with onlooker(state) as broker:
             found = inspect_subscribers(state.settings, subscriptions, broker)
-            with contextlib.suppress(BrokerError):  # may look at the app's own, not at all
+            with contextlib.suppress(BrokerError):  # the user may see the app's own consumers only
                 complained = complaints(broker, state.settings, subscriptions)
     rows = [_row(facts) for facts in found]
     if as_json:
@@ -98,8 +98,8 @@ def _print_subscribers(rows: list[dict[str, Any]]) -> None:
 def rename_command(state: AppState, old: str, new: str, as_json: bool) -> None:
     """Give the position and the inbox rows of OLD to the subscriber NEW.
 
-    Stop the workers of both, deploy the new name, run this, and start them: NEW goes on where
-    OLD had got. What OLD had in hand may come again; with an inbox it is skipped.
+    Stop the workers of both, deploy the new name, run this, and start them: NEW continues where
+    OLD stopped. Messages that OLD was handling may be delivered again; an inbox skips them.
     """
     found = {one.name: one for one in state.subscriptions()}
     if new not in found:
@@ -129,9 +129,10 @@ def rename_command(state: AppState, old: str, new: str, as_json: bool) -> None:
 @yes_option
 @json_option
 def delete_command(state: AppState, name: str, yes: bool, as_json: bool) -> None:
-    """Delete the position of a subscriber: what waits for it is not handled.
+    """Delete the position of a subscriber: messages that wait for it are not handled.
 
-    For one that the code has no more. One that it has begins anew, with everything stored.
+    Meant for a subscriber that the code does not have any more. One that it has starts again, with
+    everything that is stored.
     """
     subscriptions = state.subscriptions()
     declared = any(one.name == name for one in subscriptions)

@@ -1,4 +1,4 @@
-"""``outbox verify`` and ``outbox resend``: what the streams have lost, and sending it again."""
+"""``outbox verify`` and ``outbox resend``: find lost messages, send them again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .outbox import outbox
 from .output import duration, is_terminal, json_option, print_fields, print_json
 from .purging import yes_option
 
-#: Missing events that are listed without --json.
+#: Limit of missing events that are listed without --json.
 SHOWN = 20
 
 
@@ -29,7 +29,7 @@ class _When(click.ParamType):  # type: ignore[type-arg]  # generic only in newer
     name = "when"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        """Return seconds since the epoch of a time, or of so long ago."""
+        """Return the seconds since the epoch of a time, or of a duration before now."""
         try:
             moment = dt.datetime.fromisoformat(value)
         except ValueError:
@@ -40,12 +40,12 @@ class _When(click.ParamType):  # type: ignore[type-arg]  # generic only in newer
         return moment.replace(tzinfo=moment.tzinfo or dt.UTC).timestamp()
 
 
-_SINCE = "Only what was sent since a time (UTC unless it says otherwise), or so long ago."
+_SINCE = "Only rows sent since a time (UTC by default) or within a duration such as 2h."
 
 
 @contextmanager
 def _shown(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    """Show progress if somebody looks."""
+    """Show a progress bar if stderr is a terminal."""
     if not is_terminal(sys.stderr):
         yield lambda count: None
         return
@@ -61,14 +61,14 @@ def _shown(total: int, label: str) -> Iterator[Callable[[int], None]]:
     ],
 )
 @click.option("--since", type=_When(), metavar="WHEN", help=_SINCE)
-@click.option("--full", is_flag=True, help="Look at every row, not at a sample of the older ones.")
+@click.option("--full", is_flag=True, help="Check every row, not a sample of the older ones.")
 @json_option
 def verify_command(state: AppState, since: float | None, full: bool, as_json: bool) -> None:
-    """Check that the streams still have what was sent.
+    """Check that the streams still have the messages that were sent.
 
     Fetches each message by its sequence and compares the event id: the newest 1,000 rows and 1 in
-    100 of the others, or all with --full. "Expired" is what is older than the stream keeps. The
-    exit code is 1 if something is missing, or a loss was noticed and is not repaired.
+    100 of the others, or all with --full. "Expired" messages are older than the stream's max_age.
+    The exit code is 1 if a message is missing, or a loss was noticed and is not repaired.
     """
     store = state.require_persistence().store
     with onlooker(state) as broker:
@@ -108,8 +108,8 @@ def _print_found(found: Verification, full: bool) -> None:
     ],
 )
 @click.option("--since", type=_When(), metavar="WHEN", help=_SINCE)
-@click.option("--missing-only", is_flag=True, help="Only what the stream has not.")
-@click.option("--dry-run", is_flag=True, help="Only say how many.")
+@click.option("--missing-only", is_flag=True, help="Only messages that the stream does not have.")
+@click.option("--dry-run", is_flag=True, help="Only print their number.")
 @yes_option
 @json_option
 def resend_command(

@@ -1,11 +1,10 @@
-"""What is wrong, or will be one day: checks over plain facts, and a grade of durability.
+"""Checks of plain facts, and a grade of durability. No I/O: ``gathering`` does it.
 
-Nothing here asks anybody: ``gathering`` does. The grade says what the stream of the outbox keeps
-once it has acknowledged it:
+The grade says how safe messages are once the application's stream has acknowledged them:
 
 ====  ==========================================================================
 A     replicas, each of which writes to its disk before it acknowledges
-B     either of the two: one server that does so, or replicas that do not
+B     one server that writes before it acknowledges, or replicas that do not
 C     one server with default settings: a loss of power may take two minutes
 D     less than that: memory, unwritten acknowledgements, an old server, no stream,
       or a loss that was noticed and is not repaired
@@ -29,18 +28,18 @@ Severity = Literal["error", "warning", "info"]
 
 GRADES: tuple[Grade, ...] = ("A", "B", "C", "D")
 OLDEST = (2, 10, 23)
-#: Servers with a hole between accounts, CVE-2025-30215: closed in these patches.
+#: The patch releases that fix CVE-2025-30215, by major and minor version.
 PATCHED = {(2, 10): 27, (2, 11): 1}
-#: What nats-server does unless it is told otherwise, seconds.
+#: The default ``sync_interval`` of nats-server, in seconds.
 DEFAULT_SYNC_INTERVAL = 120.0
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """Something to know of.
+    """The result of a check.
 
     :param code: a stable name.
-    :param what: what is so.
-    :param fix: what to do about it; empty if there is nothing to do.
+    :param what: the problem in one sentence.
+    :param fix: the remedy; empty if there is none.
     """
 
     code: str
@@ -57,7 +56,7 @@ class Diagnosis(msgspec.Struct, frozen=True):
 
     @property
     def has_errors(self) -> bool:
-        """Whether something does not work, or may lose messages as it is."""
+        """Whether something does not work, or may lose messages."""
         return any(finding.severity == "error" for finding in self.findings)
 
     def is_under(self, grade: Grade) -> bool:
@@ -73,7 +72,7 @@ def examine(facts: Facts) -> Diagnosis:
 
 
 def grade(facts: Facts) -> Grade:
-    """Return how far the stream keeps what it has acknowledged."""
+    """Return the grade of the stream; see the table at the top."""
     main = [stream for stream in facts.streams if stream.is_main and stream.exists]
     lost = facts.outbox is not None and facts.outbox.rewound
     if not main or lost or any(_is_volatile(stream) for stream in main) or _is_old(facts):
@@ -86,7 +85,7 @@ def grade(facts: Facts) -> Grade:
 
 
 def version_of(text: str) -> tuple[int, ...]:
-    """Return the three numbers of ``2.10.23``; none if there are not three."""
+    """Return the three numbers of ``2.10.23``; empty if there are not three."""
     found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", text)
     return tuple(map(int, found.groups())) if found else ()
 

@@ -199,7 +199,7 @@ def test_a_line_is_written_soon_by_itself(attach, monkeypatch):
 
 
 def test_what_is_kept_is_bounded(attach, monkeypatch):
-    monkeypatch.setattr(log, "MOST", 10)
+    monkeypatch.setattr(log, "BUFFER_LIMIT", 10)
     stream = io.StringIO()
     attach(stream)
 
@@ -218,7 +218,7 @@ def test_lines_of_processes_that_share_a_pipe_are_not_cut(attach, pipe):
         writer._write_some()
         part = reader.read(65_536)
         assert part.endswith(b"handled\n")
-        assert len(part) <= log.PIPE
+        assert len(part) <= log.PIPE_CHUNK
 
 
 def test_a_pipe_that_nobody_reads_does_not_hold_up_the_acknowledgements(attach, pipe):
