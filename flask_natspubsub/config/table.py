@@ -5,11 +5,11 @@
     max_deliver: Annotated[int, Row(integer(1), "Deliveries after which ...")] = 5
 
 Modules that declare rows do not use ``from __future__ import annotations``: evaluating the
-annotations afterwards would cost every import three times as much.
+strings afterwards takes 2 ms for the settings, evaluating the annotations at once 0.5 ms.
 """
 
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any
 
 import msgspec
 
@@ -33,7 +33,8 @@ def rows_of(cls: type) -> dict[str, Row]:
     """Return the row of each field that has one, by the field's name, in order."""
     return {
         name: row
-        for name, hint in get_type_hints(cls, include_extras=True).items()
+        for base in reversed(cls.__mro__)
+        for name, hint in getattr(base, "__annotations__", {}).items()
         for row in getattr(hint, "__metadata__", ())
         if isinstance(row, Row)
     }
