@@ -34,8 +34,8 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MAY_IMPORT = {
-    "nats": {"brokers/jetstream/client.py"},
-    "nkeys": {"brokers/jetstream/client.py"},
+    "nats": {"brokers/jetstream/client.py", "brokers/jetstream/nats_py.py"},
+    "nkeys": {"brokers/jetstream/credentials.py"},
     "sqlalchemy": {
         "database/",
         "outbox/",
@@ -50,7 +50,7 @@ WITHOUT_FLASK = ["messages/", "brokers/", "publishing/publisher.py", "worker/pro
 IMPORTS_IN_FUNCTIONS = {
     ("brokers/__init__.py", "brokers.memory.broker"): "only what NATSPUBSUB_URLS asks for",
     ("brokers/__init__.py", "brokers.jetstream.client"): "brings nats-py and asyncio",
-    ("brokers/jetstream/client.py", "nkeys"): "optional dependency",
+    ("brokers/jetstream/credentials.py", "nkeys"): "optional dependency",
     ("brokers/loop.py", "uvloop"): "optional",
     ("publishing/publisher.py", "concurrent.futures"): "for publish_nowait only",
     ("publishing/publisher.py", "brokers.threads"): "brings asyncio; for publish_nowait only",
@@ -74,6 +74,7 @@ class Import(NamedTuple):
     target: str
     ours: bool
     in_function: bool
+    for_types: bool
 
 
 def files() -> list[Path]:
@@ -96,15 +97,24 @@ MODULES = {module_of(path) for path in files()}
 def imports_of(path: Path) -> Iterator[Import]:
     functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
-    def walk(node: ast.AST, in_function: bool) -> Iterator[Import]:
+    def walk(node: ast.AST, in_function: bool, for_types: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.Import, ast.ImportFrom)):
                 for target, ours in targets(child, path):
-                    yield Import(module_of(path), target, ours, in_function)
+                    yield Import(module_of(path), target, ours, in_function, for_types)
             else:
-                yield from walk(child, in_function or isinstance(child, functions))
+                yield from walk(
+                    child,
+                    in_function or isinstance(child, functions),
+                    for_types or is_for_types(child),
+                )
 
-    yield from walk(ast.parse(path.read_text("utf-8")), in_function=False)
+    yield from walk(ast.parse(path.read_text("utf-8")), in_function=False, for_types=False)
+
+
+def is_for_types(node: ast.AST) -> bool:
+    """Whether it is ``if TYPE_CHECKING:``, which never runs."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def targets(node: ast.Import | ast.ImportFrom, path: Path) -> Iterator[tuple[str, bool]]:
@@ -153,7 +163,8 @@ def test_the_package_imports_itself_relatively():
 def test_no_import_cycle():
     graph: dict[str, set[str]] = {}
     for _, found in IMPORTS:
-        if found.ours and not found.in_function and found.target != found.source:
+        runs = not found.in_function and not found.for_types
+        if found.ours and runs and found.target != found.source:
             graph.setdefault(found.source, set()).add(found.target)
     try:
         TopologicalSorter(graph).prepare()
@@ -170,6 +181,68 @@ def test_only_the_named_files_import_drivers():
         and not name.startswith(tuple(MAY_IMPORT[top(found.target)]))
     ]
     assert strangers == []
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Names with one leading underscore that are asked of something other than ``self``."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Attribute):
+            owner, name = ast.unparse(node.value), node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
+            owner, name = map(ast.unparse, node.args[:2])
+            name = name.strip("'\"")
+        else:
+            continue
+        is_private = name.startswith("_") and not name.endswith("__") and name != "_replace"
+        if is_private and owner not in ("self", "cls"):
+            yield f"{name_of(path)}: {owner}.{name}"
+
+
+def test_one_module_touches_private_names_of_nats_py():
+    """A class made from one of nats-py could reach them by ``self``: those are there, too."""
+    folder = HOUSE / "brokers" / "jetstream"
+    others = [path for path in folder.glob("*.py") if path.name != "nats_py.py"]
+    assert [name for path in others for name in private_names(path)] == []
+    bases = [
+        ast.unparse(base)
+        for path in others
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef)
+        for base in node.bases
+    ]
+    assert not {"Client", "HookedClient", "Subscription", "Transport"} & set(bases)
+    assert {name.rpartition(".")[2] for name in private_names(folder / "nats_py.py")} == {
+        "_transport",
+        "_process_info",
+        "_process_op_err",
+        "_io_reader",
+        "_io_writer",
+        "_id",
+    }
+
+
+def test_what_a_connection_awaits_is_awaited_with_a_deadline():
+    """nats-py may never answer: a connection's coroutines are given to ``within``."""
+    path = HOUSE / "brokers" / "jetstream" / "link.py"
+    link = next(
+        node
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == "Link"
+    )
+    awaited = {
+        ast.unparse(node.value.func)
+        for node in ast.walk(link)
+        if isinstance(node, ast.Await) and isinstance(node.value, ast.Call)
+    }
+    own = {name for name in awaited if name.startswith("self.") and name != "self._dial"}
+    assert awaited - own == {
+        "within",
+        "asyncio.gather",  # in a coroutine given to within
+        "connection.subscribe",  # the same
+        "connection.unsubscribe",  # the same
+        "connection.closed.wait",  # set by every way in which a connection ends
+        "connection.close",  # has a deadline of its own
+    }
 
 
 def test_the_core_does_not_know_flask():

@@ -158,8 +158,8 @@ def test_streams_that_a_restart_has_lost_are_made_anew(make_pubsub: MakePubsub) 
 
 
 def test_it_never_stops_trying(make_pubsub: MakePubsub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(link, "LONGEST_PAUSE", 0.001)
+    hurried = link.TIMING._replace(first_pause=0.001, longest_pause=0.001)
+    monkeypatch.setattr(link, "TIMING", hurried)
     tries = []
     dial = client.dial
 
@@ -197,7 +197,7 @@ def test_pauses_between_tries_grow_and_differ(
     pauses = [after - before for before, after in pairwise(times)]
     assert len(times) < 20
     assert pauses[4] > 2 * pauses[0]
-    assert all(pause < 1.5 * link.LONGEST_PAUSE + 0.5 for pause in pauses)
+    assert all(pause < 1.5 * link.TIMING.longest_pause + 0.5 for pause in pauses)
 
 
 def test_a_server_that_hangs_up_at_once_is_not_called_without_pause(
@@ -216,9 +216,9 @@ def test_a_server_that_hangs_up_at_once_is_not_called_without_pause(
 def test_the_log_has_one_line_now_and_then_while_the_server_is_away(
     make_pubsub: MakePubsub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert link.LOG_INTERVAL >= 10
-    monkeypatch.setattr(link, "LOG_INTERVAL", 0.5)
-    monkeypatch.setattr(link, "LONGEST_PAUSE", 0.02)
+    assert link.TIMING.log_interval >= 10
+    hurried = link.TIMING._replace(log_interval=0.5, longest_pause=0.02)
+    monkeypatch.setattr(link, "TIMING", hurried)
     with NatsServer() as server:
         pubsub = make_pubsub(urls=server.url)
         pubsub.publish("a", {})
@@ -403,8 +403,8 @@ def test_signing_in_by_way_of_the_url(
 def test_who_was_refused_is_let_in_when_the_server_has_changed_its_mind(
     make_pubsub: MakePubsub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert link.REFUSED_PAUSE >= 30
-    monkeypatch.setattr(link, "REFUSED_PAUSE", 0.2)
+    assert link.TIMING.refused_pause >= 30
+    monkeypatch.setattr(link, "TIMING", link.TIMING._replace(refused_pause=0.2))
     with NatsServer("authorization { token: other }") as server:
         pubsub = make_pubsub(urls=server.url, token=SECRET)
         assert "refused" in refusal(pubsub)

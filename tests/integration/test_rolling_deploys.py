@@ -24,9 +24,8 @@ pytestmark = pytest.mark.real_server
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds takes less here; the order of things is the same."""
-    monkeypatch.setattr(pull_module, "LOOK_INTERVAL", 1.0)
-    monkeypatch.setattr(pull_module, "FIRST_LOOK", 0.5)
-    monkeypatch.setattr(pull_module, "HEARTBEAT", 0.5)
+    hurried = pull_module.TIMING._replace(look=1.0, first_look=0.5, heartbeat=0.5)
+    monkeypatch.setattr(pull_module, "TIMING", hurried)
     monkeypatch.setattr(strangers, "HAND_BACK", 0.1)
     monkeypatch.setattr(strangers, "LONGEST_HAND_BACK", 0.2)
     monkeypatch.setattr(presence, "WAIT", 0.3)
@@ -212,7 +211,7 @@ def test_a_consumer_that_cannot_be_mended_is_unhealthy(
         raise pull_module.NatsPubsubError("the server does not let this user send to it")
 
     (consumer,) = worker._consumers
-    pull: Any = consumer._consumption._pull  # type: ignore[union-attr]
+    pull: Any = consumer._consumption
     monkeypatch.setattr(pull._api, "_create", refused)
     change_by_hand(shop, filter_subjects=[shop.subject("order.created")])
     eventually(lambda: not worker.checks()["subscriber bill"], 20)

@@ -203,8 +203,8 @@ def test_a_deleted_consumer_of_a_work_queue_is_made_anew(shop: Shop) -> None:
     mailer.wait_for_numbers(range(20))
     shop.wait_until_settled()
     (consumer,) = worker._consumers
-    pull: Any = consumer._consumption._pull  # type: ignore[union-attr]
-    pull._floor_seen = -pull_module.LOOK_INTERVAL * 100  # look now: it knows of a floor then
+    pull: Any = consumer._consumption
+    pull._floor_seen = -pull_module.TIMING.look * 100  # look now: it knows of a floor then
     eventually(lambda: pull._floor.sequence == 20)
     assert api(shop.settings.urls[0], f"CONSUMER.DELETE.{stream}.shop-mailer")["success"]
     shop.publish("order.created", *range(20, 40))

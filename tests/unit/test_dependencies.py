@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flask_natspubsub import ConfigurationError
-from flask_natspubsub.brokers.jetstream.client import check_credentials
+from flask_natspubsub.brokers.jetstream.credentials import check_credentials
 from flask_natspubsub.config.settings import Settings
 from tests.tools import audit, licences
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_natspubsub import NatsPubsubError
-from flask_natspubsub.brokers.jetstream.client import _text_of
+from flask_natspubsub.brokers.jetstream.client import text_of
 from flask_natspubsub.brokers.wire import frame, header_block, parse_headers
 from flask_natspubsub.config.settings import Settings
 from flask_natspubsub.messages import envelope as envelopes
@@ -240,4 +240,4 @@ def test_what_others_send_is_fit_for_a_log_line(text: str, header: str) -> None:
 @given(TEXT)
 def test_the_text_of_any_error_is_one_printable_line(text: str) -> None:
     assert error_text(ValueError(text)).isprintable()
-    assert _text_of(OSError(text)).isprintable()
+    assert text_of(OSError(text)).isprintable()

@@ -9,13 +9,9 @@ from typing import Any
 import nats.errors
 import pytest
 
-from flask_natspubsub.brokers.jetstream.client import (
-    _Client,
-    _Connection,
-    _credentials,
-    _dial_error,
-)
+from flask_natspubsub.brokers.jetstream.client import NatsConnection, dial_error
 from flask_natspubsub.brokers.jetstream.connection import ConnectionRefused
+from flask_natspubsub.brokers.jetstream.credentials import credentials_for
 from flask_natspubsub.brokers.wire import frame
 from flask_natspubsub.config.settings import Settings
 
@@ -34,14 +30,21 @@ class WebSocket:
         self.sent, self.waiting = self.sent + self.waiting, b""
 
 
+def connection_over(transport: Any) -> NatsConnection:
+    connection = NatsConnection(Settings(), "nats://nowhere", lambda subject, why: None)
+    connection.use(transport)
+    return connection
+
+
 def test_over_a_websocket_messages_are_sent_at_once_too() -> None:
     async def main() -> WebSocket:
-        client: Any = _Client(lambda subject, why: None)
-        client._transport = WebSocket()
-        client._status = client.CONNECTED
-        _Connection(client).send([frame("a", b"1", "r"), frame("b", b"2", "r")])
+        transport = WebSocket()
+        connection = connection_over(transport)
+        connection.send([frame("a", b"1", "r"), frame("b", b"2", "r")])
+        assert connection.unsent == 28
         await asyncio.sleep(0)
-        transport: WebSocket = client._transport
+        await asyncio.sleep(0)
+        assert connection.unsent == 0
         return transport
 
     transport = asyncio.run(main())
@@ -59,9 +62,7 @@ class ClosedSocket:
 
 def test_writing_to_a_socket_that_has_just_broken_loses_the_connection_and_nothing_else() -> None:
     async def main() -> bool:
-        client: Any = _Client(lambda subject, why: None)
-        client._transport = ClosedSocket()
-        connection = _Connection(client)
+        connection = connection_over(ClosedSocket())
         connection.send([frame("a", b"1", "r")])
         return connection.closed.is_set()
 
@@ -90,7 +91,7 @@ def test_writing_to_a_socket_that_has_just_broken_loses_the_connection_and_nothi
 def test_what_may_pass_by_itself_is_told_from_what_will_not(
     error: Exception | None, refused: bool, text: str
 ) -> None:
-    told = _dial_error(error)
+    told = dial_error(error)
 
     assert isinstance(told, ConnectionRefused) is refused
     assert isinstance(told, OSError) is not refused
@@ -101,7 +102,7 @@ def test_what_may_pass_by_itself_is_told_from_what_will_not(
 def test_a_server_that_another_one_told_of_is_trusted_as_that_one_is() -> None:
     settings = Settings(urls=("tls://us%40er:pa%2Fss@nats.example:4222",))
 
-    told = _credentials(settings, "tls://10.0.0.2:4222")
+    told = credentials_for(settings, "tls://10.0.0.2:4222")
 
     assert (told["user"], told["password"]) == ("us@er", "pa/ss")
     assert told["tls_hostname"] == "nats.example"
@@ -110,5 +111,5 @@ def test_a_server_that_another_one_told_of_is_trusted_as_that_one_is() -> None:
 def test_the_credentials_of_one_server_are_not_given_to_another() -> None:
     settings = Settings(urls=("nats://secret@one", "nats://two"))
 
-    assert _credentials(settings, "nats://one") == {"token": "secret"}
-    assert _credentials(settings, "nats://two") == {}
+    assert credentials_for(settings, "nats://one") == {"token": "secret"}
+    assert credentials_for(settings, "nats://two") == {}

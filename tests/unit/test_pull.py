@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import random
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from flask_natspubsub.brokers.base import ConsumerConfig
-from flask_natspubsub.brokers.jetstream import pull as module
-from flask_natspubsub.brokers.jetstream.pull import Pull, ReplyWriter
+from flask_natspubsub.brokers.jetstream.pull import TIMING, Pull
+from flask_natspubsub.brokers.jetstream.settling import ReplyWriter
 
 CONFIG = ConsumerConfig(stream="events", durable="mailer", filter_subjects=("shop.>",))
+#: A pull that the server has ended is opened anew at once.
+AT_ONCE = TIMING._replace(retry=0.0)
+SECOND = ("pull", "_INBOX.2")
+#: A pull falls silent soon, and its consumer is looked at often.
+SOON = AT_ONCE._replace(heartbeat=0.04, grace=0.0, quiet=0.02, look=0.04, first_look=0.02)
 
 
 class FakeLink:
@@ -25,6 +33,8 @@ class FakeLink:
         self.log = []
         self.bodies = []
         self.routes = {}
+        #: How many messages the server may still send, by reply subject.
+        self.open = Counter()
         self.while_unrouting = lambda: None
         self.tasks = []
         self._number = 0
@@ -37,6 +47,7 @@ class FakeLink:
                 self.log.append(("pull", *reply))
                 self.bodies.append(json.loads(payload))
                 self.asked = getattr(self, "asked", 0) + self.bodies[-1]["batch"]
+                self.open[reply[0]] += self.bodies[-1]["batch"]
             else:
                 self.log.append(("reply", payload.split()[0]))
 
@@ -46,7 +57,7 @@ class FakeLink:
     def later(self, seconds, callback):
         callback()
 
-    def new_inbox(self):
+    def new_reply_subject(self):
         self._number += 1
         return f"_INBOX.{self._number}"
 
@@ -60,6 +71,7 @@ class FakeLink:
         self.while_unrouting()
         self.log.append(("unroute", f"_INBOX.{key}", flush))
         self.routes.pop(key, None)
+        self.open.pop(f"_INBOX.{key}", None)
 
     def spawn(self, coroutine):
         self.tasks.append(asyncio.create_task(coroutine))
@@ -79,6 +91,8 @@ class FakeApi:
         self.errors = []
         self.asked_after = []
         self.floor = 0
+        self.report = {}
+        self.looked = []
 
     async def place(self, config):
         return config
@@ -91,19 +105,41 @@ class FakeApi:
         return {"ack_floor": {"stream_seq": self.floor}, "stream_created": "then"}
 
     async def consumer(self, stream, durable):
-        return {"ack_floor": {"stream_seq": self.floor}}
+        self.looked.append(durable)
+        return {"ack_floor": {"stream_seq": self.floor}, **self.report}
+
+
+class FakeSession:
+    """A process without other pulls."""
+
+    def __init__(self, link, api):
+        self.link, self.api, self.writer = link, api, ReplyWriter(link)
+        self.loop = SimpleNamespace(is_alive=True)
+        self.presence = None
+        self.pulls = set()
+        self.caught_up = []
+
+    def catch_up(self, pull, filters, after):
+        self.caught_up.append((filters, after))
 
 
 class Bench:
-    def __init__(self):
+    def __init__(self, timing):
         self.link, self.api = FakeLink(), FakeApi()
         self.received = []
-        self.pull = Pull(self.link, self.api, ReplyWriter(self.link), CONFIG, self.received.append)
+        self.session = FakeSession(self.link, self.api)
+        self.pull = Pull(self.session, CONFIG, self.received.append, timing=timing)
         self._sequence = 0
 
+    @property
+    def outstanding(self):
+        """How many messages the server may still send."""
+        return self.link.open.total()
+
     def arrive(self, key=None):
-        """A message arrives on an inbox; the newest if none is named."""
+        """A message arrives on a reply subject; the newest if none is named."""
         self._sequence += 1
+        self.link.open[f"_INBOX.{key or max(self.link.routes)}"] -= 1
         reply = f"$JS.ACK.events.mailer.1.{self._sequence}.1.1700000000000000000.0"
         self.link.routes[key or max(self.link.routes)]("shop.a", reply, {}, b"{}")
 
@@ -113,16 +149,29 @@ class Bench:
             headers["Nats-Pending-Messages"] = str(pending)
         if left is not None:
             headers["Nats-Pending-Bytes"] = str(left)
-        self.link.routes[max(self.link.routes)]("_INBOX", "", headers, b"")
+        newest = max(self.link.routes)
+        if code == "408":
+            self.link.open[f"_INBOX.{newest}"] -= pending
+        self.link.routes[newest]("_INBOX", "", headers, b"")
 
     @property
     def pulls(self):
         return [entry[1] for entry in self.link.log if entry[0] == "pull"]
 
-    async def settle(self):
+    def heartbeat(self):
+        """The server has nothing to send, and lives."""
+        self.status("100", "Idle Heartbeat")
+
+    async def run_tasks(self):
         """Let the tasks of the pull run until they wait for time to pass."""
         for _ in range(20):
             await asyncio.sleep(0)
+
+    async def until(self, condition):
+        """Wait until ``condition()`` holds."""
+        async with asyncio.timeout(10):
+            while not condition():  # noqa: ASYNC110 - of what there is no event
+                await asyncio.sleep(0.005)
 
     async def close(self):
         for task in self.link.tasks:
@@ -131,23 +180,19 @@ class Bench:
                 await task
 
 
-def with_bench(test):
-    """Run an async test with a bench, on a loop of its own, where pauses take no time."""
+def with_bench(test=None, *, timing=AT_ONCE):
+    """Run an async test with a bench, on a loop of its own."""
+    if test is None:
+        return functools.partial(with_bench, timing=timing)
 
-    def run(monkeypatch):
+    def run():
         async def main():
-            bench = Bench()
+            bench = Bench(timing)
             try:
                 await test(bench)
             finally:
                 await bench.close()
 
-        sleep = asyncio.sleep
-
-        async def no_pause(delay):
-            await sleep(0 if delay < module.HEARTBEAT else 3600)
-
-        monkeypatch.setattr(module.asyncio, "sleep", no_pause)
         asyncio.run(main())
 
     run.__name__, run.__doc__ = test.__name__, test.__doc__
@@ -193,38 +238,38 @@ async def test_a_heartbeat_changes_nothing(bench):
 
 
 @pytest.mark.parametrize("why", ["Consumer Deleted", "Leadership Change", ""])
-def test_a_pull_that_the_server_ended_is_asked_again_on_a_fresh_inbox(why, monkeypatch):
+def test_a_pull_that_the_server_ended_is_asked_again_on_a_fresh_reply_subject(why):
     @with_bench
     async def test(bench):
         await bench.pull.open()
         bench.pull.request(5)
         bench.arrive()
         bench.status("409", why)
-        await bench.settle()
+        await bench.run_tasks()
         assert bench.pulls == ["_INBOX.1", "_INBOX.2"]
         assert bench.link.asked == 5 + 4
         assert list(bench.link.routes) == [2]
 
-    test(monkeypatch)
+    test()
 
 
 @with_bench
-async def test_nothing_is_asked_on_an_inbox_that_is_about_to_be_given_up(bench):
+async def test_nothing_is_asked_on_a_reply_subject_that_is_about_to_be_given_up(bench):
     await bench.pull.open()
     bench.status("409", "Leadership Change")
     bench.pull.request(1)
     assert bench.pulls == []
-    await bench.settle()
+    await bench.run_tasks()
     assert bench.pulls == ["_INBOX.2"]
 
 
 @with_bench
-async def test_what_is_on_its_way_to_the_old_inbox_still_arrives_and_counts(bench):
+async def test_what_is_on_its_way_to_the_old_reply_subject_still_arrives_and_counts(bench):
     await bench.pull.open()
     bench.pull.request(5)
     bench.link.while_unrouting = lambda: bench.arrive(1)
     bench.pull.on_up()
-    await bench.settle()
+    await bench.run_tasks()
 
     assert len(bench.received) == 1
     assert ("unroute", "_INBOX.1", True) in bench.link.log
@@ -237,7 +282,7 @@ async def test_opening_is_tried_again_whatever_goes_wrong(bench):
     bench.pull.request(1)
     bench.api.errors = [OSError("gone"), RuntimeError("unforeseen"), TimeoutError()]
     bench.pull.on_up()
-    await bench.settle()
+    await bench.run_tasks()
     assert bench.api.errors == []
     assert bench.pulls == ["_INBOX.1", "_INBOX.2"]
 
@@ -248,13 +293,13 @@ async def test_nothing_is_tried_without_a_connection(bench):
     bench.link.is_up = False
     bench.pull.request(1)
     bench.status("409", "Server Shutdown")
-    await bench.settle()
+    await bench.run_tasks()
     assert bench.pulls == []
     assert len(bench.api.asked_after) == 1
 
     bench.link.is_up = True
     bench.pull.on_up()
-    await bench.settle()
+    await bench.run_tasks()
     assert bench.pulls == ["_INBOX.2"]
 
 
@@ -263,32 +308,28 @@ async def test_a_consumer_made_anew_begins_where_the_old_one_had_got_to(bench):
     bench.api.floor = 41
     await bench.pull.open()
     bench.status("409", "Consumer Deleted")
-    await bench.settle()
+    await bench.run_tasks()
     assert bench.api.asked_after == [0, 41]
 
 
-@with_bench
+@with_bench(timing=SOON)
 async def test_a_silent_pull_is_made_anew_and_then_the_connection(bench):
     await bench.pull.open()
     bench.pull.request(1)
-    bench.pull._heard -= 3 * module.HEARTBEAT
-    assert not bench.pull.is_healthy
-    await bench.pull._look()
-    await bench.settle()
-    assert bench.pulls == ["_INBOX.1", "_INBOX.2"]
+    assert bench.pull.is_healthy
+    await bench.until(lambda: not bench.pull.is_healthy)
+    await bench.until(lambda: bench.pulls[:2] == ["_INBOX.1", "_INBOX.2"])
+    assert "reset" not in [entry[0] for entry in bench.link.log[: bench.link.log.index(SECOND)]]
 
-    bench.pull._heard -= 3 * module.HEARTBEAT
-    await bench.pull._look()
-    assert ("reset", "pulls are silent") in bench.link.log
+    await bench.until(lambda: ("reset", "pulls are silent") in bench.link.log)
 
 
-@with_bench
+@with_bench(timing=SOON)
 async def test_a_pull_that_waits_for_nothing_may_be_silent(bench):
     await bench.pull.open()
-    bench.pull._heard -= 3 * module.HEARTBEAT
+    began = len(bench.api.looked)
+    await bench.until(lambda: len(bench.api.looked) > began + 5)
     assert bench.pull.is_healthy
-    await bench.pull._look()
-    await bench.settle()
     assert bench.link.log == [("route", "_INBOX.1")]
 
 
@@ -314,7 +355,7 @@ async def test_a_closed_pull_asks_for_nothing(bench):
     await bench.pull.close()
     bench.pull.request(3)
     bench.pull.on_up()
-    await bench.settle()
+    await bench.run_tasks()
     assert bench.pulls == []
 
 
@@ -330,17 +371,16 @@ async def test_requests_are_neither_forgotten_nor_repeated(bench):
             count = source.randrange(1, 5)
             requested += count
             bench.pull.request(count)
-        elif event == 1 and bench.pull._outstanding:
+        elif event == 1 and bench.outstanding:
             bench.arrive()
-        elif event == 2 and bench.pull._outstanding:
-            bench.status("408", pending=source.randrange(1, bench.pull._outstanding + 1))
+        elif event == 2 and bench.outstanding:
+            bench.status("408", pending=source.randrange(1, bench.outstanding + 1))
         elif event == 3:
             bench.status("409", "Leadership Change")
         elif event == 4:
-            await bench.settle()
-    await bench.settle()
-    assert bench.pull._outstanding == requested - len(bench.received)
-    assert bench.pull._wanted == 0
+            await bench.run_tasks()
+    await bench.run_tasks()
+    assert bench.outstanding == requested - len(bench.received)
 
 
 # --- bounded in bytes
@@ -417,7 +457,7 @@ async def test_a_request_that_is_complete_is_no_error(bench):
     bench.arrive()
     bench.status("409", "Batch Completed", left=100)
     bench.pull.request(2)
-    await bench.settle()
+    await bench.run_tasks()
     assert [pull["batch"] for pull in bench.link.bodies] == [1, 2]
     assert len(bench.link.routes) == 1
 
@@ -425,13 +465,13 @@ async def test_a_request_that_is_complete_is_no_error(bench):
 # --- held back
 
 
-@with_bench
+@with_bench(timing=SOON._replace(heartbeat=0.5))
 async def test_new_messages_that_the_server_holds_back_are_reported(bench):
     await bench.pull.open()
     bench.pull.request(5)
-    bench.pull._arrived -= 60
     report = {"num_ack_pending": 100, "num_pending": 7, "config": {"max_ack_pending": 100}}
-    bench.pull._note(report)
-    assert not bench.pull.is_healthy
-    bench.pull._note(report | {"num_ack_pending": 99})
-    assert bench.pull.is_healthy
+    bench.api.report = report
+    await bench.until(lambda: bench.heartbeat() or not bench.pull.is_healthy)
+    bench.api.report = report | {"num_ack_pending": 99}
+    await bench.until(lambda: bench.heartbeat() or bench.pull.is_healthy)
+    assert len(bench.link.routes) == len(bench.pulls) == 1

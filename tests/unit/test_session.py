@@ -30,22 +30,19 @@ class Asked:
         return b"%d" % number
 
 
-def first_answer(asked: Asked) -> bytes:
+def first_answer(asked: Asked, again: float = broker.ASK_AGAIN) -> bytes:
     async def main() -> bytes:
         async with asyncio.timeout(30):
-            return await broker._first_answer(asked)
+            return await broker.first_answer(asked, again=again)
 
     return asyncio.run(main())
 
 
 @pytest.mark.parametrize("answered", [1, 2, 3])
-def test_a_question_without_an_answer_is_asked_again_and_any_answer_counts(
-    answered: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(broker, "ASK_AGAIN", 0.05)
+def test_a_question_without_an_answer_is_asked_again_and_any_answer_counts(answered: int) -> None:
     asked = Asked(answered, of=3)
 
-    assert first_answer(asked) == b"%d" % answered
+    assert first_answer(asked, again=0.05) == b"%d" % answered
     assert asked.count >= 3
 
 
@@ -56,10 +53,7 @@ def test_what_is_answered_at_once_is_asked_once() -> None:
     assert asked.count == 1
 
 
-def test_a_failure_is_an_answer_and_nothing_is_left_behind(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(broker, "ASK_AGAIN", 0.05)
+def test_a_failure_is_an_answer_and_nothing_is_left_behind() -> None:
     count = 0
 
     async def main() -> set[asyncio.Task[Any]]:
@@ -74,7 +68,7 @@ def test_a_failure_is_an_answer_and_nothing_is_left_behind(
             raise BrokerError("the connection was lost")
 
         with pytest.raises(BrokerError, match="was lost"):
-            await broker._first_answer(ask)
+            await broker.first_answer(ask, again=0.05)
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert asyncio.run(main()) == set()

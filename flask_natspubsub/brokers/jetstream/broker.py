@@ -1,6 +1,6 @@
 """JetStream behind the port: a thread, a link, and what is sent and pulled over it.
 
-A ``_Session`` is what one process holds. The broker makes it on the first call, makes a new
+A ``Session`` is what one process holds. The broker makes it on the first call, makes a new
 one in a forked child or when its thread has died, and never shares one between processes.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ...config.settings import Settings
-from ...errors import NatsPubsubError, NotConnected
+from ...errors import NotConnected
 from ...messages.message import Message, StoredMessage
 from ...text import get_logger
 from ..base import (
@@ -34,7 +34,7 @@ from ..loop import BackgroundLoop, bind_to_process
 from ..topology import presence_subject
 from ..wire import frame
 from . import missed
-from .connection import Dial
+from .connection import Dial, LinkOwner
 from .consumer_api import consumer_info
 from .link import DEFAULT_MAX_PAYLOAD, Link
 from .presence import Presence
@@ -47,9 +47,12 @@ _log = get_logger("flask_natspubsub.broker")
 
 T = TypeVar("T")
 
+#: Seconds for one request to the API, and for one question of those that are repeated.
 API_TIMEOUT = 5.0
 ASK_AGAIN = 1.0
-#: A cluster of so many servers can keep a stream more than once.
+#: Seconds for a subscription: longer than the link's own deadline for it, which says more.
+LISTEN_TIMEOUT = 6.0
+#: The number of servers from which a cluster can keep a stream more than once.
 WORTH_REPLICAS = 3
 
 #: What a forked child inherited and must not touch: closing it, or letting it be collected,
@@ -57,8 +60,8 @@ WORTH_REPLICAS = 3
 _abandoned: list[object] = []
 
 
-class _Session:
-    """The thread and the link of one process."""
+class Session(LinkOwner):
+    """The thread and the link of one process, and what is sent and pulled over it."""
 
     def __init__(
         self,
@@ -68,24 +71,21 @@ class _Session:
         before_replies: Callable[[], None],
     ) -> None:
         self.loop = BackgroundLoop(f"natspubsub-{settings.app_name}")
-        self.link = Link(settings, self.loop, dial)
+        self.link = Link(settings, self.loop, dial, self)
         self.api = JetStreamApi(self._request, settings.api_prefix)
         self.writer = ReplyWriter(self.link, before_replies)
-        inbox = self.link.new_inbox()
-        self.window = PublishWindow(self.link, inbox, settings)
+        reply_subject = self.link.new_reply_subject()
+        self.window = PublishWindow(self.link, reply_subject, settings)
         self.pulls: set[Pull] = set()
         self.presence = Presence(self.link, presence_subject(settings), lambda: list(self.pulls))
-        self.link.listeners.append(self)
-        self.link.on_denied = self.window.on_denied
         self.wanted = wanted
         self._warned = False
-        self.link.set_up = self.set_up
         # Not waited for: a greenlet that waits while it holds the broker's lock, which may be
         # older than gevent's patches, would hang all others. What comes later runs after it.
-        asyncio.run_coroutine_threadsafe(self._start(inbox), self.loop.loop)
+        asyncio.run_coroutine_threadsafe(self._start(reply_subject), self.loop.loop)
 
-    async def _start(self, inbox: str) -> None:
-        await self.link.route(f"{inbox}.*", self.window.on_reply)
+    async def _start(self, reply_subject: str) -> None:
+        await self.link.route(f"{reply_subject}.*", self.window.on_reply)
         self.link.spawn(self._keep_up())
 
     async def _keep_up(self) -> None:
@@ -99,18 +99,13 @@ class _Session:
         def ask() -> Coroutine[Any, Any, bytes]:
             return self.link.request(subject, payload, API_TIMEOUT)
 
-        return await (_first_answer(ask) if ".INFO." in subject else ask())
+        return await (first_answer(ask) if ".INFO." in subject else ask())
 
     async def set_up(self) -> None:
-        """Look after the wanted streams; what goes wrong is logged."""
-        try:
-            if self.wanted:
-                await self.api.setup(self.wanted, dry_run=False)
-                await self._look_at_replicas()
-        except NatsPubsubError as error:
-            _log.error("the streams could not be set up: %s", error)
-        except Exception:  # noqa: BLE001 - an answer without sense must not stop the link
-            _log.exception("the streams could not be set up")
+        """Look after the wanted streams."""
+        if self.wanted:
+            await self.api.setup(self.wanted, dry_run=False)
+            await self._look_at_replicas()
 
     async def _look_at_replicas(self) -> None:
         """Warn, once, of a stream that only one server of a cluster has."""
@@ -129,38 +124,38 @@ class _Session:
                 name,
             )
 
-    def make_pull(self, config: ConsumerConfig, deliver: Callable[[Delivery], None]) -> Pull:
-        """Make a pull that starts over on each new connection, once it was opened."""
-        pull = Pull(self.link, self.api, self.writer, config, deliver, self.presence)
-        self.pulls.add(pull)
-        return pull
-
     def catch_up(self, pull: Pull, filters: tuple[str, ...], after: int) -> None:
-        """Have delivered what the consumer of ``pull`` has passed over; see ``missed``."""
+        """Have delivered what the consumer of ``pull`` has passed over; see ``missed``.
+
+        :param filters: what it did not get behind the message ``after``; none to go on with
+            what another process had begun.
+        """
+
+        def companion(config: ConsumerConfig, deliver: Callable[[Delivery], None]) -> Pull:
+            return Pull(self, config, deliver, is_companion=True)
+
         if filters:
-            task = missed.catch_up(self.api, pull, filters, after, self.make_pull)
+            task = missed.catch_up(self.api, pull, filters, after, companion)
         else:
-            task = missed.go_on(self.api, pull, self.make_pull)
-        self.link.spawn(self._catch_up(task))
+            task = missed.go_on(self.api, pull, companion)
+        self.link.spawn(task)
 
-    async def _catch_up(self, task: Coroutine[Any, Any, None]) -> None:
-        try:
-            await task
-        finally:
-            self.pulls -= {pull for pull in self.pulls if pull.is_closed}
-
-    def on_up(self) -> None:
+    def on_up(self) -> None:  # noqa: D102 - documented in LinkOwner, as the next two
         self.writer.flush()
         self.window.on_up()
         for pull in list(self.pulls):
             pull.on_up()
 
-    def on_down(self) -> None:
+    def on_denied(self, subject: str) -> None:  # noqa: D102
+        self.window.on_denied(subject)
+
+    def on_down(self) -> None:  # noqa: D102
         self.window.on_down()
         if self.link.refused:
             self.window.fail_all(NotConnected(self.link.refused))
 
     def close(self, timeout: float) -> None:
+        """Send what waits, within ``timeout`` seconds, and end the thread; any other thread."""
         if self.loop.is_alive:
             with contextlib.suppress(Exception):  # whatever state it is in, it ends here
                 self.loop.call(self._close(timeout), timeout + 1)
@@ -182,18 +177,24 @@ class _Session:
         await self.link.close(max(0.1, deadline - time.monotonic()))
 
 
-async def _first_answer(ask: Callable[[], Coroutine[Any, Any, bytes]]) -> bytes:
-    """Ask again every ``ASK_AGAIN`` seconds until one of the questions is answered or fails.
+async def first_answer(
+    ask: Callable[[], Coroutine[Any, Any, bytes]],
+    again: float = ASK_AGAIN,
+    timeout: float = API_TIMEOUT,
+) -> bytes:
+    """Ask again until one of the questions is answered or fails.
 
     While a stream or a consumer of a cluster has no leader, what is asked of it is lost.
+
+    :param again: seconds between two questions, of which the last is asked before ``timeout``.
     """
     asked: list[asyncio.Task[bytes]] = []
     try:
         while True:
             asked.append(asyncio.create_task(ask()))
-            more = len(asked) < API_TIMEOUT / ASK_AGAIN
+            more = len(asked) < timeout / again
             done, _ = await asyncio.wait(
-                asked, timeout=ASK_AGAIN if more else None, return_when=asyncio.FIRST_COMPLETED
+                asked, timeout=again if more else None, return_when=asyncio.FIRST_COMPLETED
             )
             if done:
                 return done.pop().result()
@@ -203,48 +204,14 @@ async def _first_answer(ask: Callable[[], Coroutine[Any, Any, bytes]]) -> bytes:
         await asyncio.gather(*asked, return_exceptions=True)
 
 
-class _PullHandle(Consumption):
-    """A pull, as the worker sees it."""
-
-    def __init__(self, session: _Session, pull: Pull) -> None:
-        self._session = session
-        self._pull = pull
-
-    def request(self, count: int) -> None:
-        self._pull.request(count)
-
-    def bound(self, size: int, spare: Callable[[int], None]) -> None:
-        self._pull.bound(size, spare)
-
-    @property
-    def consumer(self) -> tuple[str, str]:
-        return self._pull.consumer
-
-    @property
-    def ack_wait(self) -> float:
-        return self._pull.ack_wait
-
-    @property
-    def is_healthy(self) -> bool:
-        return self._session.loop.is_alive and self._pull.is_healthy
-
-    def nudge(self, callback: Callable[[], None]) -> None:
-        self._session.link.wake(callback)
-
-    def stop(self, timeout: float = 5.0) -> None:
-        self._session.pulls.discard(self._pull)
-        if self._session.loop.is_alive:
-            self._session.link.run(self._pull.close(), timeout)
-
-
 class _CoreHandle(CoreSubscription):
-    def __init__(self, session: _Session, key: int) -> None:
+    def __init__(self, session: Session, key: int) -> None:
         self._session = session
         self._key = key
 
     def stop(self) -> None:
         if self._session.loop.is_alive:
-            self._session.link.run(self._session.link.unroute(self._key), API_TIMEOUT)
+            self._session.link.run(self._session.link.unroute(self._key), LISTEN_TIMEOUT)
 
 
 class JetStreamBroker(Broker):
@@ -254,14 +221,14 @@ class JetStreamBroker(Broker):
         self._settings = settings
         self._dial = dial
         self._lock = threading.Lock()
-        self._session: _Session | None = None
+        self._session: Session | None = None
         self._wanted: Sequence[StreamConfig] = ()
         self._before_replies: Callable[[], None] = lambda: None
         self._pid = os.getpid()
         self._closed = False
         bind_to_process(self)
 
-    def _live(self) -> _Session:
+    def _live(self) -> Session:
         session = self._session
         if session is not None and self._pid == os.getpid() and session.loop.is_alive:
             return session
@@ -274,7 +241,7 @@ class JetStreamBroker(Broker):
                 self._session.close(0)
                 self._session = None
             if self._session is None:
-                self._session = _Session(
+                self._session = Session(
                     self._settings, self._dial, self._wanted, lambda: self._before_replies()
                 )
             return self._session
@@ -346,16 +313,15 @@ class JetStreamBroker(Broker):
         self, config: ConsumerConfig, deliver: Callable[[Delivery], None]
     ) -> Consumption:
         session = self._live()
-        pull = session.make_pull(config, deliver)
-        pull.on_missed = session.catch_up
+        pull = Pull(session, config, deliver)
         try:
             session.link.run(self._open(session, pull), API_TIMEOUT * 3)
         except BaseException:
             session.pulls.discard(pull)
             raise
-        return _PullHandle(session, pull)
+        return pull
 
-    async def _open(self, session: _Session, pull: Pull) -> None:
+    async def _open(self, session: Session, pull: Pull) -> None:
         """Open now if there is a server; else the link opens it when there is one."""
         with contextlib.suppress(NotConnected):
             await session.link.wait_up(self._settings.connect_timeout)
@@ -376,7 +342,9 @@ class JetStreamBroker(Broker):
         def route(at: str, reply: str, headers: Mapping[str, str], data: bytes) -> None:
             callback(Message(at, data, headers))
 
-        return _CoreHandle(session, session.link.run(session.link.route(subject, route), 5.0))
+        return _CoreHandle(
+            session, session.link.run(session.link.route(subject, route), LISTEN_TIMEOUT)
+        )
 
     # --- looking after streams
 
@@ -385,7 +353,7 @@ class JetStreamBroker(Broker):
         session = self._session
         if session is not None and self.is_connected:
             session.wanted = self._wanted
-            session.link.run(session.set_up(), API_TIMEOUT * 3)
+            session.link.run(session.link.set_up(), API_TIMEOUT * 3)
         elif session is not None:
             session.wanted = self._wanted
 

@@ -1,21 +1,30 @@
-"""What ``Link`` needs of one connection, and whoever makes one has to keep to."""
+"""The interface of one NATS connection, as ``Link`` uses it, and of whoever owns the link."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
 
 from ...config.settings import Settings
 from ..wire import Route
+
+T = TypeVar("T")
 
 
 class ConnectionRefused(Exception):
     """The server answered and does not want us: trying again soon cannot help."""
 
 
+class ConnectionLost(OSError):
+    """The connection was lost while something was awaited of it."""
+
+
 class Connection(Protocol):
-    """One connection, up until ``closed`` is set."""
+    """One connection, up until ``closed`` is set.
+
+    Its coroutines but ``close`` may never end: they are awaited by ``within``.
+    """
 
     closed: asyncio.Event
 
@@ -25,47 +34,90 @@ class Connection(Protocol):
 
     @property
     def max_payload(self) -> int:
-        """Return how many bytes of payload and headers the server takes."""
+        """The number of bytes of payload and headers that the server takes."""
 
     @property
     def unsent(self) -> int:
-        """Return how many bytes were written that the socket has not taken yet."""
+        """The number of bytes that were written and that the socket has not taken yet."""
 
     @property
     def servers(self) -> Sequence[str]:
-        """Return the URLs of further servers of the cluster."""
+        """The URLs of further servers of the cluster."""
 
     @property
     def cluster_size(self) -> int:
-        """Return how many servers of the cluster take clients."""
+        """The number of servers of the cluster that take clients."""
 
     def send(self, frames: Sequence[bytes]) -> None:
         """Write frames of messages."""
 
     async def subscribe(self, subject: str, route: Route) -> int:
-        """Start to listen; returns a handle."""
+        """Subscribe; returns a handle once the server has processed it."""
 
     async def unsubscribe(self, handle: int, *, flush: bool) -> None:
-        """Stop to listen; with ``flush``, what is on its way still arrives."""
+        """Unsubscribe; with ``flush``, messages on their way still arrive."""
 
     async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
-        """Ask and wait for one answer; TimeoutError, or LookupError when nobody listens."""
+        """Send a request and return its reply.
 
-    async def flush(self, timeout: float) -> None:
+        :raises TimeoutError: none came.
+        :raises LookupError: nobody listens.
+        """
+
+    async def flush(self) -> None:
         """Wait until the server has read all that was sent."""
 
     async def close(self) -> None:
-        """Close at once."""
+        """Close at once; this one has a deadline of its own."""
 
 
-class Listener(Protocol):
-    """Told about the connection, on the loop's thread."""
+class LinkOwner:
+    """Told about the connection, on the loop's thread; these methods do nothing."""
+
+    async def set_up(self) -> None:
+        """Prepare the server before the link counts as up, and when its streams need mending."""
 
     def on_up(self) -> None:
-        """There is a connection."""
+        """Start to use a new connection."""
 
     def on_down(self) -> None:
-        """There is no connection any more."""
+        """Note that there is no connection, or that the server has refused one."""
+
+    def on_denied(self, subject: str) -> None:
+        """Note that this user may not publish to ``subject``; lower case, or empty if unknown."""
 
 
-Dial = Callable[[Settings, str, Callable[[str, str], None]], Awaitable[Connection]]
+Dial = Callable[[Settings, str, Callable[[str, str], None]], Coroutine[Any, Any, Connection]]
+
+
+async def within(
+    seconds: float, work: Coroutine[Any, Any, T], lost: asyncio.Event | None = None
+) -> T:
+    """Await ``work``, but not longer than ``seconds``, nor beyond the moment ``lost`` is set.
+
+    ``work`` is cancelled then and not waited for: nats-py swallows cancellations in places.
+
+    :raises TimeoutError: the time is up.
+    :raises ConnectionLost: ``lost`` is set.
+    """
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(_retrieve)
+    ends: list[asyncio.Future[Any]] = [task]
+    if lost is not None:
+        ends.append(asyncio.ensure_future(lost.wait()))
+    try:
+        await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if lost is not None and lost.is_set():
+            raise ConnectionLost("the connection was lost")
+        raise TimeoutError("it does not answer")
+    finally:
+        for end in ends:
+            end.cancel()
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    """Take the error of a task that may have been given up: asyncio would log it as unseen."""
+    if not task.cancelled():
+        task.exception()

@@ -1,8 +1,9 @@
 """Keeps one connection to NATS up, and says so to those who send and pull over it.
 
-There is one way to get a connection, used at the start and after every loss: dial a server,
-restore the routes, look after the streams, then tell everybody. While there is none, dialling
-goes on for ever with growing, jittered pauses, and one log line per ``LOG_INTERVAL``.
+``Link.keep_up`` runs through the states of ``State``, at the start and after every loss. Each
+state has one deadline and one line in the log for its failure, and leads back to ``DIALLING``
+after a jittered pause. Dialling goes on for ever. What a connection or the dialling awaits is
+awaited by ``within`` only, which ends in time whatever the coroutine does.
 """
 
 from __future__ import annotations
@@ -22,18 +23,11 @@ from ...errors import BrokerError, NatsPubsubError, NotConnected
 from ...text import describe, get_logger
 from ..loop import BackgroundLoop
 from ..wire import Route
-from .connection import Connection, ConnectionRefused, Dial, Listener
+from .connection import Connection, ConnectionLost, ConnectionRefused, Dial, LinkOwner, within
+from .states import NEXT, TIMING, State, Timing, jittered
 
 _log = get_logger("flask_natspubsub.broker")
 
-FIRST_PAUSE = 0.05
-LONGEST_PAUSE = 2.0
-# All clients lose a server at the same moment; they return at any moment of so many seconds.
-RETURN_WITHIN = 1.0
-STABLE = 5.0
-REFUSED_PAUSE = 30.0
-LOG_INTERVAL = 10.0
-MEND_INTERVAL = 1.0
 DEFAULT_MAX_PAYLOAD = 1024 * 1024
 #: Said where pytest runs: the usual test needs no server.
 IN_A_TEST = "In a test, the fixture pubsub_broker takes the place of a server."
@@ -41,32 +35,51 @@ IN_A_TEST = "In a test, the fixture pubsub_broker takes the place of a server."
 T = TypeVar("T")
 
 
+class _Closing(Exception):
+    """``Link.close`` was called: no other state follows."""
+
+
 @dataclass(slots=True)
 class _Interest:
-    """What is listened to, and the handle for that of the present connection; 0: none yet."""
+    """A route: what is listened to, and the handle of the present connection's subscription."""
 
     subject: str
     handler: Route
+    #: 0 while it is not subscribed.
     handle: int = 0
 
 
 class Link:
-    """The connection of one process. All but ``wake`` and ``run`` is for the loop's thread."""
+    """The connection of one process. All but ``wake`` and ``run`` is for the loop's thread.
 
-    def __init__(self, settings: Settings, loop: BackgroundLoop, dial: Dial) -> None:
+    :param dial: makes a connection to one server.
+    :param owner: sets up the streams, and is told when the link is up, down or denied something.
+    :param timing: default: ``TIMING``.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        loop: BackgroundLoop,
+        dial: Dial,
+        owner: LinkOwner,
+        timing: Timing | None = None,
+    ) -> None:
+        self.state = State.DOWN
+        #: ``state is State.UP``; an attribute, since it is read for every message.
         self.is_up = False
         #: Whether the last try to connect has failed: not while the first is under way.
         self.has_failed = False
+        #: Why the servers do not want us; empty if they do, or do not answer.
         self.refused = ""
         self.max_payload = DEFAULT_MAX_PAYLOAD
         self.server_version = ""
         self.cluster_size = 1
-        self.listeners: list[Listener] = []
-        self.on_denied: Callable[[str], None] = lambda subject: None
-        self.set_up: Callable[[], Coroutine[Any, Any, None]] = _nothing
         self._settings = settings
         self._loop = loop
         self._dial = dial
+        self._owner = owner
+        self._timing = timing or TIMING
         self._connection: Connection | None = None
         self._routes: dict[int, _Interest] = {}
         self._route_number = 0
@@ -75,7 +88,6 @@ class Link:
         self._last_error = "not tried yet"
         self._logged = 0.0
         self._mended = 0.0
-        self._closing = False
 
     # --- any thread
 
@@ -87,7 +99,11 @@ class Link:
             pass
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float) -> T:
-        """Run on the loop and wait; NotConnected or BrokerError when it takes too long."""
+        """Run ``coroutine`` on the loop and return its result; any other thread.
+
+        :raises NotConnected: it took longer than ``timeout`` seconds, without a connection.
+        :raises BrokerError: the same, with one.
+        """
         try:
             return self._loop.call(coroutine, timeout)
         except TimeoutError:
@@ -105,20 +121,20 @@ class Link:
     # --- for those who send and pull
 
     def later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Call ``callback`` after ``seconds``."""
+        """Call ``callback`` on the loop after ``seconds``."""
         self._loop.loop.call_later(seconds, callback)
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run a task."""
+        """Run a task on the loop."""
         return self._loop.spawn(coroutine)
 
-    def new_inbox(self) -> str:
-        """Return a subject that nobody else listens to."""
+    def new_reply_subject(self) -> str:
+        """Return a subject for replies that nobody else listens to."""
         return f"{self._settings.reply_prefix}.{secrets.token_hex(11)}"
 
     @property
     def unsent(self) -> int:
-        """How many bytes were written that the socket has not taken yet."""
+        """The number of bytes that were written and that the socket has not taken yet."""
         return self._connection.unsent if self._connection is not None else 0
 
     def send(self, frames: Sequence[bytes]) -> None:
@@ -127,8 +143,9 @@ class Link:
             self._connection.send(frames)
 
     async def route(self, subject: str, handler: Route) -> int:
-        """Have what arrives on ``subject`` passed to ``handler``, after reconnects too.
+        """Pass what arrives on ``subject`` to ``handler``, after reconnects too.
 
+        :returns: a key for ``unroute``.
         :raises BrokerError: the server did not take it; without a connection, the next is told.
         """
         self._route_number += 1
@@ -137,8 +154,9 @@ class Link:
         connection = self._connection
         if connection is None:
             return key
+        subscribing = self._subscribe(connection, key, interest)
         try:
-            await self._subscribe(connection, key, interest)
+            await within(self._timing.subscribing, subscribing, connection.closed)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets one of ours
             if not connection.closed.is_set():
                 await self.unroute(key)
@@ -151,9 +169,11 @@ class Link:
     async def unroute(self, key: int, *, flush: bool = False) -> None:
         """Lose interest; with ``flush``, only after what is on its way has arrived."""
         interest = self._routes.pop(key, None)
-        if interest is not None and interest.handle and self._connection is not None:
+        connection = self._connection
+        if interest is not None and interest.handle and connection is not None:
+            ending = connection.unsubscribe(interest.handle, flush=flush)
             with contextlib.suppress(Exception):  # a lost connection has lost it as well
-                await self._connection.unsubscribe(interest.handle, flush=flush)
+                await within(self._timing.subscribing, ending, connection.closed)
 
     async def _subscribe(self, connection: Connection, key: int, interest: _Interest) -> None:
         handle = await connection.subscribe(interest.subject, interest.handler)
@@ -162,24 +182,23 @@ class Link:
         elif not connection.closed.is_set():  # the next connection has handles of its own
             interest.handle = handle
 
-    async def _subscribe_all(self, connection: Connection) -> None:
-        """Subscribe for every route, also for those that are added while we do."""
-        for interest in self._routes.values():
-            interest.handle = 0
-        while pending := [(key, one) for key, one in self._routes.items() if not one.handle]:
-            for key, interest in pending:
-                await self._subscribe(connection, key, interest)
-
     async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
-        """Ask the server, waiting for a connection if need be."""
+        """Send a request and return its reply, waiting for a connection if need be.
+
+        :raises NotConnected: there was none within ``timeout`` seconds.
+        :raises BrokerError: no reply came.
+        """
         try:
             async with asyncio.timeout(timeout):
                 connection = await self._wait_connection()
-                return await connection.request(subject, payload, timeout)
+                asking = connection.request(subject, payload, timeout)
+                return await within(timeout, asking, connection.closed)
         except LookupError:
             raise BrokerError(
                 f"Nobody answers on {subject}.", "Is JetStream enabled on the server (-js)?"
             ) from None
+        except ConnectionLost:
+            raise BrokerError(f"No answer from {subject}: the connection was lost.") from None
         except TimeoutError:
             if self._connection is None:
                 raise NotConnected(self.describe_down()) from None
@@ -189,7 +208,10 @@ class Link:
             ) from None
 
     async def wait_up(self, timeout: float) -> None:
-        """Wait for a connection; NotConnected if there is none in time or we are refused."""
+        """Wait until the link is up.
+
+        :raises NotConnected: it is not within ``timeout`` seconds, or the servers refuse us.
+        """
         try:
             async with asyncio.timeout(timeout):
                 while not self.is_up:
@@ -208,9 +230,9 @@ class Link:
         return self._connection
 
     def mend_streams(self) -> None:
-        """Look after the streams again, unless that was a moment ago."""
+        """Have the owner set up the streams again, unless that was a moment ago."""
         now = time.monotonic()
-        if now - self._mended > MEND_INTERVAL:
+        if now - self._mended > self._timing.mend_interval:
             self._mended = now
             self.spawn(self.set_up())
 
@@ -220,138 +242,180 @@ class Link:
             _log.warning("reconnecting to NATS: %s", why)
             await self._connection.close()
 
-    # --- the supervisor
+    async def close(self, timeout: float) -> None:
+        """Send what is buffered, within ``timeout`` seconds, and close for good."""
+        self.state, self.is_up = State.CLOSING, False
+        self._notify()
+        if (connection := self._connection) is not None:
+            with contextlib.suppress(Exception):  # closing anyway
+                await within(timeout, connection.flush(), connection.closed)
+            await connection.close()
+
+    # --- the states
 
     async def keep_up(self) -> None:
-        """Connect, and connect again, until ``close``."""
-        pause = FIRST_PAUSE
-        while not self._closing:
-            began = time.monotonic()
-            was_up = False
+        """Connect, and connect again, until ``close``: one round of the states each time."""
+        pause = self._timing.first_pause
+        while self.state is not State.CLOSING:
+            began, was_up = time.monotonic(), False
             try:
-                await self._serve(await self._dial_any())
-                was_up = True
+                connection = await self._dial_any()
+                try:
+                    await self._subscribe_all(connection)
+                    was_up = True
+                    await self._serve(connection)
+                finally:  # also when the loop is torn down: the socket must not outlive it
+                    await connection.close()
+            except _Closing:
+                return
             except ConnectionRefused as error:
-                self._fail(f"{self._settings.safe_urls} refused the connection: {error}.")
-                await self._sleep(jittered(REFUSED_PAUSE))
+                self._refuse(f"{self._settings.safe_urls} refused the connection: {error}.")
+                await self._sleep(jittered(self._timing.refused_pause, self._timing))
                 continue
             except (OSError, TimeoutError, NatsPubsubError) as error:
-                self._down(describe(error))
+                self._fail(describe(error))
             except Exception as error:  # noqa: BLE001 - whatever it is, this task must live on
                 _log.exception("connecting to NATS failed in an unforeseen way")
-                self._down(type(error).__name__)
-            if time.monotonic() - began > STABLE:
-                pause = FIRST_PAUSE
-            await self._sleep(jittered(pause, was_up=was_up))
-            pause = min(pause * 2, LONGEST_PAUSE)
+                self._fail(type(error).__name__)
+            if time.monotonic() - began > self._timing.stable:
+                pause = self._timing.first_pause
+            await self._sleep(jittered(pause, self._timing, was_up=was_up))
+            pause = min(pause * 2, self._timing.longest_pause)
 
-    async def close(self, timeout: float) -> None:
-        """Send what is buffered and close."""
-        self._closing = True
-        self._notify()
-        if self._connection is not None:
-            with contextlib.suppress(Exception):  # closing anyway
-                await self._connection.flush(timeout)
-            await self._connection.close()
+    def _enter(self, state: State) -> None:
+        """Change the state, as ``NEXT`` allows.
+
+        :raises _Closing: ``close`` was called, and the next state would not be a pause.
+        """
+        if self.state is State.CLOSING:
+            if state in (State.DOWN, State.REFUSED):
+                return
+            raise _Closing
+        assert state is self.state or state in NEXT[self.state], f"{self.state}, then {state}"
+        self.state = state
+        self.is_up = state is State.UP
+
+    @property
+    def dial_deadline(self) -> float:
+        """Seconds for one server: to connect, to greet, to secure the connection, to sign in."""
+        return self._settings.connect_timeout * 2 + 1
 
     async def _dial_any(self) -> Connection:
+        self._enter(State.DIALLING)
         failures: list[Exception] = []
         for url in random.sample(self._known, len(self._known)):
             try:
-                return await self._dial(self._settings, url, self._denied)
+                dialling = self._dial(self._settings, url, self._denied)
+                return await within(self.dial_deadline, dialling)
             except (OSError, TimeoutError, NatsPubsubError, ConnectionRefused) as error:
                 failures.append(error)
         # Refused is only who was refused by all: the others may be back in a moment.
         raise min(failures, key=lambda error: isinstance(error, ConnectionRefused))
 
-    async def _serve(self, connection: Connection) -> None:
-        """Announce the connection, wait for its end, announce that.
+    async def _subscribe_all(self, connection: Connection) -> None:
+        """Subscribe for every route, all at once, and for those that are added meanwhile.
 
         :raises OSError: it broke before it could be used.
-        :raises ConnectionRefused: it is of no use, since no answers may come.
+        :raises ConnectionRefused: it is of no use, since no replies may come.
         """
+        self._enter(State.SUBSCRIBING)
+        deadline = time.monotonic() + self._timing.subscribing
+        for interest in self._routes.values():
+            interest.handle = 0
         try:
-            await self._subscribe_all(connection)
-        except Exception as error:
-            await connection.close()
-            if isinstance(error, ConnectionRefused):
-                raise
+            # Nothing is awaited between the last look and the use of the connection: a route
+            # that is added meanwhile would not be subscribed.
+            while new := [(key, one) for key, one in self._routes.items() if not one.handle]:
+                subscribing = self._subscribe_each(connection, new)
+                await within(deadline - time.monotonic(), subscribing, connection.closed)
+        except (ConnectionRefused, TimeoutError):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is dialled again
             raise OSError(describe(error)) from None
+
+    async def _subscribe_each(
+        self, connection: Connection, routes: Sequence[tuple[int, _Interest]]
+    ) -> None:
+        await asyncio.gather(*(self._subscribe(connection, *route) for route in routes))
+
+    async def _serve(self, connection: Connection) -> None:
+        """Let the owner set up the streams and use the connection until its end."""
         self._known = [*dict.fromkeys([*self._settings.urls, *connection.servers])]
         self.max_payload = connection.max_payload
         self.server_version = connection.version
         self.cluster_size = connection.cluster_size
-        self._connection = connection
         self.refused = ""
         self._last_error = "connected, the streams are being looked after"
-        self._notify()
+        self._connection = connection
         try:
+            self._enter(State.SETTING_UP)
+            self._notify()
             await self.set_up()
             if not connection.closed.is_set():
+                self._enter(State.UP)
                 self._on_up()
                 await connection.closed.wait()
-        finally:  # also when the loop is torn down: the socket must not outlive it
+        finally:
             self._connection = None
             self._on_down()
-            await connection.close()
+
+    async def set_up(self) -> None:
+        """Have the owner set up the streams; a failure is logged."""
+        connection, limit = self._connection, self._timing.setting_up
+        lost = connection.closed if connection is not None else None
+        try:
+            await within(limit, self._owner.set_up(), lost)
+        except TimeoutError:
+            _log.error("the streams could not be set up within %g s", limit)
+        except (NatsPubsubError, ConnectionLost) as error:
+            _log.error("the streams could not be set up: %s", error)
+        except Exception:  # noqa: BLE001 - an answer without sense must not stop the link
+            _log.exception("the streams could not be set up")
 
     def _on_up(self) -> None:
         _log.info("connected to NATS at %s", self._settings.safe_urls)
         self._logged = 0.0
-        self.is_up = True
         self.has_failed = False
         self._notify()
-        for listener in list(self.listeners):
-            listener.on_up()
+        self._owner.on_up()
 
     def _on_down(self) -> None:
-        self.is_up = False
-        self._last_error = "the connection was lost"
-        if not self._closing:
+        if self.state is not State.CLOSING:
             _log.warning("lost the connection to NATS; reconnecting")
-        for listener in list(self.listeners):
-            listener.on_down()
+        self._last_error = "the connection was lost"
+        self._enter(State.DOWN)
+        self._owner.on_down()
 
-    def _fail(self, refusal: str) -> None:
+    def _refuse(self, refusal: str) -> None:
+        self._enter(State.REFUSED)
         self.has_failed = True
         self.refused = refusal
         self._last_error = "refused"
-        _log.error("%s Trying again every %g s.", refusal, REFUSED_PAUSE)
+        _log.error("%s Trying again every %g s.", refusal, self._timing.refused_pause)
         self._notify()
-        for listener in list(self.listeners):
-            listener.on_down()
+        self._owner.on_down()
 
-    def _denied(self, subject: str, why: str) -> None:
-        _log.error("permission denied by the server: %s", why)
-        self.on_denied(subject)
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    def _down(self, why: str) -> None:
+    def _fail(self, why: str) -> None:
+        self._enter(State.DOWN)
         self.has_failed = True
         self.refused = ""
         self._last_error = why
         now = time.monotonic()
-        if now - self._logged >= LOG_INTERVAL or not self._logged:
+        if now - self._logged >= self._timing.log_interval or not self._logged:
             self._logged = now
             _log.warning("%s Still trying.", self.describe_down())
 
     async def _sleep(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while not self._closing:
+                while self.state is not State.CLOSING:
                     await self._changed.wait()
 
+    def _notify(self) -> None:
+        """Wake up all who wait for another state."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-def jittered(pause: float, *, was_up: bool = False) -> float:
-    """Return about ``pause`` seconds, or any moment from now on if it ``was_up`` until now."""
-    shortest, longest = pause / 2, pause / 2 + max(pause, FIRST_PAUSE)
-    if was_up:
-        shortest, longest = 0.0, max(longest, RETURN_WITHIN)
-    return random.uniform(shortest, longest)  # noqa: S311 - nothing secret
-
-
-async def _nothing() -> None:
-    """Stand in until there are streams to look after."""
+    def _denied(self, subject: str, why: str) -> None:
+        _log.error("permission denied by the server: %s", why)
+        self._owner.on_denied(subject)

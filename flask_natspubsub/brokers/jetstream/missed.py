@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -22,36 +22,17 @@ from ..base import ConsumerConfig, Delivery
 from .api import Json
 from .consumer_api import ConsumerApi, Floor, needs_of
 
+if TYPE_CHECKING:
+    from .pull import Pull
+
 _log = get_logger("flask_natspubsub.broker")
 
-#: So many messages are in hand beside the others.
+#: The number of messages in hand beside those of the other pull.
 AT_ONCE = 10
+#: Seconds between two looks whether all has been worked off.
 LOOK_EVERY = 2.0
-
-
-class Puller(Protocol):
-    """A pull, as ``Pull`` is one."""
-
-    config: ConsumerConfig
-    deliver: Callable[[Delivery], None]
-    companion: Puller | None
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether it pulls no more."""
-
-    async def open(self, after: Floor | None = None) -> None:
-        """Make the consumer, to begin behind ``after``, and start pulling."""
-
-    async def close(self) -> None:
-        """Stop pulling."""
-
-    def request(self, count: int) -> None:
-        """Ask for messages."""
-
-
 #: Makes a pull that hands over what it gets.
-MakePull = Callable[[ConsumerConfig, Callable[[Delivery], None]], Puller]
+MakePull = Callable[[ConsumerConfig, Callable[[Delivery], None]], "Pull"]
 
 
 def name_of(config: ConsumerConfig) -> str:
@@ -61,7 +42,7 @@ def name_of(config: ConsumerConfig) -> str:
 
 async def catch_up(
     api: ConsumerApi,
-    pull: Puller,
+    pull: Pull,
     filters: tuple[str, ...],
     after: int,
     make: MakePull,
@@ -82,7 +63,7 @@ async def catch_up(
         await _work_off(api, pull, config, start, make)
 
 
-async def go_on(api: ConsumerApi, pull: Puller, make: MakePull) -> None:
+async def go_on(api: ConsumerApi, pull: Pull, make: MakePull) -> None:
     """Go on with what another process had begun to catch up on."""
     with contextlib.suppress(NatsPubsubError):
         report = await api.consumer(pull.config.stream, name_of(pull.config))
@@ -110,7 +91,7 @@ def _config(config: ConsumerConfig, filters: tuple[str, ...], until: int) -> Con
 
 async def _work_off(
     api: ConsumerApi,
-    pull: Puller,
+    pull: Pull,
     config: ConsumerConfig,
     after: Floor,
     make: MakePull,

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,20 +20,11 @@ from ..agreement import Needs
 from ..wire import frame
 from .link import Link
 
+if TYPE_CHECKING:
+    from .pull import Pull
+
 #: Longest wait for an answer, seconds.
 WAIT = 1.0
-
-
-class Needing(Protocol):
-    """Somebody who needs something of a consumer."""
-
-    @property
-    def consumer(self) -> tuple[str, str]:
-        """Stream and durable."""
-
-    @property
-    def needs(self) -> Needs:
-        """What it was declared to need."""
 
 
 class _Word(msgspec.Struct, omit_defaults=True):
@@ -50,7 +41,7 @@ class Presence:
     :param here: everybody in this process who needs something.
     """
 
-    def __init__(self, link: Link, subject: str, here: Callable[[], Iterable[Needing]]) -> None:
+    def __init__(self, link: Link, subject: str, here: Callable[[], Iterable[Pull]]) -> None:
         self._link = link
         self._subject = subject
         self._here = here
@@ -66,7 +57,7 @@ class Presence:
             with contextlib.suppress(NatsPubsubError):
                 await self._link.route(self._subject, self._hear)
 
-    async def is_more_needed(self, one: Needing, offer: Needs) -> bool | None:
+    async def is_more_needed(self, one: Pull, offer: Needs) -> bool | None:
         """Whether another needs more than ``offer``; None if that cannot be asked."""
         others = (other for other in self._here() if other is not one)
         if any(_lacks(other, one.consumer, offer) for other in others):
@@ -96,5 +87,5 @@ class Presence:
             self._say(_Word(word.question))
 
 
-def _lacks(one: Needing, consumer: tuple[str, str], offer: Needs) -> bool:
+def _lacks(one: Pull, consumer: tuple[str, str], offer: Needs) -> bool:
     return one.consumer == consumer and not offer.covers(one.needs)

@@ -1,40 +1,57 @@
 """A continuous pull on one durable consumer.
 
-JetStream sends nothing unasked: each pull asks for a number of messages, lives for
-``EXPIRES`` seconds and is kept alive by heartbeats. What this module adds is that a request
-is never forgotten: an expired pull is asked again, a silent one is replaced, a deleted
-consumer is made anew, and a new connection starts over.
+JetStream sends nothing unasked: each pull request asks for a number of messages, lives for
+``Timing.expires`` and is kept alive by heartbeats. What this module adds is that a request is
+never forgotten: an expired one is sent again, a silent one is replaced, a deleted consumer is
+made anew, and a new connection starts over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import NatsPubsubError
 from ...messages.codec import encode_value
 from ...text import get_logger
 from ..agreement import Needs
 from ..base import ConsumerConfig, Consumption, Delivery
-from ..wire import DESCRIPTION, STATUS, Route, frame
-from .consumer_api import ConsumerApi, Floor, PullLimits, Standing, needs_of
-from .missed import Puller
-from .presence import Presence
-from .settling import NANO, NatsDelivery, ReplyLink, ReplyWriter
+from ..wire import DESCRIPTION, STATUS, frame
+from .consumer_api import Floor, PullLimits, Standing, needs_of
+from .settling import NatsDelivery
 from .strangers import ASK_AGAIN, Strangers
+
+if TYPE_CHECKING:
+    from .broker import Session
 
 _log = get_logger("flask_natspubsub.broker")
 
-EXPIRES = 30.0
-# A pull can vanish without a word: the server drops one that it has not looked at yet when the
-# consumer is deleted. Two missed heartbeats tell, so a silent pull is replaced within 7 seconds.
-HEARTBEAT = 2.5
-#: How often it is looked how far the consumer is, and whether it is still as it should be.
-LOOK_INTERVAL = 10.0
-#: How soon after it was opened: another process that has just begun may have changed it.
-FIRST_LOOK = 3.0
+
+class Timing(NamedTuple):
+    """The intervals of a pull, in seconds."""
+
+    #: After which a pull request ends at the server.
+    expires: float = 30.0
+    #: A pull request can vanish without a word: the server drops one that it has not looked at
+    #: yet when the consumer is deleted. Two missed heartbeats tell: a silent pull is replaced
+    #: within 7 seconds.
+    heartbeat: float = 2.5
+    #: Between two looks at how far the consumer is, and whether it is still as it should be.
+    look: float = 10.0
+    #: From the opening to the first: another process that has just begun may have changed it.
+    first_look: float = 3.0
+    #: Without a message, until the next look: the server may hold new ones back.
+    quiet: float = 5.0
+    #: After two missed heartbeats, until the pull counts as unhealthy.
+    grace: float = 1.0
+    #: Before a pull that the server has ended is opened anew; doubled each time that this fails.
+    retry: float = 0.25
+    longest_retry: float = 5.0
+
+
+TIMING = Timing()
 #: Where the server allows small pulls only, so many of them are open at a time.
 OPEN_PULLS = 8
 #: After so many seconds without a message it is asked whether the server holds new ones back.
@@ -50,48 +67,33 @@ TOO_LARGE = "Message Size Exceeds MaxBytes"
 COMPLETED = "Batch Completed"
 
 
-class PullLink(ReplyLink, Protocol):
-    """What a pull needs of the connection."""
-
-    max_payload: int
-
-    def new_inbox(self) -> str:
-        """Return a subject that nobody else listens to."""
-
-    async def route(self, subject: str, handler: Route) -> int:
-        """Have what arrives on ``subject`` passed to ``handler``, also after a reconnect."""
-
-    async def unroute(self, key: int, *, flush: bool = False) -> None:
-        """Lose interest; with ``flush``, only after what is on its way has arrived."""
-
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run a task on the loop."""
-
-    def run(self, coroutine: Coroutine[Any, Any, None], timeout: float) -> None:
-        """Run a coroutine on the loop and wait for it; any other thread."""
-
-    async def reset(self, why: str) -> None:
-        """Drop the connection and make a new one."""
-
-
 class Pull(Consumption):
-    """See ``Consumption``. All but ``request`` and ``stop`` runs on the loop's thread."""
+    """See ``Consumption``. All but ``request``, ``ping`` and ``stop`` runs on the loop's thread.
+
+    :param session: what this pull shares with the others of the process.
+    :param deliver: called with each message, on the loop's thread.
+    :param is_companion: whether it catches up for another pull, and nobody for it.
+    :param timing: default: ``TIMING``.
+    """
 
     def __init__(
         self,
-        link: PullLink,
-        api: ConsumerApi,
-        writer: ReplyWriter,
+        session: Session,
         config: ConsumerConfig,
         deliver: Callable[[Delivery], None],
-        presence: Presence | None = None,
+        *,
+        is_companion: bool = False,
+        timing: Timing | None = None,
     ) -> None:
         self.config = config
         self.needs = Needs.of(config)
-        self._link = link
-        self._api = api
-        self._writer = writer
         self.deliver = deliver
+        self._session = session
+        self._link = session.link
+        self._api = session.api
+        self._writer = session.writer
+        self._is_companion = is_companion
+        self._timing = timing or TIMING
         self._wanted = 0
         self._outstanding = 0
         #: Pull requests that the server may still have, at most.
@@ -108,16 +110,13 @@ class Pull(Consumption):
         #: Whether so many are, and new ones therefore wait.
         self._is_held_back = False
         self._floor = Floor()
-        self._inbox = ""
+        self._reply_subject = ""
         self._key: int | None = None
         self._heard = time.monotonic()
         self._floor_seen = 0.0
         self._misses = 0
-        self._presence = presence
-        #: Told which subjects were taken away since which message, and no subjects at the start.
-        self.on_missed: Callable[[Pull, tuple[str, ...], int], None] = lambda *_: None
         #: Another pull into the same hands, which ends with this one.
-        self.companion: Puller | None = None
+        self.companion: Pull | None = None
         #: The last message delivered while the consumer gave all that it should.
         self._complete_until = 0
         #: What keeps it from getting what it should; empty if nothing does.
@@ -131,7 +130,7 @@ class Pull(Consumption):
         self._strangers = Strangers(self.needs, config.durable)
         #: When it was last asked what the consumer is.
         self._looked = 0.0
-        self._limits = PullLimits(0, int(EXPIRES * NANO), int(HEARTBEAT * NANO))
+        self._limits = PullLimits.of({}, self._timing.expires, self._timing.heartbeat)
         self._gives = self.needs
         self._stopped = False
         self._late: list[Delivery] = []
@@ -140,6 +139,7 @@ class Pull(Consumption):
         self._reopening: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._next = ""
+        session.pulls.add(self)
 
     # --- any thread
 
@@ -153,7 +153,8 @@ class Pull(Consumption):
     def is_healthy(self) -> bool:  # noqa: D102
         quiet = time.monotonic() - self._heard
         fits = not self._problem and not self._is_held_back and self._link.is_up
-        return fits and (self._outstanding == 0 or quiet < 2 * HEARTBEAT + 1)
+        is_heard = quiet < 2 * self._timing.heartbeat + self._timing.grace
+        return self._session.loop.is_alive and fits and (not self._outstanding or is_heard)
 
     @property
     def ack_wait(self) -> float:  # noqa: D102
@@ -168,8 +169,13 @@ class Pull(Consumption):
     def consumer(self) -> tuple[str, str]:  # noqa: D102
         return self.config.stream, self.config.durable
 
+    def nudge(self, callback: Callable[[], None]) -> None:  # noqa: D102
+        self._link.wake(callback)
+
     def stop(self, timeout: float = 5.0) -> None:  # noqa: D102
-        self._link.run(self.close(), timeout)
+        self._session.pulls.discard(self)
+        if self._session.loop.is_alive:
+            self._link.run(self.close(), timeout)
 
     # --- the loop's thread
 
@@ -183,10 +189,10 @@ class Pull(Consumption):
                 return
             self._floor = after or self._floor
             await self._ensure()
-            await self._new_inbox()
+            await self._new_reply_subject()
         if self._watching is None:
             self._watching = self._link.spawn(self._watch())
-            self.on_missed(self, (), 0)
+            self._catch_up((), 0)
 
     async def _ensure(self) -> None:
         """Make the consumer what it should be, and note what it is."""
@@ -197,7 +203,7 @@ class Pull(Consumption):
             self.config,
             standing=Standing(
                 after=self._floor,
-                others=self._ask_others if self._presence is not None else None,
+                others=self._ask_others,
                 starting=not self._was_opened,
                 unneeded=0.0 if since is None else time.monotonic() - since,
             ),
@@ -208,15 +214,14 @@ class Pull(Consumption):
         self._note(report)
         if self.needs.covers(self._gives):
             self._shared_since = None
-        self._floor_seen -= LOOK_INTERVAL - FIRST_LOOK
+        self._floor_seen -= self._timing.look - self._timing.first_look
         for note in report.get("notes", ()):
             if note not in self._noted:
                 self._noted.add(note)
                 _log.warning("%s: %s", self.config.durable, note)
 
     async def _ask_others(self, offer: Needs) -> bool | None:
-        assert self._presence is not None
-        needed = await self._presence.is_more_needed(self, offer)
+        needed = await self._session.presence.is_more_needed(self, offer)
         if needed:
             self._shared_since = None
         elif self._shared_since is None:
@@ -226,6 +231,7 @@ class Pull(Consumption):
     async def close(self) -> None:
         """Stop pulling, and hand back what was on its way."""
         self._stopped = True
+        self._session.pulls.discard(self)
         if self.companion is not None:
             await self.companion.close()
         for task in (self._watching, self._reopening):
@@ -268,7 +274,7 @@ class Pull(Consumption):
             self._requests += 1
             self._outstanding += count
             self._wanted -= count
-            self._link.send([frame(self._next, encode_value(body), self._inbox)])
+            self._link.send([frame(self._next, encode_value(body), self._reply_subject)])
 
     @property
     def _part(self) -> int:
@@ -323,7 +329,7 @@ class Pull(Consumption):
         elif why in (TOO_LARGE, COMPLETED):
             self._on_too_large(self._take_back(headers), int(headers.get(PENDING_BYTES, 0)))
         else:
-            self._reopen(why or f"status {status}", 0.25)
+            self._reopen(why or f"status {status}", self._timing.retry)
 
     def _take_back(self, headers: Mapping[str, str]) -> int:
         """Note that a request has ended; returns for how many messages it has not been used."""
@@ -358,30 +364,35 @@ class Pull(Consumption):
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
                 self._problem = str(error)
                 _log.warning("cannot pull for %s yet: %s", self.config.durable, error)
-                delay = min(max(delay * 2, 0.25), 5.0)
+                delay = max(delay * 2, self._timing.retry)
+                delay = min(delay, self._timing.longest_retry)
                 continue
             _log.debug("pulling anew for %s: %s", self.config.durable, why)
             return
 
-    async def _new_inbox(self) -> None:
-        """Ask on a fresh inbox: without interest in the old one, the server drops its pulls.
+    async def _new_reply_subject(self) -> None:
+        """Pull to a fresh reply subject. The server drops the pulls of one that nobody listens to.
 
         What was on its way to the old one still arrives.
         """
         old, self._key = self._key, None
         if old is not None:
             await self._link.unroute(old, flush=True)
-        self._inbox = self._link.new_inbox()
-        self._key = await self._link.route(self._inbox, self._on_message)
+        self._reply_subject = self._link.new_reply_subject()
+        self._key = await self._link.route(self._reply_subject, self._on_message)
         self._wanted += self._outstanding
         self._outstanding = self._requests = 0
         self._heard = time.monotonic()
         self._stale = False
         self._pump()
 
+    def _catch_up(self, filters: tuple[str, ...], after: int) -> None:
+        if not self._is_companion:
+            self._session.catch_up(self, filters, after)
+
     async def _watch(self) -> None:
         while not self._stopped:
-            await asyncio.sleep(HEARTBEAT / 2)
+            await asyncio.sleep(self._timing.heartbeat / 2)
             try:
                 await self._look()
             except Exception:  # noqa: BLE001 - nobody else would notice a silent pull
@@ -391,14 +402,18 @@ class Pull(Consumption):
         if not self._link.is_up:
             return
         now = time.monotonic()
-        if self._outstanding and now - self._heard > 2 * HEARTBEAT:
+        if self._outstanding and now - self._heard > 2 * self._timing.heartbeat:
             await self._on_silence()
-        elif now - self._floor_seen > (QUIET if self._limit and self._is_quiet else LOOK_INTERVAL):
+        elif now - self._floor_seen > self._until_next_look:
             await self._look_at_consumer()
 
     @property
+    def _until_next_look(self) -> float:
+        return self._timing.quiet if self._limit and self._is_quiet else self._timing.look
+
+    @property
     def _is_quiet(self) -> bool:
-        return self._outstanding > 0 and time.monotonic() - self._arrived > QUIET
+        return self._outstanding > 0 and time.monotonic() - self._arrived > self._timing.quiet
 
     async def _on_silence(self) -> None:
         self._misses += 1
@@ -451,7 +466,7 @@ class Pull(Consumption):
             if was:
                 _log.warning("%s: its consumer is as declared again", self.config.durable)
             if missing:
-                self.on_missed(self, missing, since)
+                self._catch_up(missing, since)
 
     def _note(self, report: Mapping[str, Any]) -> None:
         """Take in how far the consumer is, and what it gives."""
@@ -460,7 +475,7 @@ class Pull(Consumption):
         self._floor = Floor(report.get("stream_created", self._floor.stream_created), sequence)
         config = report.get("config") or {}
         self._gives = needs_of(config) if config else self.needs
-        self._limits = PullLimits.of(config, EXPIRES, HEARTBEAT)
+        self._limits = PullLimits.of(config, self._timing.expires, self._timing.heartbeat)
         if not self._gives.missing(self.needs):
             self._complete_until = int((report.get("delivered") or {}).get("stream_seq", 0))
         self._most_bytes = int(config.get("max_bytes") or 0)

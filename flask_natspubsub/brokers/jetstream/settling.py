@@ -1,38 +1,26 @@
-"""The settling of what was delivered: acks and their kin, collected and sent together."""
+"""Settling of deliveries: acks, naks and terms are collected and sent together."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from ..base import Delivery
 from ..wire import ack_frame, frame, parse_ack_subject
 
+if TYPE_CHECKING:
+    from .link import Link
+
 #: Seconds for which acks are collected while they keep coming.
 LINGER = 0.001
-#: So long if there were at least so many the last time: then each write has more to share.
+#: Seconds instead, after a write of at least ``BUSY`` replies: then the next has more to share.
 LINGER_BUSY, BUSY = 0.002, 16
 NANO = 1_000_000_000
 
 
-class ReplyLink(Protocol):
-    """What settling needs of the connection."""
-
-    is_up: bool
-
-    def send(self, frames: Sequence[bytes]) -> None:
-        """Write frames of messages to the socket; the loop's thread."""
-
-    def wake(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` soon on the loop; any thread."""
-
-    def later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Call ``callback`` on the loop after ``seconds``; the loop's thread."""
-
-
 class ReplyWriter:
-    """Collects acks and their kin from all threads and sends them together.
+    """Collects the replies to deliveries from all threads and sends them together.
 
     The first one after a pause is sent at once; what follows within ``LINGER`` goes together,
     since each wake-up of the loop and each write costs more than handling a message may.
@@ -40,7 +28,7 @@ class ReplyWriter:
     :param before: called before they are sent; must not raise.
     """
 
-    def __init__(self, link: ReplyLink, before: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, link: Link, before: Callable[[], None] = lambda: None) -> None:
         self._link = link
         self._before = before
         self._replies: deque[bytes] = deque()
@@ -63,7 +51,7 @@ class ReplyWriter:
             self._send_on()
 
     def flush(self) -> int:
-        """Send what is queued, and say how many; keep it while there is no connection."""
+        """Send what is queued and return its number; keep it while there is no connection."""
         if not self._link.is_up:
             return 0
         out = []
@@ -76,7 +64,7 @@ class ReplyWriter:
 
 
 class NatsDelivery(Delivery):
-    """A delivery from JetStream; its reply subject says all about it."""
+    """A delivery from JetStream, whose reply subject holds its stream, sequence and attempt."""
 
     __slots__ = ("_reply", "_writer")
 
