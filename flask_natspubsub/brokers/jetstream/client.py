@@ -109,6 +109,14 @@ class NatsConnection:
             )
         self.use(nats_py.transport_of(client))
 
+    @property
+    def has_hung_up(self) -> bool:
+        """Whether the server has ended the connection; to be asked before ``close``."""
+        transport = nats_py.transport_of(self._client)
+        writer = nats_py.writer_of(transport)
+        is_closing = writer is not None and writer.is_closing()  # it was reset
+        return is_closing or (transport is not None and transport.at_eof())
+
     def use(self, transport: Transport | None) -> None:
         """Write to ``transport``, and take messages from its reader if it has one."""
         self._transport = transport
@@ -311,17 +319,23 @@ async def dial(
     try:
         await connection.open()
     except Exception as error:  # noqa: BLE001 - dial_error knows what to make of it
+        hung_up = connection.has_hung_up
         await connection.close()
         no_servers = isinstance(error, nats.errors.NoServersError)
-        raise dial_error(connection.last_problem if no_servers else error) from None
+        problem = connection.last_problem if no_servers else error
+        raise dial_error(problem, hung_up=hung_up) from None
     except BaseException:
         await connection.close()
         raise
     return connection
 
 
-def dial_error(error: Exception | None) -> Exception:
-    """Tell what will not get better by itself from what may, and leave out what is secret."""
+def dial_error(error: Exception | None, *, hung_up: bool = False) -> Exception:
+    """Tell what will not get better by itself from what may, and leave out what is secret.
+
+    :param hung_up: whether the server has ended the connection: nats-py may have failed at half a
+        line, or uvloop at writing to a socket that was reset.
+    """
     text = text_of(error)
     if isinstance(error, ConnectionRefused):
         return error
@@ -341,6 +355,8 @@ def dial_error(error: Exception | None) -> Exception:
         return ConnectionRefused("wrong or missing credentials")
     if error is None or isinstance(error, (OSError, nats.errors.Error, ImportError)):
         return OSError(text)
+    if hung_up:
+        return OSError("it hung up during the handshake")
     # From reading the seed or the credentials file, most likely: its text might quote them.
     return ConnectionRefused(f"signing in failed with {type(error).__name__}, check the key files")
 
