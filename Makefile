@@ -17,6 +17,8 @@ ARGS ?=
 JOBS ?= 3
 VENV := .venv
 LOWEST := .venv-lowest
+# Tests of what is most at home in nats-py: they run on its lowest version, too.
+CONNECTION := handshake connection nats_py
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 QUICK := tests/unit tests/contract $(filter-out %_packaging.py,$(wildcard tests/test_*.py))
@@ -35,8 +37,9 @@ test: $(VENV)/.stamp-dev  ## run the tests
 quick: $(VENV)/.stamp-dev  ## run the tests that need no server, in about a minute
 	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not real_server" $(QUICK) $(ARGS)
 
-lowest: $(LOWEST)/.stamp  ## run the unit and contract tests on the lowest versions that are allowed
-	@$(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/unit tests/contract $(ARGS)
+lowest: $(LOWEST)/.stamp  ## run the unit, contract and connection tests on the lowest versions that are allowed
+	@$(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/unit tests/contract \
+	    $(CONNECTION:%=tests/integration/test_%.py) $(ARGS)
 
 lint: $(VENV)/.stamp-dev $(VENV)/.stamp-lint  ## check style and types
 	@$(RUN) -m ruff check .

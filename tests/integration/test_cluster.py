@@ -56,3 +56,27 @@ def test_a_stream_that_three_servers_have_outlives_one_that_is_not_in_the_settin
     finally:
         known.start()
         cluster.await_ready()
+
+
+@pytest.mark.parametrize("how", ["killed", "deposed"])
+def test_a_direct_publish_waits_while_its_stream_elects_a_leader(
+    make_pubsub: MakePubsub, cluster: NatsCluster, how: str
+) -> None:
+    """Also the first of a process, which has not seen that there is such a stream."""
+    maker = make_pubsub(urls=cluster.urls, stream_config={"replicas": 3})
+    stream = maker.publish("a", {}, timeout=30).stream
+    leader = cluster.leader(f"STREAM.INFO.{stream}")
+    others = [node.url for node in cluster.nodes if node is not leader]
+    pubsub = make_pubsub(urls=others, auto_setup=False)
+    assert pubsub.is_connected
+    try:
+        if how == "killed":
+            leader.kill()
+        else:
+            cluster.step_down(f"STREAM.LEADER.STEPDOWN.{stream}")
+
+        receipts = [pubsub.publish("a", {"n": n}, timeout=30) for n in range(20)]
+        assert [receipt.sequence for receipt in receipts] == list(range(2, 22))
+    finally:
+        leader.start()
+        cluster.await_ready()

@@ -29,9 +29,9 @@ import nats
 from nats.aio.client import Client
 from nats.aio.transport import TcpTransport
 from flask_natspubsub import ConfigurationError
-from flask_natspubsub.brokers.base import ConsumerConfig, OutgoingMessage, StreamConfig
+from flask_natspubsub.brokers.base import ConsumerConfig, StreamConfig
 from flask_natspubsub.brokers.jetstream.client import NatsBroker
-from flask_natspubsub.brokers.wire import FrameTap
+from flask_natspubsub.messages.message import Message
 from flask_natspubsub.config.settings import Settings
 
 url, folder, name = sys.argv[1:]
@@ -69,7 +69,7 @@ pull.request(100)
 
 def round(number):
     messages = [
-        OutgoingMessage("moved.a", b"%d" % n, {"Nats-Msg-Id": f"{number}-{n}"}) for n in range(50)
+        Message("moved.a", b"%d" % n, {"Nats-Msg-Id": f"{number}-{n}"}) for n in range(50)
     ]
     ticket = broker.submit(messages, 20)
     wait_for(50 * number, got)
