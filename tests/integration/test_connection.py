@@ -18,6 +18,7 @@ import nkeys
 import pytest
 
 from flask_natspubsub import (
+    BrokerError,
     ConfigurationError,
     NatsPubsub,
     NotConnected,
@@ -262,6 +263,32 @@ def test_a_link_that_has_gone_dead_is_found_and_replaced(
         pubsub.shutdown()
         gc.collect()  # a task that failed unseen is logged when it is collected
     assert caplog.messages == ["lost the connection to NATS; reconnecting"]
+
+
+def test_a_subscription_that_was_given_up_does_no_harm_to_the_connection(
+    make_pubsub: MakePubsub, nats_server: NatsServer, env: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nats-py would read no more once the answer to its ping comes after all."""
+    monkeypatch.setattr(link, "TIMING", link.TIMING._replace(subscribing=0.2))
+    with Proxy(nats_server.port) as proxy:
+        pubsub = make_pubsub(urls=proxy.url)
+        broker = pubsub.state().broker()
+        pubsub.publish("a", {})
+        heard: list[bytes] = []
+        kept = broker.listen(f"{env}.kept", lambda message: heard.append(message.data))
+        proxy.hold()
+        with pytest.raises(BrokerError, match=f"Could not listen to {env}.given.up"):
+            broker.listen(f"{env}.given.up", lambda message: None)
+        kept.stop()
+        proxy.release()
+
+        assert pubsub.publish("a", {}, timeout=3).sequence == 2
+        assert broker.stream_info(f"{env}-events-stream") is not None
+        broker.listen(f"{env}.more", lambda message: heard.append(message.data))
+        broker.send(f"{env}.more", b"more")
+        eventually(lambda: heard == [b"more"])
+        assert proxy.accepted == 1
+        pubsub.shutdown()
 
 
 # --- signing in

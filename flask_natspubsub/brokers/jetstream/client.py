@@ -42,6 +42,8 @@ PING_INTERVAL = 9.0
 UNANSWERED_PINGS = 2
 #: Seconds that closing may take before the socket is aborted.
 CLOSE_TIMEOUT = 1.0
+#: Seconds after which nats-py may give up a ping: by then it has given up the connection.
+PING_LIMIT = 60
 #: Seconds between two looks whether what was queued has been written, after a first one at once.
 WRITE_POLL = 0.005
 _DENIED = re.compile(
@@ -77,6 +79,8 @@ class NatsConnection:
         self._denied_subscriptions: set[str] = set()
         #: The subject of each request under way, by the future that ends it as denied.
         self._requests: dict[asyncio.Future[None], str] = {}
+        self._is_tapped = False
+        self._pings: set[asyncio.Future[None]] = set()
         self._draining: set[asyncio.Future[None]] = set()
         self._undrained = 0
 
@@ -124,6 +128,7 @@ class NatsConnection:
         reader = nats_py.reader_of(transport)
         if reader is not None:
             tap = FrameTap(self._routes, reader.feed_data)
+            self._is_tapped = True
             reader.feed_data = tap.feed  # type: ignore[method-assign,assignment]  # of this one
 
     async def close(self) -> None:
@@ -133,6 +138,8 @@ class NatsConnection:
         with contextlib.suppress(Exception):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._client.close()
+        for ping in self._pings:
+            ping.cancel()
         transport = nats_py.transport_of(self._client)
         writer = nats_py.writer_of(transport)
         with contextlib.suppress(Exception):
@@ -222,13 +229,15 @@ class NatsConnection:
     async def unsubscribe(self, handle: int, *, flush: bool) -> None:  # noqa: D102
         subscription = self._subscriptions.pop(handle)
         try:
+            if flush and not (self._is_tapped and handle > 0):
+                draining = subscription.drain()  # type: ignore[no-untyped-call]  # of nats-py
+                await asyncio.shield(asyncio.ensure_future(draining))
+            else:
+                await subscription.unsubscribe()
             if flush:
                 # The route stays until the server has answered a ping: what it had sent before
                 # has arrived then.
-                await subscription.drain()  # type: ignore[no-untyped-call]  # of nats-py
                 await self._round_trip()
-            else:
-                await subscription.unsubscribe()
         finally:
             self._routes.pop(handle, None)
 
@@ -242,10 +251,14 @@ class NatsConnection:
             self._client.pending_data_size and not self.closed.is_set()
         ):
             await asyncio.sleep(WRITE_POLL)
-        await self._client.flush()
+        await self.flush()
 
     async def flush(self) -> None:  # noqa: D102
-        await self._client.flush()
+        # A ping is never given up: nats-py stops reading when its answer comes after all.
+        ping = asyncio.ensure_future(self._client.flush(PING_LIMIT))
+        self._pings.add(ping)
+        ping.add_done_callback(self._pings.discard)
+        await asyncio.shield(ping)
 
     # --- asking
 
