@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import concurrent.futures
-import os
-import weakref
 from collections.abc import Coroutine
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ..text import get_logger
 from .threads import (
@@ -107,36 +104,3 @@ class BackgroundLoop:
             self.loop.call_soon_threadsafe(self.loop.stop)
         if not self.is_current:
             self._thread.join(timeout)
-
-
-class ProcessBound(Protocol):
-    """Something that must not be shared with a forked child, and is closed at exit."""
-
-    def abandon(self) -> None:
-        """Forget everything inherited, in the child, without touching the parent's socket."""
-
-    def close(self, timeout: float = ...) -> None:
-        """Close at interpreter exit."""
-
-
-_process_bound: weakref.WeakSet[ProcessBound] = weakref.WeakSet()
-
-
-def bind_to_process(thing: ProcessBound) -> None:
-    """Have ``thing`` abandoned in forked children and closed when the interpreter exits."""
-    _process_bound.add(thing)
-
-
-def _after_fork_in_child() -> None:
-    for thing in list(_process_bound):
-        thing.abandon()
-
-
-def _at_exit() -> None:
-    for thing in list(_process_bound):
-        thing.close(timeout=2.0)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
-atexit.register(_at_exit)

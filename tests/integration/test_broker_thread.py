@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import pytest
 
 from flask_natspubsub import NatsPubsub, PublishError, message_published
-from flask_natspubsub.brokers.wire import FrameTap
+from flask_natspubsub.brokers.jetstream import nats_py
 from flask_natspubsub.messages.message import Message
 from tests.conftest import MakePubsub
 from tests.support.proxy import Proxy
@@ -137,7 +137,7 @@ def test_callback_of_a_publish_that_ran_out_of_time_may_exit_too(
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How messages arrive; the second is that of a websocket."""
     if request.param != "taken from the socket":
-        monkeypatch.setattr(FrameTap, "feed", lambda tap, data: tap._forward(data))
+        monkeypatch.setattr(nats_py, "reader_of", lambda transport: None)
 
 
 def test_listener_that_exits_hears_the_next_message_too(

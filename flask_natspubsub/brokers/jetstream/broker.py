@@ -7,10 +7,12 @@ one in a forked child or when its thread has died, and never shares one between 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -30,7 +32,7 @@ from ..base import (
     StreamInfo,
     Ticket,
 )
-from ..loop import BackgroundLoop, bind_to_process
+from ..loop import BackgroundLoop
 from ..topology import presence_subject
 from ..wire import frame
 from . import missed
@@ -52,9 +54,13 @@ API_TIMEOUT = 5.0
 ASK_AGAIN = 1.0
 #: Seconds for a subscription: longer than the link's own deadline for it, which says more.
 LISTEN_TIMEOUT = 6.0
+#: Seconds that a broker may take to send what waits when the interpreter exits.
+EXIT_TIMEOUT = 2.0
 #: The number of servers from which a cluster can keep a stream more than once.
 WORTH_REPLICAS = 3
 
+#: The brokers of this process: abandoned in a forked child, closed when the interpreter exits.
+_brokers: weakref.WeakSet[JetStreamBroker] = weakref.WeakSet()
 #: What a forked child inherited and must not touch: closing it, or letting it be collected,
 #: could disturb the parent, whose sockets and selector it shares.
 _abandoned: list[object] = []
@@ -226,7 +232,7 @@ class JetStreamBroker(Broker):
         self._before_replies: Callable[[], None] = lambda: None
         self._pid = os.getpid()
         self._closed = False
-        bind_to_process(self)
+        _brokers.add(self)
 
     def _live(self) -> Session:
         session = self._session
@@ -408,3 +414,18 @@ class JetStreamBroker(Broker):
 
     def now(self) -> float:  # noqa: D102
         return time.time()
+
+
+def _after_fork_in_child() -> None:
+    for broker in list(_brokers):
+        broker.abandon()
+
+
+def _at_exit() -> None:
+    for broker in list(_brokers):
+        broker.close(timeout=EXIT_TIMEOUT)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_at_exit)

@@ -26,31 +26,34 @@ MAX_CONSUMERS = (10002, 10026)
 MAX_ACK_PENDING = 10121
 NOT_UNIQUE = (10099, 10100)
 NANO = 1_000_000_000
-#: What the server itself writes into the metadata of a consumer begins so.
+#: The prefix of what the server itself writes into the metadata of a consumer.
 SERVER_METADATA = "_nats."
 _MISSING = (CONSUMER_NOT_FOUND, STREAM_NOT_FOUND)
-#: The server's own, where a consumer does not say.
+#: The server's default of max_ack_pending.
 _DEFAULT_ACK_PENDING = 1000
 
-#: Whether a process that runs now needs more than this; None if that cannot be asked.
+#: Asks whether a running process needs more than this; None if that cannot be asked.
 Others = Callable[[Needs], Awaitable[bool | None]]
 
 
 class Floor(NamedTuple):
-    """How far a consumer has settled everything, and of which stream: names are reused."""
+    """Up to which sequence a consumer has settled everything, in the stream created then.
+
+    Streams that are made anew reuse names and sequences.
+    """
 
     stream_created: str = ""
     sequence: int = 0
 
 
 class Standing(NamedTuple):
-    """What is known when a consumer is looked at.
+    """What is known of a consumer beside the server's report.
 
-    :param after: how far an earlier consumer of this name had got, should it be gone.
+    :param after: the floor of an earlier consumer of this name, in case it is gone.
     :param others: asks the other processes.
     :param starting: whether this process begins with it now.
-    :param unneeded: for how many seconds nobody has needed what we do not.
-    :param grace: for how many it must be so until an older declaration may take it away.
+    :param unneeded: seconds since when nobody has needed what this process does not.
+    :param grace: the value of ``unneeded`` from which an older declaration may take that away.
     """
 
     after: Floor = Floor()
@@ -64,7 +67,7 @@ FIRST = Standing()
 
 
 class PullLimits(NamedTuple):
-    """What one pull asks for at most; durations are nanoseconds, 0 messages are no limit."""
+    """The limits of one pull request; durations are nanoseconds, a ``batch`` of 0 is no limit."""
 
     batch: int
     expires: int
@@ -72,11 +75,14 @@ class PullLimits(NamedTuple):
 
     @classmethod
     def of(cls, config: Mapping[str, Any], expires: float, heartbeat: float) -> PullLimits:
-        """Keep these seconds within the limits of a consumer as the server reports it."""
-        most = int(expires * NANO)
-        most = min(most, config.get("max_expires") or most)
+        """Keep ``expires`` and ``heartbeat``, in seconds, within the limits of a consumer.
+
+        :param config: its configuration as the server reports it.
+        """
+        longest = int(expires * NANO)
+        longest = min(longest, config.get("max_expires") or longest)
         # The server refuses a heartbeat that could not come twice.
-        return cls(config.get("max_batch") or 0, most, min(int(heartbeat * NANO), most // 3))
+        return cls(config.get("max_batch") or 0, longest, min(int(heartbeat * NANO), longest // 3))
 
 
 class ConsumerApi(Api):
@@ -194,9 +200,9 @@ class ConsumerApi(Api):
             allowed = re.search(r"limit of (\d+)", error.description)
             if error.err_code != MAX_ACK_PENDING or allowed is None:
                 raise
-        most = int(allowed[1])
-        notes.append(_clamped(config, most, "the server's or the account's max_ack_pending"))
-        body = body | {"max_ack_pending": most}
+        limit = int(allowed[1])
+        notes.append(_clamped(config, limit, "the server's or the account's max_ack_pending"))
+        body = body | {"max_ack_pending": limit}
         return await self.call(verb, {"stream_name": config.stream, "config": body})
 
 
@@ -254,22 +260,22 @@ def _limits(config: ConsumerConfig, stream: Json | None) -> _Limits:
     """Check the filters, and find what the stream allows its consumers."""
     _check_filters(config, stream)
     settings = (stream or {}).get("config") or {}
-    most = (settings.get("consumer_limits") or {}).get("max_ack_pending") or 0
+    limit = (settings.get("consumer_limits") or {}).get("max_ack_pending") or 0
     notes: list[str] = []
-    if 0 < most < config.max_ack_pending:
-        notes.append(_clamped(config, most, f"consumer_limits of the stream {config.stream!r}"))
+    if 0 < limit < config.max_ack_pending:
+        notes.append(_clamped(config, limit, f"consumer_limits of the stream {config.stream!r}"))
     deliver_all = settings.get("retention") == "workqueue"
     if deliver_all and config.deliver_policy != "all":
         notes.append(
             f"deliver_policy {config.deliver_policy!r} is not for a work queue: the consumer "
             "starts with all that is in the stream"
         )
-    return _Limits(deliver_all, most, notes)
+    return _Limits(deliver_all, limit, notes)
 
 
-def _clamped(config: ConsumerConfig, most: int, whose: str) -> str:
+def _clamped(config: ConsumerConfig, limit: int, whose: str) -> str:
     return (
-        f"max_ack_pending is {most}, not {config.max_ack_pending}: {whose} allows no more. So "
+        f"max_ack_pending is {limit}, not {config.max_ack_pending}: {whose} allows no more. So "
         "many messages at once are with all its workers together; raise the limit if that is "
         "too few"
     )
@@ -295,8 +301,8 @@ def _server_limits(config: ConsumerConfig, stream: Json | None) -> Iterator[str]
 
 def _start(config: ConsumerConfig, stream: Json | None, after: Floor, limits: _Limits) -> Json:
     """Return where a consumer begins that is made anew; empty for where it is declared to."""
-    # A stream that has lost its end gives the same numbers again: none may be left out. And of
-    # a work queue, what is still there is what nobody has settled.
+    # A rewound stream gives the same sequences again: none may be left out. And a work queue
+    # keeps only what nobody has settled.
     last = ((stream or {}).get("state") or {}).get("last_seq", after.sequence)
     known = after.stream_created == (stream or {}).get("created") and after.sequence <= last
     start = after.sequence if known else config.start_after

@@ -1,9 +1,8 @@
 """Catches up on what a consumer passed over while somebody had taken subjects away from it.
 
-The server goes on behind a message that is not for a consumer at that moment, and does not come
-back to it. So what came meanwhile is pulled from a second consumer, beside the first and into the
-same hands, which is deleted once it has been worked off. It stays if the process ends before, and
-the next one goes on with it.
+The server does not come back to a message that a consumer's filters left out at that moment. So a
+second consumer delivers what came meanwhile, to the same handler, and is deleted once that has
+been worked off. If the process ends before, the next one goes on with that consumer.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ from .link import Link
 if TYPE_CHECKING:
     from .pull import Pull
 
-#: Longest wait for an answer, seconds.
+#: Seconds to wait for an answer.
 WAIT = 1.0
 
 
 class _Word(msgspec.Struct, omit_defaults=True):
-    """A question, does anybody need more of this consumer? Or, without an offer, a yes to one."""
+    """The question whether anybody needs more of a consumer than ``offer``; a yes has no offer."""
 
     question: str
     consumer: tuple[str, str] = ("", "")
@@ -38,7 +38,7 @@ class _Word(msgspec.Struct, omit_defaults=True):
 class Presence:
     """The questions and answers of one process.
 
-    :param here: everybody in this process who needs something.
+    :param here: returns the pulls of this process.
     """
 
     def __init__(self, link: Link, subject: str, here: Callable[[], Iterable[Pull]]) -> None:
@@ -46,19 +46,19 @@ class Presence:
         self._subject = subject
         self._here = here
         self._listens = False
-        #: Of each question, whether it was heard ourselves, and the answer.
+        #: By question: whether it came back to us, and the event of a yes to it.
         self._heard: dict[str, bool] = {}
         self._answers: dict[str, asyncio.Event] = {}
 
     async def listen(self) -> None:
-        """Begin to answer; once is enough. Where it is not allowed, others get no answer."""
+        """Start to answer. Idempotent; without the permission others get no answer."""
         if not self._listens:
             self._listens = True
             with contextlib.suppress(NatsPubsubError):
                 await self._link.route(self._subject, self._hear)
 
     async def is_more_needed(self, one: Pull, offer: Needs) -> bool | None:
-        """Whether another needs more than ``offer``; None if that cannot be asked."""
+        """Whether another pull needs more than ``offer``; None if that cannot be asked."""
         others = (other for other in self._here() if other is not one)
         if any(_lacks(other, one.consumer, offer) for other in others):
             return True

@@ -52,13 +52,11 @@ class Timing(NamedTuple):
 
 
 TIMING = Timing()
-#: Where the server allows small pulls only, so many of them are open at a time.
+#: The number of pull requests open at a time, where the server allows small ones only.
 OPEN_PULLS = 8
-#: After so many seconds without a message it is asked whether the server holds new ones back.
-QUIET = 5.0
-#: A pull request asks for this part of the bytes that may be on their way.
+#: A pull request asks for the ``PART``-th part of the bytes that may be on their way.
 PART = 16
-#: What a message has besides payload and headers: its subject, and that of its ack.
+#: Bytes of a message besides payload and headers: its subject, and that of its ack.
 SUBJECTS = 64 * 1024
 PENDING = "Nats-Pending-Messages"
 PENDING_BYTES = "Nats-Pending-Bytes"
@@ -68,7 +66,7 @@ COMPLETED = "Batch Completed"
 
 
 class Pull(Consumption):
-    """See ``Consumption``. All but ``request``, ``ping`` and ``stop`` runs on the loop's thread.
+    """See ``Consumption``. All but ``request``, ``nudge`` and ``stop`` runs on the loop's thread.
 
     :param session: what this pull shares with the others of the process.
     :param deliver: called with each message, on the loop's thread.
@@ -96,18 +94,18 @@ class Pull(Consumption):
         self._timing = timing or TIMING
         self._wanted = 0
         self._outstanding = 0
-        #: Pull requests that the server may still have, at most.
+        #: The highest number of pull requests that the server may still have.
         self._requests = 0
         self._bytes = 0
-        #: Bytes that the consumer, made by others, lets a request ask for; 0: any.
-        self._most_bytes = 0
+        #: The limit in bytes that the consumer, made by others, puts on a request; 0: none.
+        self._bytes_limit = 0
         self._spare: Callable[[int], None] = self._want
         #: Whether the next message is larger than a request may be.
         self._oversized = False
         self._arrived = time.monotonic()
-        #: How many messages the server lets be unsettled, where it allows less than was asked for.
+        #: The server's limit of unsettled messages, where it is lower than was asked for; else 0.
         self._limit = 0
-        #: Whether so many are, and new ones therefore wait.
+        #: Whether that limit is reached, and new messages therefore wait.
         self._is_held_back = False
         self._floor = Floor()
         self._reply_subject = ""
@@ -258,13 +256,13 @@ class Pull(Consumption):
             return
         if not self._outstanding:
             self._heard = time.monotonic()
-        limits, most = self._limits, self._limits.batch
+        limits, batch = self._limits, self._limits.batch
         while self._wanted:
             if self._bytes and self._requests >= max(1, self._bytes // self._part):
                 return  # when all of them have ended, this is called again
             count = 1 if self._oversized else self._wanted
-            if most:
-                count = min(count, most, OPEN_PULLS * most - self._outstanding)
+            if batch:
+                count = min(count, batch, OPEN_PULLS * batch - self._outstanding)
                 if count <= 0:
                     return  # the rest is asked for when some of it has come
             body = {"batch": count, "expires": limits.expires, "idle_heartbeat": limits.heartbeat}
@@ -278,9 +276,9 @@ class Pull(Consumption):
 
     @property
     def _part(self) -> int:
-        """Bytes that one request may bring: any message that the server takes today fits in."""
+        """The limit in bytes of one request: any message that the server takes today fits in."""
         part = max(self._bytes // PART, self._link.max_payload + SUBJECTS)
-        return min(part, self._most_bytes) if self._most_bytes else part
+        return min(part, self._bytes_limit) if self._bytes_limit else part
 
     def _on_message(
         self, subject: str, reply: str, headers: Mapping[str, str], data: bytes
@@ -478,13 +476,13 @@ class Pull(Consumption):
         self._limits = PullLimits.of(config, self._timing.expires, self._timing.heartbeat)
         if not self._gives.missing(self.needs):
             self._complete_until = int((report.get("delivered") or {}).get("stream_seq", 0))
-        self._most_bytes = int(config.get("max_bytes") or 0)
+        self._bytes_limit = int(config.get("max_bytes") or 0)
         limit = int(config.get("max_ack_pending") or 0)
         self._limit = limit if 0 < limit < self.config.max_ack_pending else 0
         self._note_what_is_held_back(report, limit)
 
     def _note_what_is_held_back(self, report: Mapping[str, Any], limit: int) -> None:
-        """Say it where new messages wait since as many as the server allows are unsettled."""
+        """Log when new messages wait because the server's limit of unsettled ones is reached."""
         full = 1 < limit <= int(report.get("num_ack_pending", 0))
         before = self._is_held_back
         self._is_held_back = full and self._is_quiet and bool(report.get("num_pending"))

@@ -14,21 +14,21 @@ from ..base import Delivery
 
 _log = get_logger("flask_natspubsub.broker")
 
-#: What is handed back comes again after about these seconds, and later after so many times: the
-#: server gives each pull its turn, and there may be many of the version that does not want it.
+#: Seconds after which a message handed back is delivered again. After ``PATIENCE`` deliveries the
+#: pause grows to ``LONGEST_HAND_BACK``: the server gives each pull its turn, and there may be many
+#: of the version that does not want it.
 HAND_BACK = 0.5
 PATIENCE = 10
 LONGEST_HAND_BACK = 10.0
-#: So long after something was handed back others are asked for in its place, together: who asks at
-#: once is the next to get it, each time.
+#: Seconds from handing messages back to asking for others in their place: a pull that asks at once
+#: gets the same messages again, each time.
 ASK_AGAIN = 0.25
-#: So many subjects are known to be ours without a look at the filters, and so many messages to
-#: have been handed back.
-MOST_KNOWN = 1000
+#: The limit of subjects remembered as ours, and of messages remembered as handed back.
+KNOWN_LIMIT = 1000
 
 
 class Strangers:
-    """Tells them from our own messages, for one pull."""
+    """Tells messages of other versions from our own, for one pull."""
 
     def __init__(self, needs: Needs, who: str) -> None:
         #: Subjects that were found to be ours.
@@ -39,22 +39,22 @@ class Strangers:
         self._handed_back: dict[int, float] = {}
 
     def is_ours(self, subject: str) -> bool:
-        """Whether we subscribe to it."""
+        """Whether this version subscribes to ``subject``."""
         if not self._needs.wants(subject):
             return False
-        if len(self.known) < MOST_KNOWN:
+        if len(self.known) < KNOWN_LIMIT:
             self.known.add(subject)
         return True
 
     def hand_back(self, delivery: Delivery, gives: Needs, looked: float) -> bool:
-        """Give a message back to those who subscribe to it, or settle it if nobody does.
+        """Nak a message for those who subscribe to it, or ack it if nobody does.
 
-        What we know of the consumer may be older than the message: that nobody subscribes to it
-        any more takes a look between two of its deliveries.
+        What is known of the consumer may be older than the message, so it is acked only if the
+        consumer was looked at between two of its deliveries.
 
         :param gives: what the consumer gave at the last look.
         :param looked: when that was, on the monotonic clock.
-        :returns: whether to look anew.
+        :returns: whether to look again.
         """
         before = self._handed_back.pop(delivery.sequence, None)
         is_given = gives.wants(delivery.subject)
@@ -62,7 +62,7 @@ class Strangers:
             _log.info("%s: nobody subscribes to %s now", self._who, delivery.subject)
             delivery.ack()
             return False
-        if len(self._handed_back) >= MOST_KNOWN:
+        if len(self._handed_back) >= KNOWN_LIMIT:
             self._handed_back.clear()
         self._handed_back[delivery.sequence] = time.monotonic()
         delay = HAND_BACK * 2 ** min(max(0, delivery.attempt - PATIENCE), 9)

@@ -31,9 +31,9 @@ MAX_BYTES_REQUIRED = 10113
 MAX_STREAM_BYTES = (10120, 10122)
 NO_STORAGE = (10023, 10028, 10047)
 SETUP_LOCK_SECONDS = 10.0
-#: So many messages, of a megabyte each perhaps, are read at once.
+#: The number of messages, of a megabyte each perhaps, that are read at once.
 READ_AT_ONCE = 16
-#: Room for the lock, where the account wants each stream to say how large it may get.
+#: The max_bytes of the lock: some accounts want each stream to have a limit.
 LOCK_BYTES = 1024 * 1024
 
 
@@ -72,11 +72,11 @@ class JetStreamApi(ConsumerApi):
             await self.find(f"STREAM.DELETE.{lock}", None, [STREAM_NOT_FOUND])
 
     async def _existing(self, wanted: Sequence[StreamConfig]) -> list[StreamInfo]:
-        """Look at the named streams only, and at all only if one has to change."""
+        """Return the named streams; all streams only if one of the named has to change."""
         named = await asyncio.gather(*(self.stream(stream.name) for stream in wanted))
         infos = [stream_info(report) for report in named if report]
-        settled = len(infos) == len(wanted) and not _writes(topology.plan(wanted, infos))
-        return infos if settled else [stream_info(report) for report in await self.streams()]
+        complete = len(infos) == len(wanted) and not _writes(topology.plan(wanted, infos))
+        return infos if complete else [stream_info(report) for report in await self.streams()]
 
     async def _apply(self, change: Change, wanted: Sequence[StreamConfig]) -> None:
         assert change.config is not None
