@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
 from .errors import (
     BrokerError,
     CircuitOpen,
@@ -32,6 +35,7 @@ from .errors import (
 )
 from .extension import NatsPubsub
 from .observability.tracing import TraceIdFilter, current_trace_id
+from .publishing.batch import Batch
 from .publishing.draft import Draft, PublishReceipt
 from .publishing.publisher import PartlyPublished
 from .signals import (
@@ -48,14 +52,24 @@ from .subscribing.context import MessageContext, current_message
 from .subscribing.registry import SubscriberGroup
 from .subscribing.subscriber import Subscriber
 
+if TYPE_CHECKING:
+    from .brokers.base import StoredAck
+    from .deadletters.reader import DeadLetterRecord, DeadLetters
+    from .outbox.relay import Relay
+    from .outbox.verification import SentEvents, Verification
+    from .worker.worker import Worker
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batch",
     "BrokerError",
     "CircuitOpen",
     "ConfigurationError",
     "DatabaseError",
     "DeadLetter",
+    "DeadLetterRecord",
+    "DeadLetters",
     "DecodingError",
     "Discard",
     "Draft",
@@ -77,14 +91,19 @@ __all__ = [
     "PublishError",
     "PublishReceipt",
     "RegistrationError",
+    "Relay",
     "ReplayRefused",
     "RequestDenied",
     "Retry",
+    "SentEvents",
+    "StoredAck",
     "Subscriber",
     "SubscriberGroup",
     "TablesMissing",
     "TopologyError",
     "TraceIdFilter",
+    "Verification",
+    "Worker",
     "current_message",
     "current_trace_id",
     "message_dead_lettered",
@@ -96,3 +115,26 @@ __all__ = [
     "worker_started",
     "worker_stopped",
 ]
+
+#: Imported at first use: their modules bring asyncio or SQLAlchemy, or are seldom needed.
+_LAZY = {
+    "DeadLetterRecord": ".deadletters.reader",
+    "DeadLetters": ".deadletters.reader",
+    "Relay": ".outbox.relay",
+    "SentEvents": ".outbox.verification",
+    "StoredAck": ".brokers.base",
+    "Verification": ".outbox.verification",
+    "Worker": ".worker.worker",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The extension object: what a Flask project holds in its hand."""
+"""The extension object that applications create and call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from .publishing.batch import Batch
 from .publishing.draft import Draft, PublishReceipt, drafts_for
 from .publishing.forwarding import Build, forward
 from .subscribing.registry import Registry, SubscriberGroup
-from .subscribing.subscription import choose
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -70,7 +69,9 @@ class NatsPubsub:
             )
         settings = Settings.from_config(app.config, app.name)
         self.registry.begin_app()
-        app.extensions[EXTENSION] = AppState(self, app, settings, db, metadata)
+        app.extensions[EXTENSION] = AppState(
+            app, settings, self.registry, self.publishing, db, metadata
+        )
         self._apps.append(weakref.ref(app, self._apps.remove))
         tracing.install(app, settings.trace_header)
         if settings.health_url_prefix is not None:
@@ -94,7 +95,7 @@ class NatsPubsub:
         if app is None:
             app = current_app._get_current_object() if has_app_context() else self._only_app()  # type: ignore[attr-defined]  # a proxy
         state = app.extensions.get(EXTENSION)
-        if not isinstance(state, AppState) or state.extension is not self:
+        if not isinstance(state, AppState) or state.registry is not self.registry:
             raise RuntimeError(
                 f"The Flask app {app.name!r} is not registered with this NatsPubsub object. "
                 "Did you forget to call init_app?"
@@ -304,25 +305,8 @@ class NatsPubsub:
         relay: bool = True,
         concurrency: int | None = None,
     ) -> Worker:
-        """Make a worker without starting it."""
-        from .worker.worker import Worker  # brings asyncio: see brokers.make_broker
-
-        state = self.state()
-        subscriptions = choose(state.subscriptions(), only)
-        if state.settings.auto_setup:
-            state.broker().want(state.streams())
-        persistence = state.persistence_for(subscriptions)
-        return Worker(
-            state.broker(),
-            state.settings,
-            subscriptions,
-            state.app.app_context,
-            state.emit,
-            concurrency,
-            persistence.inbox if persistence else None,
-            state.make_relay() if persistence and relay else None,
-            state.subscriptions(),
-        )
+        """Make a worker without starting it; see ``run_worker``."""
+        return self.state().make_worker(only, relay=relay, concurrency=concurrency)
 
     def make_relay(self) -> Relay:
         """Make a relay of the outbox without starting it."""
@@ -331,18 +315,12 @@ class NatsPubsub:
     @property
     def dead_letters(self) -> DeadLetters:
         """The app's dead letters: iterate, ``list``, ``get``, ``replay``, ``discard``."""
-        from .deadletters.reader import DeadLetters
-
-        state = self.state()
-        return DeadLetters(state.broker(), state.settings, state.subscriptions)
+        return self.state().dead_letters
 
     @property
     def sent_events(self) -> SentEvents:
         """What the outbox has sent: ``verify`` that the streams have it, ``resend`` it."""
-        from .outbox.verification import SentEvents
-
-        state = self.state()
-        return SentEvents(state.require_persistence().store, state.broker())
+        return self.state().sent_events
 
     # --- health
 

@@ -23,7 +23,8 @@ FLOORS = [
     ["config", "database"],
     ["brokers"],
     ["publishing", "subscribing"],
-    ["outbox", "inbox", "deadletters"],
+    ["inbox", "deadletters"],
+    ["outbox"],
     ["inspection"],
     ["observability", "doctor"],
     ["worker"],
@@ -55,11 +56,14 @@ IMPORTS_IN_FUNCTIONS = {
     ("publishing/publisher.py", "concurrent.futures"): "for publish_nowait only",
     ("publishing/publisher.py", "brokers.threads"): "brings asyncio; for publish_nowait only",
     ("extension.py", "publishing.coroutines"): "brings asyncio; whoever awaits has it already",
-    ("extension.py", "worker.worker"): "brings asyncio",
-    ("extension.py", "deadletters.reader"): "rarely used",
     ("extension.py", "publishing.changes"): "SQLAlchemy is optional",
-    ("extension.py", "outbox.verification"): "rarely used",
     ("app/state.py", "app.database"): "SQLAlchemy is optional",
+    ("app/state.py", "worker.worker"): "brings asyncio",
+    ("app/state.py", "worker.async_handlers"): "brings asyncio",
+    ("app/state.py", "worker.duty"): "for workers only",
+    ("app/state.py", "worker.processor"): "for workers and tests only",
+    ("app/state.py", "deadletters.box"): "for workers and tests only",
+    ("app/state.py", "deadletters.reader"): "rarely used",
 }
 
 MAX_FILE_LINES = 500

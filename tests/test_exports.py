@@ -6,7 +6,11 @@ import inspect
 import re
 import subprocess
 import sys
+import typing
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +30,7 @@ PUBLIC = [
 WITH_DOCSTRING = [
     (module, name)
     for module, name in PUBLIC
-    if inspect.isclass(vars(module)[name]) or inspect.isfunction(vars(module)[name])
+    if inspect.isclass(getattr(module, name)) or inspect.isfunction(getattr(module, name))
 ]
 
 
@@ -35,7 +39,8 @@ def test_all_is_sorted_and_complete(module):
     imported = {
         name
         for name, value in vars(module).items()
-        if not name.startswith("_") and not inspect.ismodule(value) and name != "annotations"
+        if not (name.startswith("_") or inspect.ismodule(value))
+        and name not in ("TYPE_CHECKING", "annotations")
     }
     assert module.__all__ == sorted(module.__all__)
     assert set(module.__all__) == imported
@@ -43,7 +48,7 @@ def test_all_is_sorted_and_complete(module):
 
 @pytest.mark.parametrize(("module", "name"), WITH_DOCSTRING, ids=str)
 def test_public_names_have_a_docstring(module, name):
-    value = vars(module)[name]
+    value = getattr(module, name)
     first_line = (inspect.getdoc(value) or "").split("\n")[0]
     assert first_line.endswith((".", ":")) or "; " in first_line, first_line
 
@@ -64,6 +69,60 @@ def test_public_methods_have_a_docstring(cls):
         and not inspect.getdoc(value)
     ]
     assert bare == []
+
+
+class Names(dict[str, Any]):
+    """Names in annotations that are imported for type checkers only."""
+
+    def __missing__(self, name: str) -> Any:
+        if name in PUBLIC_NAMES:
+            return getattr(flask_natspubsub, name)
+        raise KeyError(name)
+
+
+PUBLIC_NAMES = {name for _, name in PUBLIC}
+
+METHODS = [
+    (cls, name)
+    for cls in (getattr(module, name) for module, name in PUBLIC)
+    if inspect.isclass(cls)
+    for name, value in vars(cls).items()
+    if not name.startswith("_")
+    and (inspect.isfunction(value) or isinstance(value, property))
+    and name not in ("state", "declarations")  # for the package's own use
+]
+
+
+def returned(cls: type, name: str) -> set[Any]:
+    """The classes in the return annotation of a method or property."""
+    value = vars(cls)[name]
+    function = value.fget if isinstance(value, property) else value
+    annotation = inspect.signature(function).return_annotation
+    names = Names(vars(sys.modules[cls.__module__]), Future=Future)
+    hint = eval(annotation, {}, names)
+
+    def parts(hint: Any) -> Iterator[Any]:
+        yield hint
+        for one in typing.get_args(hint):
+            yield from parts(one) if not isinstance(one, list) else ()
+
+    return {one for one in parts(hint) if inspect.isclass(one)}
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"), METHODS, ids=lambda value: value if isinstance(value, str) else value.__name__
+)
+def test_what_public_methods_return_can_be_imported_from_the_top(cls, name):
+    ours = {one for one in returned(cls, name) if one.__module__.startswith("flask_natspubsub")}
+    assert {one.__name__ for one in ours} <= PUBLIC_NAMES
+
+
+def test_what_is_imported_late_is_listed_and_a_typo_is_an_attribute_error():
+    assert set(flask_natspubsub.__all__) <= set(dir(flask_natspubsub))
+    with pytest.raises(
+        AttributeError, match=r"module 'flask_natspubsub' has no attribute 'Wroker'"
+    ):
+        flask_natspubsub.Wroker  # noqa: B018
 
 
 def test_the_changelog_mentions_the_version():

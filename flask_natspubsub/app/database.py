@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,23 +11,27 @@ from flask import Flask, request_finished
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from ..brokers.base import Broker
+from ..brokers.topology import wakeup_subject
 from ..config.settings import Settings
 from ..database.adapter import Database
 from ..errors import ConfigurationError
 from ..inbox.inbox import Inbox, define_table
 from ..inspection import outbox_health
 from ..observability.health import Check
+from ..outbox.housekeeping import Housekeeping
 from ..outbox.names import DIALECTS
 from ..outbox.relay import Relay
 from ..outbox.store import OutboxStore
 from ..outbox.tables import define_tables
+from ..outbox.verification import SentEvents
 from ..outbox.writer import OutboxWriter
 
 
 class Persistence:
     """Everything of an application that needs its database.
 
-    :param committed: called after a transaction with outbox rows has been committed.
+    :param broker: returns the application's broker.
+    :param relayed: called with the number of rows that a relay of this process has sent.
     """
 
     def __init__(
@@ -35,29 +40,48 @@ class Persistence:
         db: Any,
         metadata: sa.MetaData | None,
         settings: Settings,
-        committed: Callable[[], None],
+        broker: Callable[[], Broker],
+        relayed: Callable[[int], None],
     ) -> None:
         self.database = Database(app, db, metadata, settings.bind_key)
         self.tables = define_tables(self.database.metadata)
         self.inbox = Inbox(self.database, define_table(self.database.metadata), self.tables.lease)
         self.store = OutboxStore(self.database, self.tables)
         self.writer = OutboxWriter(
-            self.database, self.tables, settings.outbox_partitions, committed
+            self.database, self.tables, settings.outbox_partitions, self._wake_relays
         )
         self._settings = settings
+        self._broker = broker
+        self._relayed = relayed
+        self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
         request_finished.connect(self._on_response, app)
 
     def _on_response(self, sender: Flask, response: Any, **_: Any) -> None:
-        """After an error, nobody has forgotten the commit."""
+        """Warn of no forgotten commit after an error response: there was none to be expected."""
         if response.status_code >= 400:
             self.database.forgive()
 
-    def make_relay(self, broker: Broker, relayed: Callable[[int], None]) -> Relay:
+    def make_relay(self) -> Relay:
         """Make a relay for the outbox; it is not started."""
-        retention = self._settings.inbox_retention
-        return Relay(
-            self.store, broker, self._settings, relayed, lambda: self.inbox.purge(retention)
-        )
+        broker, settings = self._broker(), self._settings
+        housekeeping = Housekeeping(self.store, self.inbox, broker, settings)
+        relay = Relay(self.store, broker, settings, self._relayed, housekeeping)
+        self._relays.add(relay)
+        return relay
+
+    def _wake_relays(self) -> None:
+        """Tell the relays, here and in other processes, that rows were committed.
+
+        Where the wake-up is lost, polling finds the rows.
+        """
+        for relay in list(self._relays):
+            relay.wake()
+        self._broker().send(wakeup_subject(self._settings), b"")
+
+    @property
+    def sent_events(self) -> SentEvents:
+        """What the outbox has sent, to be verified and sent again."""
+        return SentEvents(self.store, self._broker())
 
     def ddl(self, dialect: str | None = None) -> str:
         """Return the SQL that creates the tables.
@@ -77,9 +101,9 @@ class Persistence:
         return "\n\n".join(f"{str(one.compile(dialect=target)).strip()};" for one in statements)
 
     def require_tables(self) -> None:
-        """Check that the tables are there.
+        """Check that the tables exist.
 
-        :raises TablesMissing: one of them is not.
+        :raises TablesMissing: one of them does not.
         :raises DatabaseError: the database failed.
         """
         with self.database.begin() as connection:

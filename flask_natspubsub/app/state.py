@@ -1,16 +1,17 @@
-"""What belongs to one application: its settings, broker, publisher, database."""
+"""The state of one application, and where its parts are put together."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask
 
 from ..brokers import make_broker
 from ..brokers.base import Broker, StreamConfig
-from ..brokers.topology import wakeup_subject, wanted_streams
+from ..brokers.topology import wanted_streams
 from ..config.settings import Settings
 from ..errors import ConfigurationError, PublishError
 from ..middleware import Middleware
@@ -19,16 +20,19 @@ from ..observability.tracing import current_lineage
 from ..publishing.publisher import Publisher
 from ..signals import outbox_relayed, send
 from ..subscribing.registry import Registry
-from ..subscribing.subscription import Subscription
+from ..subscribing.subscription import Subscription, choose
 from ..text import get_logger
 
 if TYPE_CHECKING:
+    from ..deadletters.reader import DeadLetters
     from ..outbox.relay import Relay
+    from ..outbox.verification import SentEvents
     from ..outbox.writer import OutboxWriter
+    from ..worker.processor import Processor
+    from ..worker.worker import Worker
     from .database import Persistence
 
 EXTENSION = "natspubsub"
-_BROKER = "broker"
 
 _log = get_logger("flask_natspubsub")
 
@@ -37,30 +41,33 @@ class AppState:
     """What belongs to one application; kept in ``app.extensions["natspubsub"]``.
 
     Nothing here connects before it is asked to: the broker is made at its first use.
+
+    :param registry: the subscribers declared on the extension object.
+    :param publishing: the extension's publish middleware.
     """
+
+    #: Set on the instance at the first use, see ``broker``.
+    _broker: Broker | None = None
 
     def __init__(
         self,
-        extension: Any,
         app: Flask,
         settings: Settings,
+        registry: Registry,
+        publishing: Sequence[Middleware],
         db: Any = None,
         metadata: Any = None,
     ) -> None:
         self.settings = settings
-        #: The ``NatsPubsub`` object that the app was initialised with.
-        self.extension = extension
-        self.registry: Registry = extension.registry
+        self.registry = registry
         self.checks: list[Check] = [Check("nats", self._nats_health)]
         self._app = weakref.ref(app)  # the app holds this state: no cycle to collect
-        self._kept: dict[str, Broker] = {}
         self._subscriptions: list[Subscription] = []
         self._declared: tuple[object, ...] = ()
         self._persistence: Persistence | None = None
         self._warned = False
-        self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
         #: The publish middleware, now and as it grows.
-        self.publish_middleware: Sequence[Middleware] = extension.publishing
+        self.publish_middleware = publishing
         #: Returns the ids that a message published here inherits.
         self.lineage = current_lineage
         #: The writer of the outbox, once something has asked for it.
@@ -77,27 +84,39 @@ class AppState:
             raise RuntimeError("the Flask application of this state is gone")
         return app
 
-    def broker(self) -> Broker:
-        """Return the broker, made at the first call."""
-        broker = self._kept.get(_BROKER)
-        if broker is None:
-            made = make_broker(self.settings)
-            if self.settings.auto_setup:
-                made.want(wanted_streams(self.settings))
-            # No lock, which a forked child could inherit held: making one does no I/O, and of
-            # two made at the same moment one is forgotten.
-            broker = self._kept.setdefault(_BROKER, made)
+    # --- the broker
+
+    def broker(self, *, auto_setup: bool = True) -> Broker:
+        """Return the broker, made at the first call.
+
+        :param auto_setup: False makes one that creates no streams, whatever the settings say; a
+            broker that was made before is returned as it is.
+        """
+        if self._broker is not None:
+            return self._broker
+        made = make_broker(self.settings)
+        if auto_setup and self.settings.auto_setup:
+            made.want(wanted_streams(self.settings))
+        # Threads that come first at once may each make one, which does no I/O; setdefault is
+        # atomic, so all of them use the same. A lock could be inherited held by a forked child.
+        broker: Broker = vars(self).setdefault("_broker", made)
         return broker
 
     def use_broker(self, broker: Broker) -> Broker | None:
-        """Replace the broker (for tests) and return the one there was."""
-        old = self._kept.pop(_BROKER, None)
-        self._kept[_BROKER] = broker
+        """Replace the broker (for tests); returns the one before, if there was one."""
+        old = self.forget_broker()
+        self._broker = broker
         return old
 
-    def forget_broker(self) -> None:
-        """Let the next use make a new broker; the old one is the caller's to close."""
-        self._kept.pop(_BROKER, None)
+    def forget_broker(self) -> Broker | None:
+        """Let the next use make a new broker; returns the old one, which the caller closes."""
+        old: Broker | None = vars(self).pop("_broker", None)
+        return old
+
+    @property
+    def has_broker(self) -> bool:
+        """Whether the broker was made already."""
+        return self._broker is not None
 
     @property
     def is_connected(self) -> bool:
@@ -114,10 +133,12 @@ class AppState:
         connected, load = self.is_connected, self.broker().load()
         return {"ok": connected and not load.get("publishes_unanswered"), **load}
 
-    def subscriptions(self) -> list[Subscription]:
-        """Import ``NATSPUBSUB_SUBSCRIBERS`` and settle all subscribers for this app.
+    # --- subscribers
 
-        Settled anew, with new instances of the classes, only when others were declared.
+    def subscriptions(self) -> list[Subscription]:
+        """Import ``NATSPUBSUB_SUBSCRIBERS`` and resolve all subscribers for this app.
+
+        They are resolved again, with new instances of the classes, only when others were declared.
         """
         registry = self.registry
         registry.import_all(self.settings.subscribers)
@@ -151,7 +172,9 @@ class AppState:
             )
         from .database import Persistence  # SQLAlchemy is an optional dependency
 
-        self._persistence = Persistence(self.app, db, metadata, self.settings, self._committed)
+        self._persistence = Persistence(
+            self.app, db, metadata, self.settings, self.broker, self._relayed
+        )
         self.writer = self._persistence.writer
         self.checks += self._persistence.health_checks()
         return self._persistence
@@ -171,23 +194,9 @@ class AppState:
             return self.require_persistence()
         return self._persistence
 
-    def make_relay(self) -> Relay:
-        """Make a relay for the app's outbox; it is not started."""
-        relay = self.require_persistence().make_relay(
-            self.broker(), lambda count: self.emit(outbox_relayed, count=count)
-        )
-        self._relays.add(relay)
-        return relay
-
     def outbox(self) -> OutboxWriter:
         """Return the writer of the outbox; see ``attach_database`` for the errors."""
         return self.require_persistence().writer
-
-    def _committed(self) -> None:
-        """Tell the relays, here and elsewhere, that there are rows; the hint may be lost."""
-        for relay in list(self._relays):
-            relay.nudge()
-        self.broker().send(wakeup_subject(self.settings), b"")
 
     def before_direct(self) -> None:
         """Warn, once, of a publish that bypasses the outbox while the session has changes."""
@@ -200,6 +209,91 @@ class AppState:
                 "publish(..., outbox=True), or NATSPUBSUB_USE_OUTBOX"
             )
 
+    # --- what is put together here
+
+    def make_processors(
+        self,
+        subscriptions: Sequence[Subscription],
+        run_async: Callable[[Any, float], Any],
+        app_context: Callable[[], AbstractContextManager[object]] | None = None,
+    ) -> list[Processor]:
+        """Make what processes the messages of each subscription.
+
+        :param run_async: runs an awaitable for at most that many seconds; returns its result.
+        :param app_context: makes the context of one message; default: the app's own.
+        """
+        from ..deadletters.box import DeadLetterBox
+        from ..worker.processor import Processor
+
+        box = DeadLetterBox(self.broker(), self.settings)
+        persistence = self.persistence_for(subscriptions)
+        inbox = persistence.inbox if persistence else None
+        context = app_context or self.app.app_context
+        return [
+            Processor(subscription, box, context, self.emit, run_async, inbox)
+            for subscription in subscriptions
+        ]
+
+    def make_worker(
+        self,
+        only: Sequence[str] | None = None,
+        *,
+        relay: bool = True,
+        concurrency: int | None = None,
+    ) -> Worker:
+        """Make a worker that is not started; see ``NatsPubsub.run_worker``.
+
+        :raises RegistrationError: there is no subscriber of a name in ``only``.
+        """
+        from ..worker.async_handlers import AsyncHandlers
+        from ..worker.duty import Duty, LoopDuty
+        from ..worker.worker import RELAY, Worker
+
+        subscriptions = choose(self.subscriptions(), only)
+        if self.settings.auto_setup:
+            self.broker().want(self.streams())
+        handlers = AsyncHandlers()
+        processors = self.make_processors(subscriptions, handlers.run)
+        duties: list[Duty] = []
+        if relay and self.persistence is not None:
+            duties.append(LoopDuty(RELAY, self.make_relay()))
+        return Worker(
+            self.broker(),
+            self.settings,
+            processors,
+            self.emit,
+            handlers,
+            concurrency=concurrency,
+            duties=duties,
+            declared=self.subscriptions(),
+        )
+
+    def make_relay_worker(self) -> Worker:
+        """Make a worker without subscribers, which relays the outbox; it is not started."""
+        from ..worker.async_handlers import AsyncHandlers
+        from ..worker.duty import LoopDuty
+        from ..worker.worker import RELAY, Worker
+
+        duties = [LoopDuty(RELAY, self.make_relay())]
+        # Its signals tell of a worker that pulls messages; this one sends none.
+        return Worker(self.broker(), self.settings, [], _silent, AsyncHandlers(), duties=duties)
+
+    def make_relay(self) -> Relay:
+        """Make a relay for the app's outbox; it is not started."""
+        return self.require_persistence().make_relay()
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The app's dead letters; see ``NatsPubsub.dead_letters``."""
+        from ..deadletters.reader import DeadLetters
+
+        return DeadLetters(self.broker(), self.settings, self.subscriptions)
+
+    @property
+    def sent_events(self) -> SentEvents:
+        """What the outbox has sent; see ``NatsPubsub.sent_events``."""
+        return self.require_persistence().sent_events
+
     # --- events
 
     def emit(self, signal: Any, **arguments: Any) -> None:
@@ -207,8 +301,18 @@ class AppState:
         if signal.receivers:
             send(signal, self.app, **arguments)
 
-    def close(self, timeout: float) -> None:
-        """Close the broker; the next use makes a new one."""
-        broker = self._kept.pop(_BROKER, None)
+    def _relayed(self, count: int) -> None:
+        self.emit(outbox_relayed, count=count)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Send what is buffered and close the broker; the next use makes a new one.
+
+        :param timeout: seconds.
+        """
+        broker = self.forget_broker()
         if broker is not None:
             broker.close(timeout)
+
+
+def _silent(signal: Any, **arguments: Any) -> None:
+    """Send no signal."""

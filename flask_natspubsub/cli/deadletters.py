@@ -96,7 +96,7 @@ def list_command(
     Where the app has none, those of the other apps are listed; with --app they are not.
     """
     with onlooker(state):
-        letters = state.extension.dead_letters
+        letters = state.dead_letters
         records = list(letters.list(app=_app(app, all_apps), **filters))
         if not (records or app or all_apps):
             records = list(letters.list(app=ANY_APP, **filters))
@@ -155,7 +155,7 @@ def show_command(state: AppState, record_id: str, raw: bool, as_json: bool) -> N
     if raw and is_terminal(sys.stdout):
         raise Misused("--raw may write what harms a terminal; add: > body")
     with onlooker(state):
-        letters = state.extension.dead_letters
+        letters = state.dead_letters
         (record,) = _get(letters, [record_id], ANY_APP)
         body = letters.body(record)
     if raw:
@@ -276,7 +276,7 @@ def _in_bulk(
 ) -> None:
     _check_choice(verb, **which)
     with onlooker(state):
-        letters = state.extension.dead_letters
+        letters = state.dead_letters
         records = _chosen(letters, app=_app(app, all_apps), **which)
         if dry_run:
             _report_dry_run(verb, records, as_json)

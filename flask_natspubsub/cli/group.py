@@ -12,7 +12,6 @@ from flask import current_app
 from flask.cli import AppGroup, with_appcontext
 
 from ..app.state import EXTENSION, AppState
-from ..brokers import make_broker
 from ..brokers.base import Broker
 from ..errors import NatsPubsubError
 
@@ -92,26 +91,21 @@ def _with_state(function: Command) -> Command:
 
 @contextmanager
 def onlooker(state: AppState, *, connect: bool = True) -> Iterator[Broker]:
-    """Lend the app a broker that creates no streams by connecting: for commands that look.
+    """Connect without creating streams, for commands that only look.
 
-    A broker that the app has already (in a test) is used as it is.
+    A broker that the app has already (in a test) is used as it is, and left open.
 
     :raises NotConnected: there is no server.
     """
-    broker = make_broker(state.settings)
-    own = state.use_broker(broker)
-    if own is not None:
-        broker.close()
-        broker = own
-        state.use_broker(own)
+    is_ours = not state.has_broker
+    broker = state.broker(auto_setup=False)
     try:
         if connect:
             broker.connect(state.settings.connect_timeout)
         yield broker
     finally:
-        if own is None:
-            state.forget_broker()
-            broker.close()
+        if is_ours:
+            state.close()
 
 
 def end(code: int) -> NoReturn:

@@ -20,6 +20,7 @@ from ..messages.headers import for_json
 from ..messages.message import Message, StoredMessage
 from ..messages.received import Received, read_or_none
 from ..messages.subjects import filter_for, topic_of
+from ..publishing.draft import Draft
 from ..text import printable
 from .group import natspubsub, onlooker
 from .output import cut, json_option, print_fields, print_json, width
@@ -79,9 +80,8 @@ def publish_command(
 
     JSON is an object; "-" reads it from stdin.
     """
-    receipt = state.extension.publish(
-        topic, message, event_id=event_id, headers=headers, trace_id=trace_id
-    )
+    draft = Draft(topic, message, event_id=event_id, headers=headers, trace_id=trace_id)
+    receipt = state.publisher.publish(draft)
     if as_json:
         print_json(msgspec.structs.asdict(receipt))
         return

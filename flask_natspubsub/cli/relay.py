@@ -1,4 +1,4 @@
-"""``relay``: the process that sends the outbox."""
+"""``relay``: the process that relays the outbox."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from ..app.state import AppState
 from ..text import printable
-from ..worker.processes.signals import RelayProcess
+from ..worker.processes.signals import RelayOnceProcess, WorkerProcess
 from .group import Misused, end, natspubsub
 from .log import log_to_stderr
 from .output import print_json
@@ -31,13 +31,13 @@ def relay_command(state: AppState, once: bool, as_json: bool) -> None:
     """
     if as_json and not once:
         raise Misused("--json goes with --once.")
-    relay = state.make_relay()
+    state.require_persistence()
     log_to_stderr(logging.DEBUG if state.app.debug else logging.INFO)
-    app = state.app
-    process = RelayProcess(relay, lambda t: state.extension.shutdown(app, t), once=once)
     if not once:
         _print_banner(state)
-        end(process.run())
+        end(WorkerProcess(state.make_relay_worker(), state.close).run())
+    relay = state.make_relay()
+    process = RelayOnceProcess(relay, state.close)
     code = process.run()
     if as_json:
         print_json({"sent": process.sent})

@@ -19,14 +19,14 @@ from ..worker.processes.child import AVAILABLE, Lifeline, adopted, own_command
 from ..worker.processes.health_server import HealthServer, Look
 from ..worker.processes.reloader import Reloader
 from ..worker.processes.signals import WorkerProcess
-from ..worker.processes.supervisor import Pool
+from ..worker.processes.supervisor import Supervisor
 from ..worker.processes.vitals import Heartbeat
 from .group import Misused, end, natspubsub
 from .log import log_to_stderr
 
 
 def address(text: str) -> tuple[str, int]:
-    """Return host and port of ``8081`` (on loopback) or ``0.0.0.0:8081``."""
+    """Parse ``8081`` (on loopback) or ``0.0.0.0:8081``; returns host and port."""
     host, _, port = text.rpartition(":")
     if not (port.isascii() and port.isdigit() and int(port) < 65536):
         raise click.BadParameter(f"{text!r} is no port; use one such as 8081 or 0.0.0.0:8081.")
@@ -99,22 +99,22 @@ def worker_command(state: AppState, reload: bool, no_relay: bool, **options: Any
     wanted = Wanted(relay=not no_relay, **options)
     _check_options(state, wanted, reload=reload)
     lifeline = adopted()
-    child_of_pool = lifeline is not None and wanted.processes is not None
+    is_supervised = lifeline is not None and wanted.processes is not None
     level = logging.DEBUG if state.app.debug else logging.INFO
-    log = log_to_stderr(level, with_pid=child_of_pool)
+    log = log_to_stderr(level, with_pid=is_supervised)
     if reload and lifeline is None:
         folders = [state.app.root_path, *_packages(Path.cwd())]
         end(Reloader(own_command(), folders, state.settings.shutdown_timeout).run())
     _check_names(state.subscriptions(), wanted.only)
     if wanted.burst and lifeline is None:
         _check_tables(state, wanted)
-    if not child_of_pool:
+    if not is_supervised:
         _print_banner(state, wanted)
     if wanted.processes is not None and lifeline is None:
-        _run_pool(state, wanted, wanted.processes)
+        _run_supervisor(state, wanted, wanted.processes)
     if log is not None:
         state.broker().before_replies(log.flush_before)
-    _run_worker(state, wanted, lifeline, None if child_of_pool else wanted.health)
+    _run_worker(state, wanted, lifeline, None if is_supervised else wanted.health)
 
 
 def _check_options(state: AppState, wanted: Wanted, *, reload: bool) -> None:
@@ -132,30 +132,27 @@ def _check_options(state: AppState, wanted: Wanted, *, reload: bool) -> None:
         )
 
 
-def _run_pool(state: AppState, wanted: Wanted, processes: int) -> NoReturn:
+def _run_supervisor(state: AppState, wanted: Wanted, processes: int) -> NoReturn:
     settings = state.settings
-    pool = Pool(
+    supervisor = Supervisor(
         own_command(),
         processes,
         settings.shutdown_timeout,
         settings.heartbeat_timeout,
         burst=wanted.burst,
     )
-    with _answering(wanted.health, pool.health):
-        end(pool.run())
+    with _answering(wanted.health, supervisor.health):
+        end(supervisor.run())
 
 
 def _run_worker(
     state: AppState, wanted: Wanted, lifeline: Lifeline | None, health: tuple[str, int] | None
 ) -> NoReturn:
-    worker = state.extension.make_worker(
-        wanted.only, relay=wanted.relay, concurrency=wanted.concurrency
-    )
+    worker = state.make_worker(wanted.only, relay=wanted.relay, concurrency=wanted.concurrency)
     heartbeat = Heartbeat(worker, lifeline.tell if lifeline else None)
-    app = state.app
     process = WorkerProcess(
         worker,
-        lambda t: state.extension.shutdown(app, t),
+        state.close,
         lifeline,
         burst=wanted.burst,
         heartbeat=heartbeat if lifeline or health else None,
@@ -166,10 +163,9 @@ def _run_worker(
 
 @contextlib.contextmanager
 def _loaded_for_good() -> Iterator[None]:
-    """Keep the garbage collector from looking through the application again and again.
+    """Exclude what is loaded by now, which stays, from garbage collection.
 
-    What is loaded by now stays for the life of the process. To look at it takes a tenth of the
-    time of quick handlers.
+    To collect it again and again takes a tenth of the time of quick handlers.
     """
     gc.freeze()
     try:
@@ -209,7 +205,7 @@ def _check_names(subscriptions: list[Subscription], only: tuple[str, ...]) -> No
 
 
 def _check_tables(state: AppState, wanted: Wanted) -> None:
-    """Do not begin what cannot come to an end: a worker without --burst waits for a migration."""
+    """Refuse a burst that could not end: only a worker without --burst waits for a migration."""
     persistence = state.persistence_for(choose(state.subscriptions(), wanted.only))
     if persistence is not None:
         persistence.require_tables()

@@ -1,7 +1,7 @@
-"""Health checks, and the blueprint that serves them.
+"""Health checks, what the health endpoints answer, and the blueprint that serves them.
 
-``live`` asks whether the process works at all, and never about anything outside: a restart
-would not help there. ``ready`` asks whether it can do its job now. Bodies carry no URL, no
+``live`` tells whether the process works at all, and never about anything outside: a restart
+would not help there. ``ready`` tells whether it can do its job now. Bodies carry no URL, no
 credentials and no error text from outside.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import msgspec
 from flask import Blueprint, Response, jsonify
@@ -17,6 +18,9 @@ from flask import Blueprint, Response, jsonify
 from ..text import get_logger
 
 _log = get_logger("flask_natspubsub.health")
+
+#: Whether all is well, and a row with at least ``status`` for each check.
+Report = tuple[bool, Mapping[str, Mapping[str, Any]]]
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -30,7 +34,7 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class Check(msgspec.Struct, frozen=True):
-    """A named check; one that is ``required`` makes the whole not ready when it fails."""
+    """A named check; while a ``required`` one fails, the process is not ready."""
 
     name: str
     run: Callable[[], Any]
@@ -52,7 +56,7 @@ class Check(msgspec.Struct, frozen=True):
 
 
 def report(checks: list[Check]) -> tuple[bool, dict[str, dict[str, Any]]]:
-    """Run all checks; returns whether every required one is healthy, and each one's outcome."""
+    """Run all checks; returns whether every required one is healthy, and a row for each."""
     results: dict[str, dict[str, Any]] = {}
     healthy = True
     for check in checks:
@@ -69,6 +73,41 @@ def report(checks: list[Check]) -> tuple[bool, dict[str, dict[str, Any]]]:
     return healthy, results
 
 
+class Answer(NamedTuple):
+    """A response of a health endpoint: the HTTP status and the JSON object."""
+
+    code: int
+    body: dict[str, Any]
+
+
+#: The pages, by their paths below the prefix, with the endpoint names of the blueprint.
+PAGES = {"/": "summary", "/live": "live", "/ready": "ready", "/detailed": "detailed"}
+#: No answer may come from a cache.
+HEADERS = {"Cache-Control": "no-store"}
+
+
+def respond(page: str, live: Callable[[], bool], checks: Callable[[], Report]) -> Answer:
+    """Make the answer of a page; the worker's server and the blueprint share it.
+
+    :param page: a value of ``PAGES``.
+    :param live: whether the process works at all; called for the page ``live`` only.
+    :param checks: whether the process can do its job, and a row for each check, with ``status``;
+        called for the other pages.
+    """
+    if page == "live":
+        return _answer(live())
+    ready, rows = checks()
+    if page == "ready":
+        return _answer(ready, failed=[name for name, row in rows.items() if row["status"] != "ok"])
+    if page == "summary":
+        return _answer(ready, checks={name: row["status"] for name, row in rows.items()})
+    return _answer(ready, checks=rows)
+
+
+def _answer(well: bool, **body: Any) -> Answer:
+    return Answer(200 if well else 503, {"status": "ok" if well else "failed", **body})
+
+
 def make_blueprint(checks: Callable[[], list[Check]]) -> Blueprint:
     """Make the blueprint with ``/``, ``/live``, ``/ready`` and ``/detailed``.
 
@@ -76,30 +115,13 @@ def make_blueprint(checks: Callable[[], list[Check]]) -> Blueprint:
     """
     blueprint = Blueprint("natspubsub_health", __name__)
 
-    def respond(healthy: bool, **body: Any) -> Response:
-        response = jsonify(status="ok" if healthy else "failed", **body)
-        response.status_code = 200 if healthy else 503
-        response.headers["Cache-Control"] = "no-store"
+    def view(page: str) -> Response:
+        answer = respond(page, lambda: True, lambda: report(checks()))
+        response = jsonify(answer.body)
+        response.status_code = answer.code
+        response.headers.update(HEADERS)
         return response
 
-    @blueprint.get("/")
-    def summary() -> Response:
-        healthy, results = report(checks())
-        return respond(healthy, checks={name: row["status"] for name, row in results.items()})
-
-    @blueprint.get("/live")
-    def live() -> Response:
-        return respond(True)
-
-    @blueprint.get("/ready")
-    def ready() -> Response:
-        healthy, results = report(checks())
-        failed = [name for name, row in results.items() if row["status"] == "failed"]
-        return respond(healthy, failed=failed)
-
-    @blueprint.get("/detailed")
-    def detailed() -> Response:
-        healthy, results = report(checks())
-        return respond(healthy, checks=results)
-
+    for path, page in PAGES.items():
+        blueprint.add_url_rule(path, page, partial(view, page))
     return blueprint

@@ -67,7 +67,7 @@ class StreamWatch:
     def note(self, stored: Sequence[tuple[str, StoredAck]]) -> None:
         """Take note of event ids and their acknowledgements, in the order of publishing.
 
-        Only looks; ``settle`` says so where others hear it.
+        Only compares; ``report`` writes what it finds where other processes see it.
         """
         newest: dict[str, tuple[int, str]] = {}
         for event_id, ack in stored:
@@ -82,15 +82,15 @@ class StreamWatch:
         for stream, found in newest.items():
             self._seen[stream] = max(self._seen.get(stream, _NOTHING), _Seen(*found))
 
-    def settle(self) -> None:
-        """Report what ``note`` has found.
+    def report(self) -> None:
+        """Report the streams that ``note`` suspects.
 
         :raises NatsPubsubError: the database or the server failed; to be called again.
         """
         if self._suspected:
             records = self._store.streams.load()
             for name, reason in list(self._suspected.items()):
-                self._report(name, reason, records.get(name), self._broker.stream_info(name))
+                self._report_one(name, reason, records.get(name), self._broker.stream_info(name))
                 self._suspected.pop(name, None)
 
     def check(self) -> None:
@@ -99,7 +99,7 @@ class StreamWatch:
         :raises NatsPubsubError: the database or the server failed.
         """
         self.has_new = False
-        self.settle()
+        self.report()
         # What was read a moment ago is not read again.
         loaded, self._records = self._records, None
         records = self._store.streams.load() if loaded is None else loaded
@@ -110,7 +110,7 @@ class StreamWatch:
             info = self._broker.stream_info(name)
             reason = self._verdict(name, records.get(name), info)
             if reason and self._is_sure(info, name):
-                self._report(name, reason, records.get(name), info)
+                self._report_one(name, reason, records.get(name), info)
             elif info is not None and not reason:
                 self._doubted.discard(name)
                 self._store.streams.confirm(info, time.monotonic() - began)
@@ -147,7 +147,7 @@ class StreamWatch:
             return ""
         return f"its message number {seen.sequence} is not the one that was acknowledged"
 
-    def _report(
+    def _report_one(
         self, name: str, reason: str, record: StreamRecord | None, info: StreamInfo | None
     ) -> None:
         known = self._rewinds.get(name, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..worker.outcome import Outcome
 from .broker import Published, TestBroker
 
-__all__ = ["Published", "TestBroker"]
+__all__ = ["Outcome", "Published", "TestBroker"]

@@ -20,7 +20,6 @@ from ..brokers.base import ConsumerConfig, StreamConfig
 from ..brokers.memory.broker import MemoryBroker
 from ..brokers.memory.clock import VirtualClock
 from ..brokers.topology import wanted_streams
-from ..deadletters.box import DeadLetterBox
 from ..deadletters.reader import DeadLetterRecord, DeadLetters
 from ..errors import HandlerVerdict, PublishError
 from ..messages.codec import encode_value
@@ -309,18 +308,11 @@ class TestBroker:
         persistence = state.persistence_for(state.subscriptions())
         if persistence is not None:
             persistence.database.joins_session = True
-        box = DeadLetterBox(self._broker, state.settings)
-        for subscription in state.subscriptions():
-            config = self._consumer(state, subscription)
+        context = partial(_context, state)
+        processors = state.make_processors(state.subscriptions(), self._async.run, context)
+        for processor in processors:
+            config = self._consumer(state, processor.subscription)
             self._broker.add_consumer(config)
-            processor = Processor(
-                subscription,
-                box,
-                partial(_context, state),
-                state.emit,
-                self._async.run,
-                persistence.inbox if persistence else None,
-            )
             yield _Seat(config.stream, processor)
 
     def _consumer(self, state: AppState, subscription: Subscription) -> ConsumerConfig:

@@ -240,8 +240,8 @@ class AsyncHandlers:
                 loop.lag,
             )
 
-    def nudge(self, saw: Callable[[], None]) -> None:
-        """Call ``saw`` in the loop; at once if there is none. Never, if the loop hangs."""
+    def ping(self, saw: Callable[[], None]) -> None:
+        """Call ``saw`` in the loop, or at once if there is none; never if the loop hangs."""
         loop = self._loop
         if loop is None:
             saw()

@@ -163,7 +163,15 @@ class SubscriberConsumer:
         #: When the monitor last looked, and how many had been handled then.
         self._looked = time.monotonic(), 0
 
-    # --- life
+    # --- life: the members of a duty
+
+    #: It gives work to handlers, so it is stopped before them.
+    outlasts_handlers = False
+
+    @property
+    def name(self) -> str:
+        """The name in health checks and heartbeats."""
+        return f"subscriber {self.subscription.name}"
 
     def start(self) -> None:
         """Make the durable consumer and begin to pull; the errors of ``Broker.consume``."""
@@ -176,14 +184,17 @@ class SubscriberConsumer:
             self._top_up()
 
     def halt(self) -> None:
-        """Begin no more handlers; ``stop_pulling`` is to follow."""
+        """Begin no more handlers; ``stop`` follows."""
         self._stopping = True
 
-    def stop_pulling(self, timeout: float = STOP_TIMEOUT) -> None:
-        """Ask for no more, and hand back what no handler has begun with."""
+    def stop(self, timeout: float = STOP_TIMEOUT) -> None:
+        """Stop pulling, and hand back what no handler has begun with.
+
+        :param timeout: longest wait for the server, never more than ``STOP_TIMEOUT`` seconds.
+        """
         self.halt()
         if self._consumption is not None and not self._ended:
-            self._end(self._consumption, timeout)
+            self._end(self._consumption, min(timeout, STOP_TIMEOUT))
         # Only now: while the pull was open, the server would have given it back to us at once.
         self._backlog.clear()
         for job in list(self._waiting):
@@ -198,9 +209,9 @@ class SubscriberConsumer:
             _log.warning("%s: stopped without the server: %s", self.subscription.name, error)
         self._ended = True
 
-    def abandon(self, timeout: float = STOP_TIMEOUT) -> None:
-        """Give back all that is in hand, begun or not; nothing comes any more."""
-        self.stop_pulling(timeout)
+    def abandon(self) -> None:
+        """Stop pulling, and hand back everything in hand, begun or not."""
+        self.stop()
         for job in list(self._jobs):
             job.delivery.nak()
 
@@ -220,12 +231,15 @@ class SubscriberConsumer:
         own = self.subscription.ack_wait
         return own if self._consumption is None else min(own, self._consumption.ack_wait)
 
-    def nudge(self, saw: Callable[[], None]) -> None:
-        """Have ``saw`` called by the loop that pulls; at once while the pull is being made."""
+    def ping(self, saw: Callable[[], None]) -> None:
+        """Call ``saw`` in the loop that pulls; at once while the pull is being made."""
         if self._consumption is None:
             saw()
         else:
             self._consumption.nudge(saw)
+
+    def wake(self) -> None:
+        """Do nothing: the server delivers messages without being asked anew."""
 
     def is_idle(self) -> bool:
         """Whether nothing is in hand here, and nothing is pending or unsettled at the server."""

@@ -1,4 +1,4 @@
-"""The worker: handler threads, a monitor, and an orderly end."""
+"""The worker: duties, handler threads, a monitor, and an orderly end."""
 
 from __future__ import annotations
 
@@ -6,77 +6,71 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Protocol, Self, cast
+from typing import Self, cast
 
 from ..brokers.base import Broker
 from ..config.settings import Settings
-from ..deadletters.box import DeadLetterBox
 from ..errors import NatsPubsubError, TablesMissing
 from ..signals import worker_started, worker_stopped
 from ..subscribing.durables import complaints
 from ..subscribing.subscription import Subscription
 from ..text import get_logger
 from .async_handlers import AsyncHandlers
-from .consumer import HAND_BYTES, LEAST_BYTES, STOP_TIMEOUT, Gate, Job, SubscriberConsumer
-from .processor import Emit, Processor, Transactions
+from .consumer import HAND_BYTES, LEAST_BYTES, Gate, Job, SubscriberConsumer
+from .duty import Duty
+from .processor import Emit, Processor
 
 _log = get_logger("flask_natspubsub.worker")
 
+#: The name of the duty that relays the outbox.
+RELAY = "relay"
+#: Seconds between two rounds of the monitor.
 TICK = 0.25
 IDLE_TICK = 0.2
-#: For so many seconds an outage is waited for by those who wait for the end of the work.
+#: Seconds that an outage may last for those who wait until there is no more work.
 IDLE_PATIENCE = 10.0
-#: For so many seconds a thread goes on with one subscriber's messages before others have a turn.
+#: Seconds that a thread goes on with one subscriber's messages before others have a turn.
 TURN = 0.01
-
-
-class Relaying(Protocol):
-    """The relay of the outbox, as the worker sees it; see ``publishing.relay.Relay``."""
-
-    def run(self) -> None:
-        """Relay until ``stop``."""
-
-    def stop(self) -> None:
-        """Have ``run`` return soon."""
-
-    def is_idle(self) -> bool:
-        """Whether there is nothing to relay now."""
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether ``run`` goes round."""
+#: Seconds that a duty has at least to stop, though the time for handlers is used up: one that
+#: feeds them, and one that outlasts them.
+LEAST_STOP, LEAST_LAST_STOP = 0.1, 1.0
 
 
 class Worker:
-    """Runs subscribers in threads of this process.
+    """Runs subscribers and other duties in threads of this process.
 
-    Use it as a context manager, or ``start`` and ``stop`` it.
+    Use it as a context manager, or ``start`` and ``stop`` it. Its end has one order:
 
-    :param subscriptions: what to run.
-    :param app_context: makes a fresh application context for each message.
+    1. The duties that give work to handlers are halted: no handler begins any more.
+    2. They are stopped: pulls end, and what has not begun is handed back.
+    3. The handlers that run are waited for.
+    4. The other duties, such as the relay, are halted and stopped: they give up their leases.
+
+    :param processors: what processes the messages of each subscriber to run.
     :param emit: sends a signal for the application.
+    :param handlers: runs the async handlers of the processors; stopped with the worker.
     :param concurrency: handler threads, shared by all subscribers.
-    :param transactions: opens the transactions of handlers; None without a database.
-    :param relay: relays the outbox in a thread of its own.
-    :param declared: all subscribers of the app, to know its consumers that none of them has.
+    :param duties: what it does besides consuming.
+    :param declared: all subscribers of the app, by which consumers without one are found.
+    :param tick: seconds between two rounds of the monitor, at most.
     """
 
     def __init__(
         self,
         broker: Broker,
         settings: Settings,
-        subscriptions: Sequence[Subscription],
-        app_context: Callable[[], AbstractContextManager[object]],
+        processors: Sequence[Processor],
         emit: Emit,
+        handlers: AsyncHandlers,
+        *,
         concurrency: int | None = None,
-        transactions: Transactions | None = None,
-        relay: Relaying | None = None,
-        declared: Sequence[Subscription] | None = None,
+        duties: Sequence[Duty] = (),
+        declared: Sequence[Subscription] = (),
+        tick: float = TICK,
     ) -> None:
         self.settings = settings
-        self._declared = subscriptions if declared is None else declared
+        self._declared = declared
         self.concurrency = concurrency or settings.concurrency
         self._broker = broker
         self._emit = emit
@@ -86,18 +80,16 @@ class Worker:
         self._overdue: dict[threading.Thread, float] = {}
         self._monitor: threading.Thread | None = None
         self._wake_monitor = threading.Event()
-        self._async = AsyncHandlers()
-        self._relay = relay
-        self._relay_thread: threading.Thread | None = None
+        self._async = handlers
         self._state = "new"
+        self._tick = tick
         self._beat = 0.0
         self._life = threading.Lock()
-        box = DeadLetterBox(broker, settings)
-        hand_bytes = max(LEAST_BYTES, HAND_BYTES // (len(subscriptions) or 1))
+        hand_bytes = max(LEAST_BYTES, HAND_BYTES // (len(processors) or 1))
         self._consumers = [
             SubscriberConsumer(
                 broker,
-                Processor(subscription, box, app_context, emit, self._async.run, transactions),
+                processor,
                 settings.stream,
                 self.concurrency,
                 settings.prefetch,
@@ -105,8 +97,10 @@ class Worker:
                 self._gate,
                 hand_bytes,
             )
-            for subscription in subscriptions
+            for processor in processors
         ]
+        #: In the order in which they are started.
+        self._duties: list[Duty] = [*duties, *self._consumers]
 
     # --- life
 
@@ -115,7 +109,7 @@ class Worker:
 
         While the server is down this takes a moment for each subscriber.
 
-        :param stop: when it is set, those that have not begun to pull do not begin.
+        :param stop: once it is set, duties that have not begun do not begin.
         :raises TopologyError: a stream is missing or does not cover a subscriber's subjects.
         :raises BrokerError: the server does not answer, or refuses. After an error what was
             started is stopped again.
@@ -124,32 +118,29 @@ class Worker:
             if self._state != "new":
                 raise RuntimeError("a worker is started once; make another")
             self._state = "running"
-        for _ in range(self.concurrency):
+        for _ in range(self._handler_threads):
             self._start_thread()
         self._beat = time.monotonic()
         self._monitor = threading.Thread(target=self._watch, name="natspubsub-monitor", daemon=True)
         self._monitor.start()
-        if self._relay is not None:
-            self._relay_thread = threading.Thread(
-                target=self._relay.run, name="natspubsub-relay", daemon=True
-            )
-            self._relay_thread.start()
         try:
-            self._look_at_consumers()
-            for consumer in self._consumers:
-                if self._state != "running" or (stop is not None and stop.is_set()):
-                    break
-                consumer.start()
+            self._start_duties(stop)
         except BaseException:
             self.stop()
             raise
         self._emit(worker_started, worker=self)
         return self
 
-    def _look_at_consumers(self) -> None:
+    def _start_duties(self, stop: threading.Event | None) -> None:
+        for duty in self._duties:
+            if self._consumers and duty is self._consumers[0]:
+                self._warn_of_stray_consumers()
+            if self._state != "running" or (stop is not None and stop.is_set()):
+                break
+            duty.start()
+
+    def _warn_of_stray_consumers(self) -> None:
         """Warn of subscribers that look renamed or removed, before a new one begins."""
-        if not self._consumers:
-            return
         try:
             self._broker.connect(self.settings.connect_timeout)
             for line in complaints(self._broker, self.settings, self._declared):
@@ -158,7 +149,7 @@ class Worker:
             _log.debug("the consumers of the app could not be listed: %s", error)
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Stop pulling, hand back what has not begun, finish what has.
+        """Stop pulling, hand back what has not begun, finish what has, then end all else.
 
         :param timeout: seconds to wait for handlers; default ``NATSPUBSUB_SHUTDOWN_TIMEOUT``.
         :returns: whether every handler ended in that time.
@@ -170,10 +161,8 @@ class Worker:
         deadline = time.monotonic() + (
             self.settings.shutdown_timeout if timeout is None else timeout
         )
-        for consumer in self._consumers:
-            consumer.halt()
-        for consumer in self._consumers:
-            consumer.stop_pulling(min(STOP_TIMEOUT, max(0.1, deadline - time.monotonic())))
+        last = [duty for duty in self._duties if duty.outlasts_handlers]
+        _stop([duty for duty in self._duties if duty not in last], deadline, LEAST_STOP)
         self._queue.put(None)
         clean = self._wait_for_handlers(deadline)
         if not clean:
@@ -183,12 +172,12 @@ class Worker:
         if self._monitor is not None and self._monitor is not threading.current_thread():
             self._monitor.join(5)
         self._async.stop()
-        self._stop_relay(max(1.0, deadline - time.monotonic()))
+        _stop(last, deadline, LEAST_LAST_STOP)
         self._emit(worker_stopped, worker=self)
         return clean
 
     def _wait_for_handlers(self, deadline: float) -> bool:
-        """Wait for the threads, but for the caller's own and those whose time runs out."""
+        """Wait for the handler threads, except the caller's own; False if the time runs out."""
         while waiting := [thread for thread in list(self._threads) if self._is_busy(thread)]:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -200,12 +189,12 @@ class Worker:
         return thread.is_alive() and thread is not threading.current_thread()
 
     def hand_back_all(self) -> None:
-        """Have everything in hand delivered again now, also what is being handled.
+        """Hand back everything in hand, also what is being handled, and give up the leases.
 
         For the end of a process that will not wait for its handlers.
         """
-        for consumer in self._consumers:
-            consumer.abandon()
+        for duty in reversed(self._duties):
+            duty.abandon()
 
     def __enter__(self) -> Self:
         return self.start() if self._state == "new" else self
@@ -215,20 +204,16 @@ class Worker:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the threads run, the broker is connected and every pull is alive."""
+        """Whether the threads run, the broker is connected and every duty does its work."""
         return all(self.checks().values())
 
     def checks(self) -> dict[str, bool]:
-        """Say of each thing that a healthy worker needs, by name, whether it is well."""
+        """Return by name whether each thing that a healthy worker needs is well."""
         found = {
             "running": self._state == "running" and self._is_watched(),
             "nats": self._broker.is_connected,
         }
-        if self._relay is not None:
-            found["relay"] = self._relay.is_alive
-        for consumer in self._consumers:
-            found[f"subscriber {consumer.subscription.name}"] = consumer.is_healthy
-        return found
+        return found | {duty.name: duty.is_healthy for duty in self._duties}
 
     def load(self) -> dict[str, int]:
         """Return how many messages are in hand, and the limit, for health."""
@@ -239,27 +224,24 @@ class Worker:
 
     @property
     def loops(self) -> list[str]:
-        """The names that ``nudge`` gets to see if all is well."""
-        relay = [] if self._relay is None else ["relay"]
-        names = [f"subscriber {consumer.subscription.name}" for consumer in self._consumers]
-        return ["monitor", "handler threads", "async handlers", *relay, *names]
+        """The names that ``ping`` gives to ``saw`` if all is well."""
+        names = [duty.name for duty in self._duties]
+        return ["monitor", "handler threads", "async handlers", *names]
 
-    def nudge(self, saw: Callable[[str], None]) -> None:
-        """Have ``saw`` called with the name of each loop that goes round, by some in their thread.
+    def ping(self, saw: Callable[[str], None]) -> None:
+        """Ping every loop. Each live one calls ``saw(name)``, some from their own thread.
 
-        The name of one that hangs, or whose thread has ended, does not come. Does not wait.
+        Returns at once.
         """
         running = self._state == "running"
         if not running or self._is_watched():
             saw("monitor")
         alive = [thread for thread in list(self._threads) if thread.is_alive()]
-        if not running or len(alive) >= self.concurrency:
+        if not running or len(alive) >= self._handler_threads:
             saw("handler threads")
-        if self._relay is not None and (not running or self._relay.is_alive):
-            saw("relay")
-        self._async.nudge(lambda: saw("async handlers"))
-        for consumer in self._consumers:
-            consumer.nudge(lambda name=f"subscriber {consumer.subscription.name}": saw(name))  # type: ignore[misc]
+        self._async.ping(partial(saw, "async handlers"))
+        for duty in self._duties:
+            duty.ping(partial(saw, duty.name))
 
     @property
     def overdue(self) -> float:
@@ -268,7 +250,7 @@ class Worker:
         return time.monotonic() - min(since) if since else 0.0
 
     def _is_watched(self) -> bool:
-        return time.monotonic() - self._beat < 20 * TICK
+        return time.monotonic() - self._beat < 20 * self._tick
 
     @property
     def subscribers(self) -> list[str]:
@@ -278,10 +260,10 @@ class Worker:
     @property
     def relays(self) -> bool:
         """Whether it relays the outbox too."""
-        return self._relay is not None
+        return any(duty.name == RELAY for duty in self._duties)
 
     def wait_until_idle(self, stop: threading.Event | None = None) -> None:
-        """Return when no subscriber has anything left to do, or ``stop`` is set.
+        """Return when no duty has anything left to do, or ``stop`` is set.
 
         :raises NatsPubsubError: the server or the database could not be asked for
             ``IDLE_PATIENCE`` seconds on end, or has not what it should have.
@@ -297,23 +279,21 @@ class Worker:
                 if isinstance(error, TablesMissing) or time.monotonic() - asked > IDLE_PATIENCE:
                     raise
 
-    def _stop_relay(self, timeout: float) -> None:
-        """Stop it last: the handlers that have just ended may have written to the outbox."""
-        if self._relay is not None and self._relay_thread is not None:
-            self._relay.stop()
-            self._relay_thread.join(timeout)
-
     def _is_idle(self) -> bool:
-        """Look at all subscribers, and whether one handled something meanwhile.
+        """Ask all duties, and whether a message was handled meanwhile.
 
-        That may have been a message for one that was looked at before.
+        That may have been a message for a subscriber that was asked before.
         """
         handled = [consumer.handled for consumer in self._consumers]
-        idle = self._relay is None or self._relay.is_idle()
-        idle = idle and all(consumer.is_idle() for consumer in self._consumers)
+        idle = all(duty.is_idle() for duty in self._duties)
         return idle and handled == [consumer.handled for consumer in self._consumers]
 
     # --- the handler threads
+
+    @property
+    def _handler_threads(self) -> int:
+        """How many there should be: none where there is nothing to handle."""
+        return self.concurrency if self._consumers else 0
 
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._work, name="natspubsub-handler", daemon=True)
@@ -349,12 +329,12 @@ class Worker:
             except Exception:  # noqa: BLE001 - without renewals messages would come twice
                 _log.exception("looking after the handlers failed")
             waits = (consumer.ack_wait / 6 for consumer in self._consumers)
-            self._wake_monitor.wait(min([TICK, *waits]))
+            self._wake_monitor.wait(min([self._tick, *waits]))
 
     def _look_after_all(self) -> None:
         now = time.monotonic()
-        for consumer in self._consumers:
-            for job in consumer.look_after(now):
+        for duty in self._duties:
+            for job in duty.look_after(now):
                 self._expire(job)
         self._beat = now
 
@@ -376,3 +356,11 @@ class Worker:
         running_on = {one: since for one, since in self._overdue.items() if one.is_alive()}
         self._overdue = running_on | {late: time.monotonic()}
         self._start_thread()
+
+
+def _stop(duties: Sequence[Duty], deadline: float, least: float) -> None:
+    """Halt all of ``duties``, then stop each by the deadline, or within ``least`` seconds."""
+    for duty in duties:
+        duty.halt()
+    for duty in duties:
+        duty.stop(max(least, deadline - time.monotonic()))

@@ -6,9 +6,10 @@ import threading
 
 import pytest
 
-from flask_natspubsub.worker import worker as worker_module
-from flask_natspubsub.worker.processes import vitals
+from flask_natspubsub.worker.async_handlers import AsyncHandlers
+from flask_natspubsub.worker.duty import LoopDuty
 from flask_natspubsub.worker.processes.vitals import Heartbeat, Vitals
+from flask_natspubsub.worker.worker import Worker
 from tests.support.waiting import eventually
 
 from .shop import TIMEOUT
@@ -18,40 +19,63 @@ pytestmark = pytest.mark.real_server
 LIMIT = 0.5
 
 
-class HalfRelay:
-    """A relay whose loop can end."""
+class HalfRelay(LoopDuty):
+    """A relay whose loop can end, and which can break the monitor."""
 
-    is_alive = True
+    def __init__(self):
+        super().__init__("relay", self)
+        self.is_alive, self.breaks = True, False
+        self._end = threading.Event()
 
     def run(self):
-        pass
+        self._end.wait(TIMEOUT)
 
-    def stop(self):
-        pass
+    def stop(self, timeout=None):
+        self._end.set()
+
+    def look_after(self, now):
+        if self.breaks:
+            raise RuntimeError("broken")
+        return ()
+
+
+class Site:
+    """A worker with a subscriber that runs async handlers, and a relay."""
+
+    def __init__(self, state):
+        self.handlers, self.relay = AsyncHandlers(), HalfRelay()
+        processors = state.make_processors(state.subscriptions(), self.handlers.run)
+        self.worker = Worker(
+            state.broker(), state.settings, processors, state.emit, self.handlers,
+            duties=[self.relay], tick=0.02,
+        )  # fmt: skip
+
+    @property
+    def async_loop(self):
+        return self.handlers._loop.loop
+
+    @property
+    def pulling_loop(self):
+        return self.worker._consumers[0]._consumption._session.loop.loop
 
 
 @pytest.fixture
-def worker(shop, monkeypatch):
-    """A worker with a subscriber that runs async handlers, and a relay."""
-    monkeypatch.setattr(vitals, "INTERVAL", 0.05)
-    monkeypatch.setattr(worker_module, "TICK", 0.02)
-
+def site(shop):
     @shop.pubsub.subscriber("job.created", name="work")
     async def work(message):
         pass
 
-    worker = shop.pubsub.make_worker()
-    worker._relay = HalfRelay()
-    with worker:
+    site = Site(shop.pubsub.state())
+    with site.worker:
         shop.pubsub.publish("job.created", {"n": 1})
-        eventually(lambda: worker._async._loop is not None, TIMEOUT)
-        yield worker
+        eventually(lambda: site.handlers._loop is not None, TIMEOUT)
+        yield site
 
 
 @pytest.fixture
-def heartbeat(worker):
+def heartbeat(site):
     told = []
-    beating = Heartbeat(worker, told.append)
+    beating = Heartbeat(site.worker, told.append, interval=0.05, late=LIMIT)
     beating.told = told
     beating.start()
     yield beating
@@ -66,37 +90,28 @@ def block():
     hanging.set()
 
 
-def pulling_loop(worker):
-    return worker._consumers[0]._consumption._session.loop
+def hang_pulling(site, block):
+    block(site.pulling_loop)
 
 
-def fail(*arguments):
-    raise RuntimeError("broken")
+def end_pulling(site, block):
+    site.pulling_loop.call_soon_threadsafe(site.pulling_loop.stop)
 
 
-def hang_pulling(worker, block, monkeypatch):
-    block(pulling_loop(worker).loop)
+def hang_async_handlers(site, block):
+    block(site.async_loop)
 
 
-def end_pulling(worker, block, monkeypatch):
-    loop = pulling_loop(worker)
-    loop.loop.call_soon_threadsafe(loop.loop.stop)
+def end_handler_threads(site, block):
+    site.worker._queue.put(None)
 
 
-def hang_async_handlers(worker, block, monkeypatch):
-    block(worker._async._loop.loop)
+def break_monitor(site, block):
+    site.relay.breaks = True
 
 
-def end_handler_threads(worker, block, monkeypatch):
-    worker._queue.put(None)
-
-
-def break_monitor(worker, block, monkeypatch):
-    monkeypatch.setattr(worker, "_look_after_all", fail)
-
-
-def end_relay(worker, block, monkeypatch):
-    worker._relay.is_alive = False
+def end_relay(site, block):
+    site.relay.is_alive = False
 
 
 FAULTS = {
@@ -111,30 +126,29 @@ FAULTS = {
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of coroutines on a loop that was stopped
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_loop_that_hangs_or_ends_is_named(worker, heartbeat, block, monkeypatch, fault):
+def test_a_loop_that_hangs_or_ends_is_named(site, heartbeat, block, fault):
     eventually(lambda: heartbeat.told, TIMEOUT)
-    assert heartbeat.take().loops.keys() == set(worker.loops)
+    assert heartbeat.take().loops.keys() == set(site.worker.loops)
     assert heartbeat.take().stalled(TIMEOUT) == []
 
-    fault(worker, block, monkeypatch)
+    fault(site, block)
 
     name = FAULTS[fault]
     eventually(lambda: heartbeat.take().stalled(LIMIT) == [name], TIMEOUT, f"{name} was not missed")
     eventually(lambda: heartbeat.told[-1].stalled(LIMIT) == [name], TIMEOUT)
 
 
-def test_the_health_endpoint_shows_a_late_loop(worker, heartbeat, block, monkeypatch):
+def test_the_health_endpoint_shows_a_late_loop(site, heartbeat, block):
     eventually(lambda: heartbeat.look()[0], TIMEOUT)
     assert all(row["status"] == "ok" for row in heartbeat.look()[1].values())
-    monkeypatch.setattr(vitals, "LATE", LIMIT)
 
-    block(worker._async._loop.loop)
+    block(site.async_loop)
 
     eventually(lambda: not heartbeat.look()[0], TIMEOUT)
     assert heartbeat.look()[1]["loops"]["failed"] == ["async handlers"]
 
 
-def test_a_handler_beyond_its_time_limit_is_told(shop, monkeypatch):
+def test_a_handler_beyond_its_time_limit_is_told(shop):
     release = threading.Event()
 
     @shop.pubsub.subscriber("job.created", name="slow", timeout=0.1, max_deliver=1)
@@ -160,7 +174,7 @@ def test_a_parent_that_is_gone_is_told_no_more():
         def load(self):
             return {}
 
-        def nudge(self, saw):
+        def ping(self, saw):
             saw("monitor")
 
     told = []

@@ -16,7 +16,7 @@ from typing import Any
 
 from flask_natspubsub.brokers.base import StoredAck
 from flask_natspubsub.inbox import inbox
-from flask_natspubsub.outbox import relay, store, upkeep
+from flask_natspubsub.outbox import store, upkeep
 
 FAIL = "TORTURE_FAIL"
 LEASE = "TORTURE_LEASE"
@@ -52,9 +52,7 @@ def install() -> FailPoints:
     _around(store.OutboxStore, "mark", before=lambda *marked: _on_mark(points, marked[2]))
     _around(inbox.HandlerWork, "commit", after=lambda: points.reach(COMMITTED))
     if seconds := os.environ.get(LEASE):
-        upkeep.LEASE_SECONDS = relay.LEASE_SECONDS = float(seconds)
-        relay.RENEW_BEFORE = float(seconds) * 2 / 3
-        relay.STAND_BY_INTERVAL = 0.2
+        upkeep.LEASE_SECONDS = float(seconds)
     return points
 
 

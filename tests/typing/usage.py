@@ -11,15 +11,23 @@ from typing import Any, TypedDict, assert_type
 from flask import Blueprint, Flask
 
 from flask_natspubsub import (
+    Batch,
     DeadLetter,
+    DeadLetterRecord,
+    DeadLetters,
     Draft,
     MessageContext,
     NatsPubsub,
     PublishError,
     PublishReceipt,
+    Relay,
     Retry,
+    SentEvents,
+    StoredAck,
     Subscriber,
     SubscriberGroup,
+    Verification,
+    Worker,
     current_message,
     current_trace_id,
 )
@@ -49,6 +57,7 @@ def publishing() -> None:
     assert_type(pubsub.publish_nowait("a", {}), Future[PublishReceipt])
     with pubsub.batch() as batch:
         batch.publish("a", {})
+    assert_type(batch, Batch)
     assert_type(batch.receipts, list[PublishReceipt])
 
 
@@ -121,12 +130,20 @@ def database() -> dict[str, Any]:
 
 def running() -> None:
     with pubsub.run_worker(["audit"], relay=False, concurrency=2) as worker:
+        assert_type(worker, Worker)
         assert_type(worker.is_healthy, bool)
     assert_type(worker.stop(timeout=1.0), bool)
     assert_type(pubsub.is_connected, bool)
     assert_type(pubsub.health_blueprint, Blueprint)
+    assert_type(pubsub.dead_letters, DeadLetters)
     for record in pubsub.dead_letters:
+        assert_type(record, DeadLetterRecord)
         assert_type(record.data, bytes)
+        assert_type(pubsub.dead_letters.replay(record), StoredAck)
+    assert_type(pubsub.make_relay(), Relay)
+    assert_type(pubsub.make_relay().run_once(), int)
+    assert_type(pubsub.sent_events, SentEvents)
+    assert_type(pubsub.sent_events.verify(), Verification)
     pubsub.shutdown(app)
 
 

@@ -11,10 +11,11 @@ import pytest
 from flask import Flask
 from flask.cli import ScriptInfo
 
-from flask_natspubsub import NatsPubsub, NotConnected
+from flask_natspubsub import Draft, NatsPubsub, NotConnected
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.cli import natspubsub
 from flask_natspubsub.messages.message import Message
+from flask_natspubsub.publishing.publisher import Publisher
 
 
 def make_app(**config):
@@ -143,7 +144,7 @@ def test_an_error_in_the_configuration_is_one_line_and_exit_code_1():
 
 
 def test_other_errors_are_not_hidden(app, monkeypatch):
-    monkeypatch.setattr(NatsPubsub, "publish", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(Publisher, "publish", lambda *args, **kwargs: 1 / 0)
 
     assert isinstance(invoke(app, "publish", "a.b", "{}").exception, ZeroDivisionError)
 
@@ -196,10 +197,10 @@ def test_publish_without_a_broker_fails(app, state):
 
 
 def test_subscribers_lists_what_waits(app, state):
-    with state.extension.run_worker():
+    with state.make_worker():
         pass
     with app.app_context():
-        state.extension.publish("order.created", {"id": 1})
+        state.publisher.publish(Draft("order.created", {"id": 1}))
 
     rows = json.loads(invoke(app, "subscribers", "--json").stdout)
 
@@ -360,7 +361,7 @@ def test_replay_sends_again_and_removes(app, state):
 
     assert result.exit_code == 0
     assert result.stdout == "replayed 2, failed 0\n"
-    assert list(state.extension.dead_letters) == []
+    assert list(state.dead_letters) == []
     sent = [m.headers["x-replay-for"] for m in state.broker().messages(state.settings.stream)]
     assert sent == ["mailer", "mailer"]
 
@@ -391,7 +392,7 @@ def test_replay_of_what_fails_again_ends(app, state):
 
 
 def seen(state):
-    return [record.id for record in state.extension.dead_letters]
+    return [record.id for record in state.dead_letters]
 
 
 def test_one_that_cannot_be_replayed_fails_and_the_others_are(app, state):

@@ -326,7 +326,7 @@ def test_stopping_hands_back_what_has_not_begun_and_leaves_the_rest(make):
     bench = make(concurrency=2).start()
     bench.deliver(5)
     bench.begin()
-    bench.consumer.stop_pulling()
+    bench.consumer.stop()
 
     assert [delivery.fate for delivery in bench.deliveries] == [None] + [("nak", None)] * 4
     assert bench.consumer.in_hand == 1
@@ -344,7 +344,7 @@ def test_what_is_handed_back_is_handed_back_after_the_pull_has_ended(make):
     bench.consumer.halt()
     bench.broker.deliver(Watched())
     assert bench.broker.log == []
-    bench.consumer.stop_pulling()
+    bench.consumer.stop()
     assert bench.broker.log == ["stop", "nak", "nak"]
 
 
@@ -353,7 +353,7 @@ def test_no_handler_begins_once_the_worker_is_stopping(make):
     bench.deliver()
     bench.consumer.halt()
     assert bench.run() is None
-    bench.consumer.stop_pulling()
+    bench.consumer.stop()
     assert bench.deliveries[0].fate == ("nak", None)
 
 
@@ -370,7 +370,7 @@ def test_nothing_is_asked_for_while_stopping(make):
 
 def test_a_worker_stopped_while_it_starts_does_not_leave_a_pull_behind(make):
     bench = make()
-    bench.broker.while_opening = bench.consumer.stop_pulling
+    bench.broker.while_opening = bench.consumer.stop
     bench.start()
     assert bench.broker.log == ["stop"]
     assert bench.asked_for == 0
@@ -380,7 +380,7 @@ def test_a_server_that_is_gone_does_not_keep_a_worker_from_stopping(make, caplog
     bench = make(concurrency=1).start()
     bench.deliver(2)
     bench.broker.consumption.stop_error = BrokerError("The server did not answer.")
-    bench.consumer.stop_pulling()
+    bench.consumer.stop()
 
     assert "stopped without the server" in caplog.text
     assert all(delivery.fate == ("nak", None) for delivery in bench.deliveries)

@@ -9,9 +9,9 @@ import pytest
 
 SCRIPT = """
 import signal, sys, threading
-from flask_natspubsub.worker.processes.signals import Process
+from flask_natspubsub.worker.processes.signals import SignalledProcess
 
-class Signalled(Process):
+class Signalled(SignalledProcess):
     def work(self):
         main = threading.main_thread().ident
         while sys._current_frames()[main].f_code.co_name != "_next_news":

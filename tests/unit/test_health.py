@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 from flask import Flask
@@ -11,6 +17,7 @@ from flask.testing import FlaskClient
 
 from flask_natspubsub import NatsPubsub
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
+from flask_natspubsub.worker.processes.health_server import HealthServer
 from tests.conftest import MakePubsub
 
 PATHS = ["/health/", "/health/live", "/health/ready", "/health/detailed"]
@@ -145,3 +152,61 @@ def test_nothing_secret_is_told(pubsub: NatsPubsub, http: FlaskClient) -> None:
         text = http.get(path).text
         assert "s3cr3t" not in text
         assert "memory://" not in text
+
+
+# --- the worker's own server
+
+
+@pytest.fixture
+def rows() -> dict[str, dict[str, Any]]:
+    return {"nats": {"status": "ok"}, "relay": {"status": "ok", "age": 1.5}}
+
+
+@pytest.fixture
+def served(rows: dict[str, dict[str, Any]]) -> Iterator[HealthServer]:
+    """A health server of a process that lives while it has a row ``nats``."""
+    with HealthServer("127.0.0.1", 0, lambda: ("nats" in rows, rows)) as server:
+        yield server
+
+
+def ask(server: HealthServer, path: str) -> tuple[int, Any]:
+    url = server.url.removesuffix("/health/") + path
+    try:
+        with urlopen(url, timeout=10) as response:
+            assert response.headers["Cache-Control"] == "no-store"
+            return response.status, json.load(response)
+    except HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_the_worker_answers_like_the_blueprint(
+    served: HealthServer, rows: dict[str, dict[str, Any]]
+) -> None:
+    statuses = {"nats": "ok", "relay": "ok"}
+    for summary in ("/health", "/health/", "/health/?verbose"):
+        assert ask(served, summary) == (200, {"status": "ok", "checks": statuses})
+    assert ask(served, "/health/live") == (200, {"status": "ok"})
+    assert ask(served, "/health/ready/") == (200, {"status": "ok", "failed": []})
+    assert ask(served, "/health/detailed") == (200, {"status": "ok", "checks": rows})
+    for unknown in ("/", "/live", "/healthy", "/health/payloads", "/health/live/more"):
+        assert ask(served, unknown)[0] == 404
+
+
+def test_a_failed_check_of_the_worker_is_not_ready_but_alive(
+    served: HealthServer, rows: dict[str, dict[str, Any]]
+) -> None:
+    rows["relay"]["status"] = "failed"
+    assert [ask(served, path)[0] for path in PATHS] == [503, 200, 503, 503]
+    assert ask(served, "/health/ready")[1] == {"status": "failed", "failed": ["relay"]}
+    del rows["nats"]
+    assert ask(served, "/health/live") == (503, {"status": "failed"})
+
+
+def test_stuck_clients_do_not_keep_the_worker_from_answering(served: HealthServer) -> None:
+    host, port = served.url.split("/")[2].split(":")
+    with ExitStack() as stuck:
+        for _ in range(50):
+            client = stuck.enter_context(socket.create_connection((host, int(port)), 10))
+            client.sendall(b"GET /health/li")
+        assert ask(served, "/health/live") == (200, {"status": "ok"})

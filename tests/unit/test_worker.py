@@ -12,12 +12,17 @@ import pytest
 from flask_natspubsub import message_handled
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.brokers.topology import wanted_streams
+from flask_natspubsub.deadletters.box import DeadLetterBox
 from flask_natspubsub.deadletters.reader import DeadLetters
 from flask_natspubsub.errors import BrokerError, RegistrationError
 from flask_natspubsub.messages.message import Message
 from flask_natspubsub.subscribing.registry import Registry
 from flask_natspubsub.subscribing.subscription import choose
+from flask_natspubsub.worker import duty as duty_module
+from flask_natspubsub.worker.async_handlers import AsyncHandlers
 from flask_natspubsub.worker.consumer import Gate
+from flask_natspubsub.worker.duty import LoopDuty
+from flask_natspubsub.worker.processor import Processor
 from flask_natspubsub.worker.worker import Worker
 from tests.support.waiting import eventually
 
@@ -142,17 +147,26 @@ class Place:
         self.registry.add(handler, "order.created", **{"name": "mailer", **options})
         return self.make(concurrency)
 
-    def make(self, concurrency=2):
+    def make(self, concurrency=2, **options):
+        handlers, box = AsyncHandlers(), DeadLetterBox(self.broker, SETTINGS)
+        processors = [
+            Processor(subscription, box, nullcontext, self.emit, handlers.run)
+            for subscription in self.registry.resolve(SETTINGS)
+        ]
         worker = Worker(
             self.broker,
             SETTINGS,
-            self.registry.resolve(SETTINGS),
-            nullcontext,
-            lambda signal, **arguments: self.signals.append(signal.name),
-            concurrency,
+            processors,
+            self.emit,
+            handlers,
+            concurrency=concurrency,
+            **options,
         )
         self.workers.append(worker)
         return worker
+
+    def emit(self, signal, **arguments):
+        self.signals.append(signal.name)
 
     def publish(self, *ids):
         messages = [Message("test.shop.order.created", envelope({"id": id}), {}) for id in ids]
@@ -291,11 +305,9 @@ def test_a_start_that_fails_is_undone(place, error):
     assert not names & {"natspubsub-handler", "natspubsub-monitor"}
 
 
-def test_an_error_in_the_monitor_is_logged_and_makes_the_worker_unhealthy(
-    place, caplog, monkeypatch
-):
-    monkeypatch.setattr("flask_natspubsub.worker.worker.TICK", 0.05)
-    worker = place.worker(lambda message: None).start()
+def test_an_error_in_the_monitor_is_logged_and_makes_the_worker_unhealthy(place, caplog):
+    place.registry.add(lambda message: None, "order.created", name="mailer")
+    worker = place.make(tick=0.05).start()
     assert worker.is_healthy
     consumer = worker._consumers[0]
 
@@ -325,6 +337,154 @@ def test_a_fault_of_the_package_does_not_end_a_thread(place, caplog):
     eventually(lambda: place.is_settled)
     assert place.signals.count("message-handled") == 3
     assert caplog.text.count("mailer: not processed") == 2
+
+
+# --- duties
+
+
+class RecordingDuty:
+    """A duty that writes down what it is told."""
+
+    is_healthy = True
+
+    def __init__(self, name, log, outlasts_handlers=True):
+        self.name, self.log, self.outlasts_handlers = name, log, outlasts_handlers
+        self.idle = True
+
+    def start(self):
+        self.log.append(f"start {self.name}")
+
+    def halt(self):
+        self.log.append(f"halt {self.name}")
+
+    def stop(self, timeout):
+        assert timeout > 0
+        self.log.append(f"stop {self.name}")
+
+    def abandon(self):
+        self.log.append(f"abandon {self.name}")
+
+    def is_idle(self):
+        return self.idle
+
+    def wake(self):
+        pass
+
+    def look_after(self, now):
+        return ()
+
+    def ping(self, saw):
+        saw()
+
+
+def test_duties_end_in_order_around_the_last_handlers(place):
+    log, began = [], threading.Event()
+
+    def handler(message):
+        began.set()
+        eventually(lambda: "stop feeder" in log)
+        log.append("handler ends")
+
+    place.registry.add(handler, "order.created", name="mailer")
+    relay, feeder = RecordingDuty("relay", log), RecordingDuty("feeder", log, False)
+    worker = place.make(duties=[relay, feeder]).start()
+    place.publish(1)
+    assert began.wait(10)
+    assert worker.stop()
+    worker.hand_back_all()
+
+    assert log == [
+        "start relay", "start feeder", "halt feeder", "stop feeder", "handler ends",
+        "halt relay", "stop relay", "abandon feeder", "abandon relay",
+    ]  # fmt: skip
+
+
+def test_duties_are_part_of_health_of_pings_and_of_idleness(place):
+    duty = RecordingDuty("ticking", [])
+    with place.make(duties=[duty]) as worker:
+        seen = set()
+        worker.ping(seen.add)
+        assert seen == set(worker.loops) == {
+            "monitor", "handler threads", "async handlers", "ticking"
+        }  # fmt: skip
+        assert worker.checks() == {"running": True, "nats": True, "ticking": True}
+        duty.is_healthy = False
+        assert not worker.is_healthy
+        duty.idle = False
+        stop = threading.Event()
+        waiting = threading.Thread(target=worker.wait_until_idle, args=[stop])
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        duty.idle = True
+        waiting.join(10)
+        assert not waiting.is_alive()
+
+
+def test_a_worker_without_subscribers_has_no_handler_threads(place):
+    with place.make(duties=[RecordingDuty("ticking", [])]) as worker:
+        assert not [t for t in threading.enumerate() if t.name == "natspubsub-handler"]
+        assert worker.is_healthy
+
+
+class Loop:
+    """A loop that fails the first time, as by ``sys.exit()`` in a signal's receiver."""
+
+    is_alive = True
+
+    def __init__(self):
+        self.runs, self.released = 0, False
+        self.stopping = threading.Event()
+
+    def run(self):
+        self.runs += 1
+        if self.runs == 1:
+            raise SystemExit
+        self.stopping.wait(20)
+
+    def stop(self):
+        self.stopping.set()
+
+    def release(self):
+        self.released = True
+
+    def is_idle(self):
+        return True
+
+    def wake(self):
+        pass
+
+
+def test_a_loop_that_ends_by_an_error_is_started_again(caplog, monkeypatch):
+    monkeypatch.setattr(duty_module, "PAUSE", 0.01)
+    loop = Loop()
+    duty = LoopDuty("ticker", loop)
+    duty.start()
+    eventually(lambda: loop.runs == 2)
+    duty.stop(10)
+    assert "the ticker ended in an unforeseen way" in caplog.text
+    assert not [t for t in threading.enumerate() if t.name == "natspubsub-ticker"]
+
+
+def test_a_loop_that_is_abandoned_gives_up_its_leases():
+    loop = Loop()
+    duty = LoopDuty("ticker", loop)
+    duty.abandon()
+    assert loop.released
+    assert loop.stopping.is_set()
+
+
+def test_a_loop_that_is_not_alive_does_not_answer_a_ping():
+    loop, seen = Loop(), []
+    loop.runs = 1
+    duty = LoopDuty("ticker", loop)
+    loop.is_alive = False
+    duty.ping(lambda: seen.append("before"))
+    duty.start()
+    duty.ping(lambda: seen.append("while"))
+    duty.stop(10)
+    duty.ping(lambda: seen.append("after"))
+    assert seen == ["before", "after"]
 
 
 # --- choosing

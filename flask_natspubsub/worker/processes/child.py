@@ -1,8 +1,8 @@
-"""What ties a child process to its parent: a socket that breaks when either of them dies.
+"""A child process and its lifeline: a socket to the parent that breaks when either of them dies.
 
-Signals alone would not do. A parent that is killed sends none; and a service manager sends its
+Signals alone are not enough. A parent that is killed sends none; and a service manager sends its
 own SIGTERM to each process of a group, so that a child would get two and take the second for
-"at once". Over the lifeline, the parent says which of the two it means.
+"at once". Over the lifeline, the parent says which end it means.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _log = get_logger("flask_natspubsub.worker")
 
 _MARKER = "_NATSPUBSUB_WORKER_CHILD"
 _STOP, _AT_ONCE = b"s", b"!"
-#: What a child may take to end beyond NATSPUBSUB_SHUTDOWN_TIMEOUT; seconds.
+#: Seconds that the end of a child may take beyond NATSPUBSUB_SHUTDOWN_TIMEOUT.
 GRACE = 10.0
 
-#: Whether a socket can be handed to a child here; Windows starts processes in another way.
+#: Whether a child can inherit a socket; on Windows it cannot.
 AVAILABLE = os.name == "posix"
 
 
 class Lifeline:
-    """A child's end."""
+    """The child's end of the socket to its parent."""
 
     def __init__(self, end: socket.socket | None) -> None:
         self._end = end
 
     def listen(self, stop: Callable[[bool], None], patience: float) -> None:
-        """Call ``stop`` when the parent says so, or is gone; with True for "at once".
+        """Call ``stop(at_once)`` when the parent asks for it or is gone, from a thread.
 
-        :param patience: how long the process may take to end when the parent is gone; seconds.
+        :param patience: seconds that the process may take to end when the parent is gone.
         """
         if self._end is not None:
             threading.Thread(
@@ -62,15 +62,18 @@ class Lifeline:
         os._exit(1)
 
     def tell(self, vitals: Vitals) -> None:
-        """Send a heartbeat; OSError if the parent is gone."""
+        """Send a heartbeat.
+
+        :raises OSError: the parent is gone.
+        """
         if self._end is not None:
             self._end.sendall(msgspec.json.encode(vitals) + b"\n")
 
 
 def adopted() -> Lifeline | None:
-    """Return this process's lifeline, at the first call; None if no parent started it so.
+    """Return this process's lifeline at the first call; None if it is no parent's child.
 
-    The variable that tells is removed: what a handler starts is not the parent's child.
+    The environment variable is removed: a process that a handler starts is no child of the parent.
     """
     marker = os.environ.pop(_MARKER, None)
     if marker is None:
@@ -84,8 +87,11 @@ def adopted() -> Lifeline | None:
 class Child:
     """A worker process, as its parent sees it.
 
-    It runs the parent's own command anew rather than being forked, so that it has nothing of
-    the parent's: no lock that a thread held, no connection that both would write to.
+    It runs the parent's own command instead of being forked, so that it inherits no lock that a
+    thread held and no connection that both would write to.
+
+    :param command: starts the process.
+    :raises OSError: it cannot be started.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -118,7 +124,7 @@ class Child:
         return self._process.poll()
 
     def ask_to_end(self, *, at_once: bool = False) -> None:
-        """Have it end in order, or at once; to ask twice is to ask once."""
+        """Ask it to stop, gracefully or at once. Idempotent."""
         if self._end is None:
             self._process.terminate()
             return
@@ -129,11 +135,11 @@ class Child:
             self._process.terminate()
 
     def kill(self) -> None:
-        """End it as nothing can refuse."""
+        """Send SIGKILL."""
         self._process.kill()
 
     def listen(self) -> None:
-        """Take in the heartbeats that have come."""
+        """Read the heartbeats received since the last call; does not wait."""
         data = b""
         while self._end is not None and (more := _received(self._end)):
             data += more
@@ -145,7 +151,7 @@ class Child:
             self.vitals = msgspec.json.decode(lines[-1], type=Vitals)
 
     def close(self) -> None:
-        """Let go of it; one that still runs takes this for the parent's end."""
+        """Close the socket; a child that still runs takes this for the end of its parent."""
         if self._end is not None:
             self._end.close()
 
@@ -168,7 +174,7 @@ def _start(
 
 
 def _received(end: socket.socket) -> bytes:
-    """Return what has come; nothing if the other is gone, or nothing has come and none waits."""
+    """Return what was received; nothing if the other end is closed or a read would block."""
     try:
         return end.recv(65536)
     except OSError:
@@ -176,7 +182,7 @@ def _received(end: socket.socket) -> bytes:
 
 
 def exit_text(code: int) -> str:
-    """Say how a process ended."""
+    """Describe how a process ended, by its exit code."""
     if code >= 0:
         return f"ended with {code}"
     try:

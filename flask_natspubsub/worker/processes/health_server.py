@@ -1,6 +1,10 @@
-"""The worker's own health endpoint: the paths of the health blueprint, without an application.
+"""The worker's own health endpoint: the pages of the health blueprint, without an application.
 
-What it tells are names, process ids and ages; nothing that comes from a message.
+Its bodies have names, process ids and ages, and nothing that comes from a message.
+
+It is ``http.server`` and not Werkzeug's: that one ends the process when the port is taken, asks
+the DNS for its own name, and reads on what a client sends after it has been answered. To work
+around these took as many lines.
 """
 
 from __future__ import annotations
@@ -12,23 +16,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
 
+from ...observability.health import HEADERS, PAGES, Report, respond
 from ...text import get_logger
 
 _log = get_logger("flask_natspubsub.health")
 
-#: How long a client may take to say what it wants; seconds.
+#: Seconds that a client may take to send its request.
 CLIENT_TIMEOUT = 5.0
+PREFIX = "/health"
 
-#: Says whether the process lives, and of each check its ``status``, ``failed`` and details.
-Look = Callable[[], tuple[bool, Mapping[str, Mapping[str, Any]]]]
+#: Returns whether the process lives, and a row for each check.
+Look = Callable[[], Report]
 
 
 class HealthServer:
     """Answers ``/health/``, ``/health/live``, ``/health/ready`` and ``/health/detailed``.
 
-    It runs in threads of its own, from ``with`` to its end.
+    It runs in threads of its own while its ``with`` block does.
 
-    :param look: asked at each request, in the thread that serves it.
+    :param look: called for each request, in the thread that serves it.
     :raises OSError: the port is taken, or may not be used.
     """
 
@@ -40,7 +46,7 @@ class HealthServer:
 
     @property
     def url(self) -> str:
-        """Where it answers, with the port that was found if 0 was asked for."""
+        """The address of the summary page, with the port that the system chose for 0."""
         host, port = self._server.server_address[:2]
         return f"http://{host!s}:{port}/health/"
 
@@ -76,30 +82,25 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        live, checks = self.server.look()
-        failed = [name for name, row in checks.items() if row["status"] != "ok"]
         path = self.path.partition("?")[0].rstrip("/")
-        if path == "/health/live":
-            self._answer(live)
-        elif path == "/health/ready":
-            self._answer(live and not failed, failed=failed)
-        elif path == "/health":
-            statuses = {name: row["status"] for name, row in checks.items()}
-            self._answer(live and not failed, checks=statuses)
-        elif path == "/health/detailed":
-            self._answer(live and not failed, checks=checks)
-        else:
+        page = PAGES.get(path.removeprefix(PREFIX) or "/") if path.startswith(PREFIX) else None
+        if page is None:
             self._send(404, {"status": "failed", "error": "Try /health/live or /health/ready."})
+        else:
+            self._send(*respond(page, lambda: self.server.look()[0], self._checks))
 
-    def _answer(self, well: bool, **body: Any) -> None:
-        self._send(200 if well else 503, {"status": "ok" if well else "failed", **body})
+    def _checks(self) -> Report:
+        """Return whether the process lives and no check fails, and the rows."""
+        live, rows = self.server.look()
+        return live and all(row["status"] == "ok" for row in rows.values()), rows
 
     def _send(self, code: int, body: Mapping[str, Any]) -> None:
         data = json.dumps(body).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("Cache-Control", "no-store")
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 

@@ -1,4 +1,4 @@
-"""Runs the worker as a child process and starts it anew when its code changes."""
+"""The reloader: runs the worker as a child process and restarts it when its code changes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from .signals import caught_signals
 
 _log = get_logger("flask_natspubsub.worker")
 
+#: Seconds between two looks at the files.
 INTERVAL = 0.5
 _SKIPPED = {"__pycache__", "node_modules", "site-packages"}
 
 
 class Reloader:
-    """Keeps a child process running the code as it is now.
+    """Keeps a child process running the current code.
 
     A child that fails is not started again before a file changes: the code has to be mended.
 
     :param command: starts the child.
-    :param folders: ``*.py`` below them is watched, beside the modules loaded here that are
+    :param folders: ``*.py`` below them is watched, and so are the modules loaded here that are
         not installed ones.
     :param patience: seconds a child may take to end.
     """
@@ -68,7 +69,7 @@ class Reloader:
                 return None
 
     def _end(self, child: Child) -> int:
-        """Have the child end, at once when there is another signal; returns its exit code."""
+        """Stop the child, at once if another signal comes; returns its exit code."""
         waited = 0.0
         child.ask_to_end()
         while (code := child.poll()) is None:
@@ -116,6 +117,6 @@ def _files_below(folders: Sequence[str]) -> Iterator[str]:
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether a folder is none of the project's own, such as a virtual environment."""
+    """Whether a folder is not the project's own, such as a virtual environment."""
     hidden = folder.name.startswith(".") or folder.name in _SKIPPED
     return hidden or (folder / "pyvenv.cfg").exists()

@@ -1,4 +1,4 @@
-"""A worker, or a relay, as a process: signals end it, in order or at once."""
+"""A process that runs a worker until a signal ends it, gracefully or at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ...text import get_logger
 from .child import GRACE, Lifeline
 
-if TYPE_CHECKING:  # they bring asyncio and SQLAlchemy, which most commands do without
+if TYPE_CHECKING:  # they bring asyncio and SQLAlchemy, which most commands do not need
     from ...outbox.relay import Relay
     from ..worker import Worker
     from .vitals import Heartbeat
@@ -23,29 +23,30 @@ if TYPE_CHECKING:  # they bring asyncio and SQLAlchemy, which most commands do w
 _log = get_logger("flask_natspubsub.worker")
 
 CLOSE_TIMEOUT = 5.0
-#: Longest a second signal waits for messages to be handed back.
+#: Seconds after a second signal for handing messages back, and for writing the log.
 LAST_WORDS = 2.0
-#: Longest it waits for the log; seconds.
 LOGGED = 1.0
-#: How often the main thread looks for signals that did not wake it; seconds.
+#: Seconds after which the main thread looks for signals that did not wake it.
 LOOK = 0.5
-#: What a parent process has said; a signal has a number above these.
+#: Orders of the parent process; signals have numbers above these.
 _STOP, _AT_ONCE = 0, -1
+FINISHING_BATCH = "finishing the batch in hand"
 
 
-class Process:
-    """Runs something until a signal ends it.
+class SignalledProcess:
+    """Runs ``work`` in a thread until a signal ends it.
 
-    It lives in a thread and the main thread only waits for signals, so that a second one is
-    obeyed whatever the first one's orderly end is waiting for.
+    The main thread only waits for signals, so that a second one is obeyed whatever the graceful
+    end that the first one began is waiting for.
 
-    :param close: sends what is buffered and closes the broker, in so many seconds.
+    :param close: called as ``close(timeout)``, with seconds, to send what is buffered and close
+        the broker.
     :param lifeline: to the parent that started it. Then only the parent ends it at once: signals
         may come twice, from the parent's manager and from the parent.
-    :param patience: how long it may take to end when the parent is gone; seconds.
+    :param patience: seconds that its end may take when the parent is gone.
     """
 
-    #: What the first signal has it do, for the log.
+    #: What it does after the first signal, for the log.
     last_work = "finishing what has begun"
 
     def __init__(
@@ -65,7 +66,7 @@ class Process:
     def run(self) -> int:
         """Run to the end; call it in the main thread.
 
-        :returns: the exit code: 0, or 1 if it did not end in order.
+        :returns: the exit code: 0, or 1 if it did not end gracefully.
         """
         with caught_signals(self._news.put):
             if self._lifeline is not None:
@@ -78,25 +79,25 @@ class Process:
         return 0 if self._clean else 1
 
     def _next_news(self) -> int | None:
-        """Wait for what comes next.
+        """Wait for the next signal or order; None is the end of the work.
 
-        The system may give a second signal that comes at once to another thread. Python then
-        notes it and does not wake this one, which is to handle it: so it wakes by itself.
+        The system may deliver a second signal to another thread. Python then notes it without
+        waking this thread, which is to handle it; so this one wakes by itself every ``LOOK``.
         """
         while True:
             with suppress(queue.Empty):
                 return self._news.get(timeout=LOOK)
 
     def work(self) -> bool:
-        """Work until the end, or until ``stop``; returns whether all ended in order."""
+        """Work until the end, or until ``stop``; returns whether it ended gracefully."""
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Have ``work`` return soon."""
+        """Make ``work`` return soon."""
         self._stop.set()
 
     def hand_back(self) -> None:
-        """Give back what others could go on with; for an end without waiting."""
+        """Hand back what other processes could go on with; for an end without waiting."""
 
     def _live(self) -> None:
         try:
@@ -126,7 +127,7 @@ class Process:
         self.stop()
 
     def _leave(self) -> None:
-        """End the process without waiting for anybody; what is in hand is handed back."""
+        """End the process without waiting for the work; hand back what is in hand."""
         _in_at_most(LAST_WORDS, self._say_last_words)
         _in_at_most(LOGGED, logging.shutdown)  # what log handlers hold back
         os._exit(1)
@@ -136,14 +137,14 @@ class Process:
         self._close(LAST_WORDS)
 
 
-class WorkerProcess(Process):
+class WorkerProcess(SignalledProcess):
     """Runs a worker until a signal ends it.
 
     Its exit code is 1 if handlers were still running after NATSPUBSUB_SHUTDOWN_TIMEOUT. They
     are abandoned and their messages handed back.
 
     :param burst: end when there is nothing left to do.
-    :param heartbeat: looks at the worker while it runs.
+    :param heartbeat: pings the worker's loops while it runs.
     """
 
     def __init__(
@@ -159,6 +160,8 @@ class WorkerProcess(Process):
         self._worker = worker
         self._burst = burst
         self._heartbeat = heartbeat
+        if not worker.subscribers:
+            self.last_work = FINISHING_BATCH
 
     def work(self) -> bool:
         """Start the worker and, in the end, stop it.
@@ -185,39 +188,31 @@ class WorkerProcess(Process):
         return clean
 
     def hand_back(self) -> None:
-        """Have the messages in hand delivered again."""
+        """Hand back the messages in hand, and the leases."""
         self._worker.hand_back_all()
 
 
-class RelayProcess(Process):
-    """Runs a relay until a signal ends it, or, with ``once``, until nothing is due.
+class RelayOnceProcess(SignalledProcess):
+    """Relays until nothing is due, or a signal ends it; the leases are given back in any case."""
 
-    Its leases are given back in any case, so that another relay goes on at once.
-    """
+    last_work = FINISHING_BATCH
 
-    last_work = "finishing the batch in hand"
-
-    def __init__(self, relay: Relay, close: Callable[[float], None], *, once: bool = False) -> None:
+    def __init__(self, relay: Relay, close: Callable[[float], None]) -> None:
         super().__init__(close)
-        #: How many rows were sent, with ``once``.
+        #: How many rows were sent.
         self.sent = 0
         self._relay = relay
-        self._once = once
 
     def work(self) -> bool:
-        """Relay.
+        """Send what is due.
 
-        :raises NatsPubsubError: with ``once``, if the database or the connection failed.
+        :raises NatsPubsubError: the database or the connection failed.
         """
-        if self._once:
-            self.sent = self._relay.run_once()
-        else:
-            _log.info("started")
-            self._relay.run()
+        self.sent = self._relay.run_once()
         return True
 
     def stop(self) -> None:
-        """Have it end after the batch in hand."""
+        """End after the batch in hand."""
         self._relay.stop()
 
     def hand_back(self) -> None:
@@ -226,7 +221,7 @@ class RelayProcess(Process):
 
 
 def _in_at_most(seconds: float, work: Callable[[], None]) -> None:
-    """Do ``work``, and do not wait longer than so for its end."""
+    """Do ``work`` in a thread, and wait for at most ``seconds`` for its end."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -234,10 +229,10 @@ def _in_at_most(seconds: float, work: Callable[[], None]) -> None:
 
 @contextmanager
 def caught_signals(receive: Callable[[int], None]) -> Iterator[None]:
-    """Have ``receive`` called with SIGTERM, SIGINT and SIGHUP instead of dying of them.
+    """Call ``receive(number)`` for SIGTERM, SIGINT and SIGHUP instead of dying of them.
 
     ``receive`` may interrupt the main thread anywhere, so it must take no lock;
-    ``SimpleQueue.put`` is made for that.
+    ``SimpleQueue.put`` takes none.
     """
 
     def on_signal(number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,7 @@
-"""Several worker processes under one parent, which replaces those that die or hang.
+"""The supervisor: several worker processes under one parent, which replaces those that fail.
 
-The parent has no connection, runs no subscriber, and no thread but those of the health endpoint.
-Each process is the parent's own command, run anew: a fork would inherit what the application's
+The parent has no connection, runs no subscriber, and has no threads but those of the health
+endpoint. Each process runs the parent's own command: a fork would inherit what the application's
 modules have opened and started, such as a database pool, a client's threads, a random state. The
 price is memory, which forked processes would share in part.
 """
@@ -13,7 +13,7 @@ import queue
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...text import get_logger
@@ -22,51 +22,52 @@ from .signals import caught_signals
 
 _log = get_logger("flask_natspubsub.worker")
 
+#: Seconds between two looks at the processes.
 TICK = 0.1
-#: A process that dies this often ...
+#: ``DEATHS`` of one process within ``WINDOW`` seconds end all, with exit code 1.
 DEATHS = 5
-#: ... within so many seconds ends the whole with exit code 1.
 WINDOW = 60.0
-#: Wait before a process that died is replaced, doubled with each death in the window; seconds.
+#: Seconds until a process that died is replaced, doubled with each death in the window.
 BACKOFF = 0.2
-#: How long a process may take to load the application, until its first heartbeat; seconds.
+#: Seconds that a process may take to load the application, until its first heartbeat.
 START_TIMEOUT = 120.0
-#: How long a restart waits for a process to be well before it goes on to the next; seconds.
-SETTLE = 10.0
-#: A process is not taken for silent sooner, whatever the setting; seconds.
+#: Seconds that a restart waits for a process to be well before it goes on to the next.
+UP_TIMEOUT = 10.0
+#: Seconds of silence that every process is allowed, whatever the setting.
 LEAST_SILENCE = 3.0
-#: How long processes may take to end at once; seconds.
+#: Seconds that processes may take to end at once.
 URGENT = 5.0
-#: A parent that was itself held up for so long does not take its children for silent; seconds.
+#: Seconds that the parent itself must have stood still not to take its children for silent.
 HELD_UP = 5.0
 
 _MISUSED = 2
 
 
 class Slot:
-    """The place of one process: who is there, and how the ones before have fared."""
+    """A slot for one child process, with the history of its predecessors."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.number = number
         self.child: Child | None = None
         #: When the child, which was asked to end, is killed; None if it was not asked.
         self.deadline: float | None = None
         #: When the next child is started.
         self.due = 0.0
-        #: Nothing is left to do here.
+        #: Whether nothing is left to do here.
         self.done = False
         self.restarts = 0
+        self._clock = clock
         self._deaths: deque[float] = deque(maxlen=DEATHS)
 
     def ask_to_end(self, patience: float, *, at_once: bool = False) -> None:
-        """Have the child end within so many seconds."""
+        """Ask the child to end; it is killed after ``patience`` seconds."""
         if self.child is not None:
             self.child.ask_to_end(at_once=at_once)
-            self.deadline = time.monotonic() + patience
+            self.deadline = self._clock() + patience
 
     def died(self) -> float | None:
-        """Count a death; returns the wait before the next start, None if there were too many."""
-        now = time.monotonic()
+        """Count a death; returns the seconds until the next start, None after too many."""
+        now = self._clock()
         self._deaths.append(now)
         recent = [when for when in self._deaths if now - when < WINDOW]
         if len(recent) == DEATHS:
@@ -74,25 +75,28 @@ class Slot:
         return float(BACKOFF * 2 ** (len(recent) - 1))
 
     def complaint(self, limit: float) -> str:
-        """Say why the child must be killed; empty if it lives."""
+        """Return why the child must be killed; empty if it lives."""
         child = self.child
         if child is None:
             return ""
-        silent = time.monotonic() - child.heard
+        silent = self._clock() - child.heard
         if silent > (limit if child.vitals else max(limit, START_TIMEOUT)):
             return f"no sign of life for {silent:.0f} s"
         stalled = child.vitals.stalled(limit) if child.vitals else []
         return f"does not go round: {', '.join(stalled)}" if stalled else ""
 
 
-class Pool:
-    """Keeps so many processes running.
+class Supervisor:
+    """Keeps a number of worker processes running.
 
     :param command: starts one.
-    :param patience: seconds one may take to end in order.
-    :param silence: seconds without a sign of life after which one is killed and replaced; one
-        with a handler that runs on so long after its time limit is replaced in order.
+    :param processes: how many.
+    :param patience: seconds that the graceful end of one may take.
+    :param silence: seconds without a heartbeat after which one is killed and replaced. One whose
+        handler runs on for longer than this after its time limit is replaced gracefully.
     :param burst: end when each process has ended with 0.
+    :param start: starts a child process.
+    :param clock: the monotonic clock.
     """
 
     def __init__(
@@ -103,17 +107,21 @@ class Pool:
         silence: float,
         *,
         burst: bool = False,
+        start: Callable[[Sequence[str]], Child] = Child,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        #: The exit code; None before the end has begun.
+        self.exit_code: int | None = None
         self._command = command
-        self._slots = [Slot(number) for number in range(1, processes + 1)]
+        self._start = start
+        self._clock = clock
+        self._slots = [Slot(number, clock) for number in range(1, processes + 1)]
         self._patience = patience + GRACE
         self._silence = max(silence, LEAST_SILENCE)
         self._burst = burst
         self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._restarting: deque[Slot] = deque()
-        #: The exit code, once the end has begun.
-        self._code: int | None = None
-        self._beat = time.monotonic()
+        self._beat = clock()
 
     def run(self) -> int:
         """Run until a signal, the end of a burst, or a crash loop; returns the exit code.
@@ -122,18 +130,18 @@ class Pool:
         """
         with caught_signals(self._signals.put):
             try:
-                while self._code is None or any(slot.child for slot in self._slots):
-                    self._turn()
+                while self.exit_code is None or any(slot.child for slot in self._slots):
+                    self.turn(self._signal_within(TICK))
             finally:
                 for slot in self._slots:
                     if slot.child is not None:
                         slot.child.close()
         _log.info("stopped")
-        return self._code
+        return self.exit_code
 
     def health(self) -> tuple[bool, dict[str, dict[str, Any]]]:
-        """Say whether the parent lives, and how each process is; from any thread."""
-        live = time.monotonic() - self._beat < HELD_UP * 2
+        """Return whether the parent lives, and a row for each process; any thread."""
+        live = self._clock() - self._beat < HELD_UP * 2
         return live, {f"process {slot.number}": self._row(slot) for slot in self._slots}
 
     def _row(self, slot: Slot) -> dict[str, Any]:
@@ -144,7 +152,7 @@ class Pool:
         if child is None or vitals is None:
             return {"status": "failed", "failed": ["started"], "restarts": slot.restarts}
         failed = vitals.failed + vitals.stalled(self._silence)
-        if time.monotonic() - child.heard > self._silence:
+        if self._clock() - child.heard > self._silence:
             failed.append("heartbeat")
         return {
             "status": "failed" if failed else "ok",
@@ -157,11 +165,11 @@ class Pool:
 
     # --- round and round
 
-    def _turn(self) -> None:
-        number = self._signal_within(TICK)
-        if number is not None:
-            self._on_signal(number)
-        now = time.monotonic()
+    def turn(self, signal_number: int | None = None) -> None:
+        """Do one round: obey a signal, start what is due, look after each process."""
+        if signal_number is not None:
+            self._on_signal(signal_number)
+        now = self._clock()
         held_up = now - self._beat > HELD_UP
         self._beat = now
         for slot in self._slots:
@@ -181,17 +189,17 @@ class Pool:
             return None
 
     def _is_up(self, slot: Slot) -> bool:
-        """Whether others may be restarted: it is well, or no better than it will get."""
+        """Whether others may be restarted: it is well, or has had ``UP_TIMEOUT`` to get well."""
         child = slot.child
         if child is None or child.vitals is None or slot.deadline is not None:
             return slot.done
-        return not child.vitals.failed or time.monotonic() - child.started > SETTLE
+        return not child.vitals.failed or self._clock() - child.started > UP_TIMEOUT
 
     def _start_if_due(self, slot: Slot) -> None:
-        if self._code is not None or slot.done or time.monotonic() < slot.due:
+        if self.exit_code is not None or slot.done or self._clock() < slot.due:
             return
         try:
-            slot.child = Child(self._command)
+            slot.child = self._start(self._command)
         except OSError as error:
             self._replace(slot, f"cannot be started: {error}")
 
@@ -201,7 +209,7 @@ class Pool:
         if code is not None:
             self._on_end(slot, child, code)
         elif slot.deadline is not None:
-            if time.monotonic() > slot.deadline:
+            if self._clock() > slot.deadline:
                 _log.error("process %d does not end in time: killing it", slot.number)
                 child.kill()
         elif complaint := slot.complaint(self._silence):
@@ -220,18 +228,18 @@ class Pool:
         asked, was_up = slot.deadline is not None, child.vitals is not None
         child.close()
         slot.child = slot.deadline = None
-        if self._code is not None:
+        if self.exit_code is not None:
             if was_up and code not in (0, -signal.SIGTERM):
-                self._code = self._code or 1
+                self.exit_code = self.exit_code or 1
                 _log.warning("process %d %s", slot.number, exit_text(code))
         elif asked:
             slot.restarts += 1
         elif code == 0 and self._burst:
             slot.done = True
             if all(one.done for one in self._slots):
-                self._end(0)
+                self.end(0)
         elif code == _MISUSED:
-            self._end(_MISUSED)
+            self.end(_MISUSED)
         else:
             self._replace(slot, f"({child.pid}) {exit_text(code)}")
 
@@ -243,21 +251,22 @@ class Pool:
                 "why",
                 slot.number, why, DEATHS, WINDOW,
             )  # fmt: skip
-            self._end(1)
+            self.end(1)
             return
         _log.error("process %d %s; another is started in %g s", slot.number, why, wait)
         slot.restarts += 1
-        slot.due = time.monotonic() + wait
+        slot.due = self._clock() + wait
 
-    def _end(self, code: int) -> None:
-        self._code = code
+    def end(self, code: int) -> None:
+        """Ask all processes to end gracefully, and then end with ``code``."""
+        self.exit_code = code
         self._restarting.clear()
         for slot in self._slots:
             slot.ask_to_end(self._patience)
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
-        if self._code is not None:
+        if self.exit_code is not None:
             _log.warning("%s again: ending at once", name)
             for slot in self._slots:
                 slot.ask_to_end(URGENT, at_once=True)
@@ -266,4 +275,4 @@ class Pool:
             self._restarting = deque(slot for slot in self._slots if not slot.done)
         else:
             _log.info("%s: ending in order; once more ends at once", name)
-            self._end(0)
+            self.end(0)

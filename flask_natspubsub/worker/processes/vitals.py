@@ -1,7 +1,7 @@
-"""Whether a worker lives: each of its loops is asked, again and again, to show that it goes round.
+"""Worker liveness: every loop is pinged once a second and must answer.
 
-A process may be there and answer while one of its threads hangs or has ended. So each loop has
-a time of its own: how long ago it was last seen to go round.
+A process may exist and answer requests while one of its threads hangs or has ended. So the time
+of the last answer is kept for each loop.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import msgspec
 if TYPE_CHECKING:  # it brings asyncio, which a parent process does without
     from ..worker import Worker
 
-#: Seconds between two looks at the loops.
+#: Seconds between two pings.
 INTERVAL = 1.0
-#: A loop that was not seen for so long makes the process not live; seconds.
+#: Seconds without an answer of a loop after which the process counts as not live.
 LATE = 15.0
 
 
 class Vitals(msgspec.Struct, frozen=True):
-    """How a worker was at one moment.
+    """The state of a worker at one moment.
 
-    :param loops: seconds since each loop was last seen to go round.
-    :param checks: what the worker needs to do its job, and whether it is well.
-    :param overdue: for how many seconds a handler has been running beyond its time limit.
-    :param load: how much it has in hand, with the limit.
+    :param loops: seconds since each loop last answered a ping.
+    :param checks: by name, whether each thing that the worker needs is well.
+    :param overdue: seconds that a handler has been running beyond its time limit.
+    :param load: how many messages are in hand, with the limit.
     """
 
     loops: dict[str, float]
@@ -37,7 +37,7 @@ class Vitals(msgspec.Struct, frozen=True):
     load: dict[str, int] = {}
 
     def stalled(self, limit: float) -> list[str]:
-        """Return the loops not seen for more than ``limit`` seconds."""
+        """Return the loops that have not answered for more than ``limit`` seconds."""
         return [name for name, age in self.loops.items() if age > limit]
 
     @property
@@ -47,26 +47,36 @@ class Vitals(msgspec.Struct, frozen=True):
 
 
 class Heartbeat:
-    """Looks at a worker's loops every second, in a thread of its own.
+    """Pings a worker's loops in a thread of its own.
 
-    :param tell: gets each new finding; OSError ends the telling, not the looking.
+    :param tell: called with the vitals after each ping; not any more once it raises OSError.
+    :param interval: seconds between two pings.
+    :param late: seconds without an answer after which a loop makes the process not live.
     """
 
-    def __init__(self, worker: Worker, tell: Callable[[Vitals], None] | None = None) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        tell: Callable[[Vitals], None] | None = None,
+        interval: float = INTERVAL,
+        late: float = LATE,
+    ) -> None:
         self._worker = worker
         self._tell = tell
+        self._interval = interval
+        self._late = late
         self._seen: dict[str, float] = {}
         self._wake = threading.Event()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="natspubsub-heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the thread."""
         self._expect_all()
         self._thread.start()
 
     def look_now(self) -> None:
-        """Look at once, not only when it is time: something has changed."""
+        """Ping and tell now instead of at the end of the interval."""
         self._wake.set()
 
     def stop(self) -> None:
@@ -74,19 +84,19 @@ class Heartbeat:
         self._stopped = True
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(2 * INTERVAL)
+            self._thread.join(2 * self._interval)
 
     def take(self) -> Vitals:
-        """Say how the worker is now."""
+        """Return the worker's vitals as they are now."""
         now = time.monotonic()
         ages = {name: round(now - seen, 1) for name, seen in self._seen.copy().items()}
         worker = self._worker
         return Vitals(ages, worker.checks(), round(worker.overdue, 1), worker.load())
 
     def look(self) -> tuple[bool, dict[str, dict[str, Any]]]:
-        """Say for the health endpoint whether the loops go round, and how each check is."""
+        """Return for the health endpoint whether all loops answer, and the row of each check."""
         vitals = self.take()
-        stalled = vitals.stalled(LATE)
+        stalled = vitals.stalled(self._late)
         rows: dict[str, dict[str, Any]] = {
             name: {"status": "ok" if well else "failed"} for name, well in vitals.checks.items()
         }
@@ -97,7 +107,7 @@ class Heartbeat:
         return not stalled, rows
 
     def _expect_all(self) -> None:
-        """Count each loop as seen at the start, so that one that never shows up is missed."""
+        """Count each loop as seen at the start, so that one that never answers is missed."""
         now = time.monotonic()
         self._seen = dict.fromkeys(self._worker.loops, now)
 
@@ -107,9 +117,9 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stopped:
             self._wake.clear()
-            self._worker.nudge(self._saw)
+            self._worker.ping(self._saw)
             self._say()
-            self._wake.wait(INTERVAL)
+            self._wake.wait(self._interval)
 
     def _say(self) -> None:
         if self._tell is not None:

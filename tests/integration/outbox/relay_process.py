@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from flask_natspubsub.outbox import relay as relay_module
+from flask_natspubsub.outbox import upkeep
 from flask_natspubsub.outbox.relay import Relay
 from flask_natspubsub.outbox.store import OutboxStore
 
@@ -30,7 +30,7 @@ def say(*words: object) -> None:
 def main(url: str, nats_url: str, env: str, *options: str) -> None:
     given = dict(option.split("=") for option in options)
     if "lease" in given:
-        set_lease_seconds(float(given.pop("lease")))
+        upkeep.LEASE_SECONDS = float(given.pop("lease"))
     if "die_before_mark" in given:
         die_before_mark(int(given.pop("die_before_mark")))
     settings: dict[str, Any] = {key: float(value) for key, value in given.items()}
@@ -38,8 +38,6 @@ def main(url: str, nats_url: str, env: str, *options: str) -> None:
         if key in settings:
             settings[key] = int(settings[key])
     with OutboxShop(url, env=env, urls=nats_url, tables=False, **settings) as shop:
-        if "lease" in "".join(options):
-            shop.store.leases.seconds = relay_module.LEASE_SECONDS
         run(shop.relay())
 
 
@@ -48,7 +46,7 @@ def run(relay: Relay) -> None:
     thread = threading.Thread(target=relay.run)
     thread.start()
     news: dict[str, Callable[[], object]] = {
-        "looked": lambda: relay._next_try > 0,
+        "looked": lambda: relay.has_tried,
         "leased": lambda: relay.partitions,
         "noticed": lambda: relay.lease_lost,
     }
@@ -58,12 +56,6 @@ def run(relay: Relay) -> None:
             del news[word]
             say(word)
     say("lost", relay.lease_lost)
-
-
-def set_lease_seconds(seconds: float) -> None:
-    relay_module.LEASE_SECONDS = seconds
-    relay_module.RENEW_BEFORE = seconds * 2 / 3
-    relay_module.STAND_BY_INTERVAL = seconds / 5
 
 
 def die_before_mark(batches: int) -> None:

@@ -118,9 +118,9 @@ class OutboxShop:
         """A relay that is not started."""
         return self.pubsub.state(self.app).make_relay()
 
-    def start_relay(self) -> Relay:
-        """A relay in a thread; it is stopped at the end."""
-        relay = self.relay()
+    def start_relay(self, relay: Relay | None = None) -> Relay:
+        """Start a relay, a new one unless given, in a thread; it is stopped at the end."""
+        relay = relay or self.relay()
         thread = threading.Thread(target=relay.run, name="relay")
         self._relays.append((relay, thread))
         thread.start()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from flask_natspubsub.outbox.relay import Relay
+from flask_natspubsub.outbox import upkeep
 from flask_natspubsub.outbox.upkeep import LEASE_SECONDS
 from tests.support.processes import Child
 from tests.support.servers import NatsServer
@@ -133,17 +133,26 @@ def test_relay_that_has_lost_its_lease_marks_nothing(shop: OutboxShop) -> None:
     quick.release()
 
 
-def test_relay_that_may_have_lost_its_lease_does_not_publish(shop: OutboxShop) -> None:
+def test_relay_that_may_have_lost_its_lease_does_not_publish(
+    make_shop: MakeShop, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It stood still before it published: the time it knows itself to have is over."""
+    monkeypatch.setattr(upkeep, "LEASE_SECONDS", 0.5)
+    shop = make_shop(url)
     flaky = shop.use_flaky_broker()
     slow, quick = shop.relay(), shop.relay()
     slow.step()
     shop.commit(1)
-    rows, held = shop.store.due(0, 10), slow._held[0]
-    held.until = time.monotonic() - 1
-    expire_leases(shop)
-    assert quick.step() == len(rows) == 1
-    assert slow._launch(rows, held) is None
+    due = shop.store.due
+
+    def stand_still(*arguments: int) -> object:
+        rows = due(*arguments)
+        shop.store.due = due
+        eventually(lambda: quick.step() == len(rows) == 1)
+        return rows
+
+    shop.store.due = stand_still
+    assert slow.step() == 0
     assert flaky.calls == [[1]], "by the quick one"
     assert slow.lease_lost == 1
     quick.release()
@@ -212,31 +221,15 @@ def test_many_relays_at_once_at_the_very_first_start(make_shop: MakeShop, url: s
 def test_poll_interval_longer_than_a_lease_keeps_the_lease(
     make_shop: MakeShop, sqlite: str, monkeypatch: Any
 ) -> None:
-    shorten_leases(monkeypatch, 0.6)
+    monkeypatch.setattr(upkeep, "LEASE_SECONDS", 0.6)
     shop = make_shop(sqlite, outbox_poll_interval=60)
-    first = start_with_short_lease(shop)
+    first = shop.start_relay()
     wait_for_lease(first)
-    second = start_with_short_lease(shop)
+    second = shop.start_relay()
     with shop.counting() as statements:
         eventually(lambda: sum("UPDATE natspubsub_lease" in one for one in statements) > 6)
     assert (first.partitions, second.partitions) == ([0], [])
     assert first.lease_lost == 0
-
-
-def shorten_leases(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    from flask_natspubsub.outbox import relay, upkeep
-
-    monkeypatch.setattr(upkeep, "LEASE_SECONDS", seconds)
-    monkeypatch.setattr(relay, "LEASE_SECONDS", seconds)
-    monkeypatch.setattr(relay, "RENEW_BEFORE", seconds * 2 / 3)
-    monkeypatch.setattr(relay, "STAND_BY_INTERVAL", seconds / 5)
-
-
-def start_with_short_lease(shop: OutboxShop) -> Relay:
-    from flask_natspubsub.outbox import upkeep
-
-    shop.store.leases.seconds = upkeep.LEASE_SECONDS
-    return shop.start_relay()
 
 
 # --- processes

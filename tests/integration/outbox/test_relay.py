@@ -16,8 +16,8 @@ from flask_natspubsub.brokers.base import StoredAck
 from flask_natspubsub.brokers.memory.broker import MemoryBroker
 from flask_natspubsub.database import adapter
 from flask_natspubsub.errors import DatabaseError, NotConnected, PublishDenied
-from flask_natspubsub.outbox import relay as relay_module
-from flask_natspubsub.outbox.relay import STAND_BY_INTERVAL, Relay
+from flask_natspubsub.outbox.housekeeping import Timing
+from flask_natspubsub.outbox.relay import Relay
 from flask_natspubsub.outbox.upkeep import CLEAN_BATCH
 from tests.support.waiting import eventually, for_seconds
 
@@ -256,7 +256,7 @@ def test_rows_of_partitions_that_the_relay_does_not_know_yet_take_seconds(
     before.wait_for_sent(1)
     shop = make_shop(url, env=before.state.settings.env, outbox_partitions=4)
     write(shop, *((n, f"key-{n % 5}") for n in range(1, 21)))
-    before.wait_for_sent(21, 3 * STAND_BY_INTERVAL)
+    before.wait_for_sent(21, 3 * Timing().adopt)
     for key in range(5):
         assert is_subsequence(range(key or 5, 21, 5), before.sent)
 
@@ -475,8 +475,8 @@ def test_batch_costs_three_statements_whatever_its_size(shop: OutboxShop) -> Non
         write(shop, *((n, None) for n in range(size)))
         relay = shop.relay()
         shop.execute("DELETE FROM natspubsub_lease")
-        assert relay._store.due(0, 1)
-        relay._take_leases()
+        assert shop.store.due(0, 1)
+        relay.take_leases()
         with shop.counting() as statements:
             assert relay.step() == size
         select, renew, mark = without_time_limits(statements)
@@ -492,7 +492,7 @@ def test_failures_of_a_batch_are_one_statement(sqlite_shop: OutboxShop) -> None:
     shop.use_flaky_broker().failures = {n: [refused()] for n in range(50)}
     shop.commit(*range(100))
     relay = shop.relay()
-    relay._take_leases()
+    relay.take_leases()
     with shop.counting() as statements:
         assert relay.step() == 50
     assert len(statements) == 4
@@ -508,9 +508,9 @@ def test_a_batch_of_which_all_were_refused_is_not_the_last(
     assert shop.relay().run_once() == 10
 
 
-@pytest.mark.parametrize(("poll", "most"), [(60.0, 6), (0.5, 13)])
+@pytest.mark.parametrize(("poll", "limit"), [(60.0, 6), (0.5, 13)])
 def test_idle_relay_looks_as_often_as_it_was_told(
-    make_shop: MakeShop, sqlite: str, poll: float, most: int
+    make_shop: MakeShop, sqlite: str, poll: float, limit: int
 ) -> None:
     shop = make_shop(sqlite, outbox_poll_interval=poll)
     wait_for_lease(shop.start_relay())
@@ -518,16 +518,16 @@ def test_idle_relay_looks_as_often_as_it_was_told(
     with shop.counting() as statements:
         for_seconds(3.5, lambda: None)
         statements = list(statements)
-    assert 1 <= len(statements) <= most, statements
+    assert 1 <= len(statements) <= limit, statements
 
 
 def test_stand_by_only_looks(make_shop: MakeShop, sqlite: str) -> None:
     shop = make_shop(sqlite)
     active, stand_by = shop.relay(), shop.relay()
-    active._take_leases()
+    active.take_leases()
     with shop.counting() as statements:
-        stand_by._take_leases()
-        stand_by._take_leases()
+        stand_by.take_leases()
+        stand_by.take_leases()
     (look,) = statements
     assert look.startswith("SELECT natspubsub_lease")
     active.release()
@@ -589,15 +589,14 @@ def test_rows_are_deleted_only_when_they_were_sent_long_ago(shop: OutboxShop) ->
     assert shop.store.counts()["pending"] == 5
 
 
-def test_relay_cleans_up_also_while_it_is_busy(
-    make_shop: MakeShop, sqlite: str, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr(relay_module, "CLEAN_INTERVAL", 0.2)
+def test_relay_cleans_up_also_while_it_is_busy(make_shop: MakeShop, sqlite: str) -> None:
     shop = make_shop(sqlite, outbox_retention=3600)
+    relay = shop.relay()
+    relay.housekeeping.timing = Timing(clean=0.2)
     fill_with_sent_rows(shop, 2 * CLEAN_BATCH + 500)
     shop.commit(1, delay=3600)
     with shop.counting() as statements:
-        shop.start_relay()
+        shop.start_relay(relay)
         n = 10
 
         def is_clean() -> bool:
@@ -617,7 +616,7 @@ def test_relay_cleans_up_also_while_it_is_busy(
 def test_lease_of_a_partition_that_nobody_has(shop: OutboxShop) -> None:
     """The lease row may be deleted at any time, as by tests that empty all tables."""
     relay = shop.relay()
-    relay._take_leases()
+    relay.take_leases()
     shop.execute("DELETE FROM natspubsub_lease")
     shop.commit(1)
     assert relay.run_once() == 0
@@ -641,16 +640,17 @@ def test_relayed_rows_are_counted_by_a_signal(sqlite_shop: OutboxShop) -> None:
 
 
 def test_log_says_what_is_wrong_once_in_a_while(
-    make_shop: MakeShop, sqlite: str, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+    make_shop: MakeShop, sqlite: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(relay_module, "PAUSE", 0.02)
     shop = make_shop(sqlite, outbox_poll_interval=0.02)
+    relay = shop.relay()
+    relay.pause = 0.02
     broker = shop.broker
     assert isinstance(broker, MemoryBroker)
     broker.disconnect()
     shop.commit(1)
     with shop.counting() as statements:
-        shop.start_relay()
+        shop.start_relay(relay)
         eventually(lambda: len(statements) > 20)
     warnings = [one for one in caplog.records if one.levelno == logging.WARNING]
     assert len(warnings) == 1

@@ -58,10 +58,10 @@ def test_a_batch_read_ahead_costs_four_statements(pairs: OutboxShop) -> None:
     """It is read, what is on its way is compared, and it is marked, fenced by the lease."""
     pairs.commit(*range(6))
     relay = pairs.relay()
-    relay._take_leases()
+    relay.take_leases()
 
     with pairs.counting() as statements:
-        relay._send_batches()
+        relay.send_batches()
 
     assert (relay.sent, len(statements)) == (6, 3 * 4)
     relay.release()
@@ -84,12 +84,12 @@ def test_a_turn_ends(pairs: OutboxShop) -> None:
     flaky = pairs.use_flaky_broker()
     pairs.commit(*range(2 * TURN + 4))
     relay = pairs.relay()
-    relay._take_leases()
+    relay.take_leases()
 
-    assert relay._send_batches()
+    assert relay.send_batches()
     assert len(flaky.calls) == TURN
     assert relay.sent == 2 * TURN
-    assert relay._send_batches()
+    assert relay.send_batches()
     assert relay.sent == 2 * TURN + 4
     relay.release()
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from flask_natspubsub.outbox.housekeeping import Timing
 from tests.integration.helpers import api
 from tests.support.proxy import LoseAcks, Proxy
 from tests.support.servers import NatsServer
@@ -55,16 +56,16 @@ def test_relay_does_not_spin_while_the_server_is_away(make_shop: MakeShop, sqlit
         shop.wait_until_marked()
         server.kill()
         eventually(lambda: not shop.broker.is_connected)
-        relay._next_check = 0.0
+        relay.housekeeping.timing = Timing(check=0)
         rounds = 0
-        go_round = relay._round
+        go_round = relay.turn
 
         def counted() -> float:
             nonlocal rounds
             rounds += 1
             return go_round()
 
-        relay._round = counted  # type: ignore[method-assign]
+        relay.turn = counted  # type: ignore[method-assign]
         for_seconds(2, lambda: None)
         assert 1 <= rounds <= 10
         shop.stop_relay(relay)

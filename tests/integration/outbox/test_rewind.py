@@ -22,14 +22,14 @@ from flask_natspubsub.brokers.jetstream.consumer_api import (
 )
 from flask_natspubsub.brokers.jetstream.stream_api import JetStreamApi
 from flask_natspubsub.cli import natspubsub
-from flask_natspubsub.outbox import relay as relay_module
 from flask_natspubsub.outbox import verification
+from flask_natspubsub.outbox.housekeeping import Timing
 from flask_natspubsub.outbox.rewind import StreamWatch
 from flask_natspubsub.outbox.verification import SentEvents
 from tests.conftest import MakePubsub
 from tests.integration.helpers import api
 from tests.support.servers import NatsServer
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, for_seconds
 
 from .conftest import MakeShop
 from .shop import OutboxShop
@@ -133,18 +133,17 @@ def test_a_relay_notices_by_the_acknowledgement_and_has_it_sent_again(
     make_shop: MakeShop,
     sqlite: str,
     server: NatsServer,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     shop = make_shop(
         sqlite, urls=server.url, outbox_poll_interval=0.1, outbox_resend_on_rewind=True
     )
     send(shop, *range(10))
-    shop.start_relay()
+    relay = shop.start_relay()
     with loses_what_is_sent(shop, server):
         shop.commit(*range(10, 20))
         shop.wait_until_marked()
-        monkeypatch.setattr(relay_module, "CHECK_INTERVAL", 3600.0)
+        relay.housekeeping.timing = Timing(check=3600.0)
     shop.commit(20)
 
     eventually(lambda: set(shop.sent) == set(range(21)), 60, "not all was sent again")
@@ -187,17 +186,21 @@ def test_a_stream_made_anew_is_noticed(shop: OutboxShop, server: NatsServer) -> 
 
 
 def test_a_stream_that_is_gone_is_repaired_when_it_is_back(
-    make_shop: MakeShop, sqlite: str, server: NatsServer, monkeypatch: pytest.MonkeyPatch
+    make_shop: MakeShop, sqlite: str, server: NatsServer
 ) -> None:
-    monkeypatch.setattr(relay_module, "CHECK_INTERVAL", 0.1)
     shop = make_shop(
         sqlite, urls=server.url, outbox_poll_interval=0.1, outbox_resend_on_rewind=True
     )
     send(shop, *range(10))
-    shop.start_relay()
+    relay = shop.relay()
+    relay.housekeeping.timing = Timing(check=0.1)
+    shop.start_relay(relay)
     api(server.url, f"STREAM.DELETE.{shop.state.settings.stream}")
     eventually(lambda: rewound(shop), 60, "it is not noticed")
     assert shop.store.counts()["sent"] == 10, "there is nothing to send it to yet"
+    with shop.counting() as statements:
+        for_seconds(1, lambda: None)
+        assert len(statements) < 200, "the relay does not spin while it waits for the stream"
     shop.broker.setup(shop.state.streams())
 
     shop.wait_for_sent(10, 60)
@@ -216,7 +219,7 @@ def test_of_several_relays_one_tells(
     stream = shop.state.settings.stream
     for watch in watches:
         watch.note([("another", StoredAck(stream, 4))])
-        watch.settle()
+        watch.report()
         watch.check()
 
     (record,) = shop.store.streams.rewound()
@@ -259,7 +262,7 @@ def test_a_consumer_made_anew_leaves_out_none_of_the_numbers_given_again(
 
 
 def test_while_it_is_not_repaired_sent_rows_are_kept_and_health_says_so(
-    make_shop: MakeShop, sqlite: str, server: NatsServer, monkeypatch: pytest.MonkeyPatch
+    make_shop: MakeShop, sqlite: str, server: NatsServer
 ) -> None:
     shop = make_shop(
         sqlite, urls=server.url, outbox_retention=0, health_url_prefix="/health",
@@ -269,7 +272,6 @@ def test_while_it_is_not_repaired_sent_rows_are_kept_and_health_says_so(
     stream = shop.state.settings.stream
     api(server.url, f"STREAM.DELETE.{stream}")
     shop.broker.setup(shop.state.streams())
-    monkeypatch.setattr(relay_module, "CLEAN_INTERVAL", 0.0)
     rounds = relay_rounds(shop)
     assert rewound(shop) == [stream]
     eventually(rounds, 30, "the relay does not go round")
@@ -285,8 +287,10 @@ def test_while_it_is_not_repaired_sent_rows_are_kept_and_health_says_so(
 
 
 def relay_rounds(shop: OutboxShop) -> Callable[[], bool]:
-    """Start a relay, wait until it has looked; returns what tells that it went round again."""
-    relay = shop.start_relay()
+    """Start a relay that always cleans; returns whether it went round again since it noticed."""
+    relay = shop.relay()
+    relay.housekeeping.timing = Timing(clean=0.0)
+    shop.start_relay(relay)
     eventually(lambda: rewound(shop), 60, "it is not noticed")
     seen = time.monotonic()
     return lambda: relay.beat > seen
