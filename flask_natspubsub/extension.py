@@ -197,7 +197,7 @@ class NatsPubsub:
         self, topic: str, message: Any, *, timeout: float | None = None, **options: Any
     ) -> PublishReceipt:
         """Publish from an async view: waits without blocking the view's event loop."""
-        from .publishing.coroutines import answer_to  # brings asyncio; whoever awaits has it
+        from .publishing.coroutines import answer_to  # brings asyncio, which the caller has
 
         _check_options(options)
         draft, publisher = Draft(topic, message, **options), self.state().publisher

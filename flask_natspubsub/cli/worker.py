@@ -74,7 +74,7 @@ class Wanted(NamedTuple):
     "-p",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Run so many worker processes, and replace those that die or hang.",
+    help="Run N worker processes, and replace those that die or hang.",
 )
 @click.option(
     "--health-port",

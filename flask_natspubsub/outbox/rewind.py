@@ -1,8 +1,9 @@
-"""Notices that a stream has lost what it had acknowledged, and has that sent again.
+"""Detects that a stream was rewound, and sends its lost messages again.
 
-Three things give it away: the stream was created anew, its last sequence is lower than one
-seen before, or a new message gets a sequence that was given already. A fourth is a message
-that is not the one which was acknowledged there: others may have filled the gap by then.
+A stream is rewound when it has lost messages that it had acknowledged. Four things show it: the
+stream was created anew; its last sequence is lower than one seen before; a new message gets a
+sequence that was given already; or the message at a sequence is not the one that was
+acknowledged there, because others have filled the gap.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from .verification import lost_rows
 
 _log = get_logger("flask_natspubsub.relay")
 
-#: So many of the rows sent last tell the highest sequence, after a restart.
+#: How many of the rows sent last are read for the highest sequence, after a restart.
 NEWEST = 2000
 
 
 class _Seen(NamedTuple):
-    """The highest sequence that was acknowledged, and for which event; empty: another's."""
+    """The highest sequence acknowledged, and its event id; empty if another app's event has it."""
 
     sequence: int = 0
     event_id: str = ""
@@ -35,7 +36,7 @@ _NOTHING = _Seen()
 
 
 class StreamWatch:
-    """What one relay knows of the streams; for one thread."""
+    """What one relay knows of the streams that it publishes to; for one thread."""
 
     def __init__(self, store: OutboxStore, broker: Broker) -> None:
         #: Whether a stream has lost messages that were not sent again yet.
@@ -54,7 +55,7 @@ class StreamWatch:
         self._lost: list[int] = []
 
     def load(self) -> None:
-        """Read what other relays, or this one before a restart, have seen."""
+        """Read the sequences that other relays, or this one before a restart, have seen."""
         highest = self._store.sent.highest(NEWEST)
         self._seen = {row.stream: _Seen(row.sequence, row.event_id) for row in highest}
         self._records = records = self._store.streams.load()
@@ -65,7 +66,7 @@ class StreamWatch:
                 self._seen[record.name] = _Seen(record.last_sequence)
 
     def note(self, stored: Sequence[tuple[str, StoredAck]]) -> None:
-        """Take note of event ids and their acknowledgements, in the order of publishing.
+        """Remember acknowledgements by their event ids, in the order of publishing.
 
         Only compares; ``report`` writes what it finds where other processes see it.
         """
@@ -94,7 +95,7 @@ class StreamWatch:
                 self._suspected.pop(name, None)
 
     def check(self) -> None:
-        """Look at all streams that rows were sent to.
+        """Check all streams that rows were sent to.
 
         :raises NatsPubsubError: the database or the server failed.
         """
@@ -117,21 +118,21 @@ class StreamWatch:
                 self._rewinds.setdefault(name, 0)
 
     def _is_sure(self, info: StreamInfo | None, name: str) -> bool:
-        """Whether to believe it: a new leader of replicas may need a moment to know all it has."""
+        """Whether to believe it: a new leader of replicas may need a moment to load its state."""
         if info is None or info.config.replicas == 1 or name in self._doubted:
             return True
         self._doubted.add(name)
         return False
 
     def _catch_up(self, record: StreamRecord | None) -> None:
-        """Take over what another relay has reported: what was seen before counts no more."""
+        """Adopt a rewind that another relay has reported: sequences seen before it are void."""
         if record is not None and self._rewinds.get(record.name, record.rewinds) != record.rewinds:
             self._seen[record.name] = _Seen(record.last_sequence)
         if record is not None:
             self._rewinds[record.name] = record.rewinds
 
     def _verdict(self, name: str, record: StreamRecord | None, info: StreamInfo | None) -> str:
-        """Return what shows that the stream has lost messages; empty if nothing does."""
+        """Return what shows that the stream was rewound; empty if nothing does."""
         if info is None:
             return "it is gone" if record is None or record.created else ""
         if record is not None and record.created not in ("", info.created):
@@ -168,9 +169,9 @@ class StreamWatch:
     # --- repair
 
     def resend_some(self) -> bool:
-        """Search on for what a rewound stream has lost; at the end make that pending.
+        """Continue the search for lost messages; at its end, make their rows pending.
 
-        :returns: whether to go on.
+        :returns: whether to call it again.
         :raises NatsPubsubError: the database or the server failed; the search begins anew.
         """
         if self._walk is None or self._walked is None:
@@ -179,7 +180,7 @@ class StreamWatch:
                 return False
             self._walked, self._lost = records[0], []
             self._walk = lost_rows(self._store, self._broker, self._walked)
-        walk, self._walk = self._walk, None  # one that fails cannot be gone on with
+        walk, self._walk = self._walk, None  # one that fails cannot be continued
         lost = next(walk, None)
         if lost is None:
             self._end_of_walk(self._walked)

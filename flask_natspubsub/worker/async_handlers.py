@@ -1,8 +1,9 @@
-"""Where ``async def`` handlers run: an event loop of their own, in a thread of its own.
+"""Runs ``async def`` handlers in an event loop of their own, in a thread of its own.
 
-All of them share it, so one that does not await stops the others. The time limit of a handler
-therefore runs only while the loop turns, or while it is the one that keeps the loop from turning.
-When that one's time is up, the loop is given up: what had not begun there begins on another.
+All of them share the loop, so a handler that does not await blocks the others. The time limit of
+a handler therefore runs only while the loop turns, or while this handler blocks it. When a
+blocking handler's time is up, the loop is given up: calls that had not begun there begin on
+another one.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from ..text import get_logger
 
 _log = get_logger("flask_natspubsub.worker")
 
-#: How often the loop says that it turns, and those who wait look at it; seconds.
+#: Seconds between two beats of the loop, and between two looks of the threads that wait.
 BEAT = 0.25
-#: A loop that has not turned for so long is kept from it by what it runs.
+#: Seconds without a turn after which a loop counts as blocked by what it runs.
 BLOCKED = 2 * BEAT
 
 _call: contextvars.ContextVar[_Call] = contextvars.ContextVar("natspubsub_call")
@@ -39,7 +40,7 @@ class _Call:
         self.timeout = timeout
         self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self.task: asyncio.Task[Any] | None = None
-        #: When it was given to its loop, and when it began there, by the loop's own clock.
+        #: When it was given to its loop (monotonic), and when it began there (the loop's clock).
         self.given = time.monotonic()
         self.began: float | None = None
 
@@ -49,17 +50,17 @@ class _Loop(BackgroundLoop):
 
     def __init__(self) -> None:
         self.is_given_up = False
-        #: What has blocked it, if that is known.
+        #: The call that has blocked it, if that is known.
         self.blamed: _Call | None = None
         #: The clock: seconds for which it has turned.
         self._turned = 0.0
-        #: What was last seen to keep it from turning.
+        #: The call last seen to block it.
         self._culprit: _Call | None = None
         self._seen = time.monotonic()
         self._beats = False
         self._lock = threading.Lock()
         self._calls: set[_Call] = set()
-        #: Which handler has started a task, so that what it starts is known as its own.
+        #: The call that has started each task, also through other tasks.
         self._owners: weakref.WeakKeyDictionary[Any, _Call] = weakref.WeakKeyDictionary()
         super().__init__("natspubsub-handlers")
         self.loop.set_task_factory(self._make_task)  # type: ignore[arg-type]  # typeshed wants a generic
@@ -69,29 +70,29 @@ class _Loop(BackgroundLoop):
     def begin(self, call: _Call) -> None:
         """Run a call in the context variables of the caller."""
         call.given = time.monotonic()
-        with contextlib.suppress(RuntimeError):  # closed: whoever waits for it sees that
+        with contextlib.suppress(RuntimeError):  # closed: the waiting thread sees that
             self.loop.call_soon_threadsafe(self._begin, call)
 
     def cancel(self, call: _Call) -> None:
-        """Cancel what runs, as soon as the loop turns."""
+        """Cancel a running call as soon as the loop turns."""
         if call.task is not None:
             with contextlib.suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(call.task.cancel)
 
     @property
     def lag(self) -> float:
-        """For how many seconds it has not turned, though it has something to run."""
+        """Seconds for which it has not turned, though it has something to run."""
         return time.monotonic() - self._seen if self._calls else 0.0
 
     @property
     def is_usable(self) -> bool:
-        """Whether what is given to it will run."""
+        """Whether a call that is given to it will run."""
         return self.is_alive and not self.is_given_up
 
     def elapsed(self, call: _Call, blocker: _Call | None) -> float:
-        """Return for how long ``call`` has been running; 0 if it has not begun.
+        """Return for how many seconds ``call`` has been running; 0 if it has not begun.
 
-        :param blocker: what keeps the loop from turning: only its time goes on.
+        :param blocker: the call that blocks the loop; only its time goes on.
         """
         if call.began is None:
             return 0.0
@@ -105,7 +106,7 @@ class _Loop(BackgroundLoop):
         return waits > max(call.timeout, BLOCKED)
 
     def blocker(self) -> _Call | None:
-        """Return the call that keeps the loop from turning; None if none does, or who knows."""
+        """Return the call that blocks the loop; None if none does, or it is not known."""
         if self.lag < BLOCKED:
             return None
         task = asyncio.current_task(self.loop)
@@ -113,7 +114,7 @@ class _Loop(BackgroundLoop):
         return self._culprit
 
     def give_up(self, blamed: _Call | None) -> bool:
-        """Let nothing begin here any more; False if another thread was quicker."""
+        """Begin no more calls here; False if another thread has given it up already."""
         with self._lock:
             if self.is_given_up:
                 return False
@@ -163,7 +164,7 @@ class _Loop(BackgroundLoop):
             self._turned += min(gap, BLOCKED)
         culprit, self._culprit = self._culprit, None
         if culprit is not None and culprit.began is not None and gap > BLOCKED:
-            culprit.began -= gap - BLOCKED  # to its own time the standstill counts
+            culprit.began -= gap - BLOCKED  # the standstill counts as its own time
 
     def _make_task(
         self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any
@@ -194,7 +195,7 @@ class AsyncHandlers:
         """Run ``awaitable`` in the context variables of the caller, and wait for its result.
 
         :raises HandlerTimeout: it ran longer than ``timeout`` seconds, and was cancelled.
-        :raises HandlerInterrupted: the loop was given up on account of another.
+        :raises HandlerInterrupted: the loop was given up because another handler blocked it.
         """
         call = _Call(awaitable, timeout)
         loop = self._live_loop()
@@ -211,7 +212,7 @@ class AsyncHandlers:
                 loop.begin(call)
 
     def _look_at(self, loop: _Loop, call: _Call) -> None:
-        """See whether a time limit has run out: its own, or that of what blocks the loop."""
+        """Check the time limits of ``call`` and of the call that blocks the loop."""
         blocker = loop.blocker()
         if blocker is not None and loop.elapsed(blocker, blocker) > blocker.timeout:
             self._give_up(loop, blocker)
@@ -250,7 +251,7 @@ class AsyncHandlers:
                 loop.loop.call_soon_threadsafe(saw)
 
     def stop(self) -> None:
-        """Cancel what runs, and end the thread."""
+        """Cancel the running calls, and end the thread."""
         with self._lock:
             loop, self._loop = self._loop, None
         if loop is not None:

@@ -192,6 +192,30 @@ def test_threads_that_come_first_at_once_get_one_broker() -> None:
     assert len(set(map(id, brokers))) == 1
 
 
+def test_a_broker_without_auto_setup_creates_no_stream_and_is_kept() -> None:
+    app = make_app()
+    state = NatsPubsub(app).state()
+    assert not state.has_broker
+
+    broker = state.broker(auto_setup=False)
+
+    assert broker.stream_info("test-events-stream") is None
+    assert state.broker() is broker
+    state.close()
+    assert not state.has_broker
+    assert state.broker().stream_info("test-events-stream") is not None
+
+
+def test_a_worker_relays_where_there_is_a_database_only() -> None:
+    app = make_app()
+    pubsub = NatsPubsub(app)
+
+    worker = pubsub.make_worker()
+
+    assert not worker.relays
+    assert worker.loops == ["monitor", "handler threads", "async handlers"]
+
+
 def test_a_hundred_apps_leave_nothing_behind() -> None:
     pubsub = NatsPubsub()
     gone = []
