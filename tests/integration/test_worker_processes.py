@@ -54,7 +54,7 @@ def project(tmp_path, server):
     made.close()
 
 
-class Pool:
+class Supervised:
     """A running ``worker --processes 2``, and what its health port says."""
 
     def __init__(self, project, *arguments):
@@ -123,20 +123,20 @@ def is_gone(pid):
 
 
 def test_two_processes_share_the_work_and_sigterm_to_all_of_them_is_one_end_in_order(project):
-    pool = Pool(project)
+    supervised = Supervised(project)
     publish(project, "job.created", [{"n": n, "hold": n >= 1400} for n in range(1500)])
     eventually(lambda: len(set(project.noted("pid"))) == 2, TIMEOUT, "one did all the work")
     eventually(lambda: len(project.noted("end")) > 200, TIMEOUT)
 
     # As a service manager does, which knows nothing of who passes what on.
-    for pid in pool.pids():
+    for pid in supervised.pids():
         os.kill(pid, signal.SIGTERM)
-    pool.worker.signal(signal.SIGTERM)
-    pool.wait_for_log("(SIGTERM|the parent process): finishing", 2)
+    supervised.worker.signal(signal.SIGTERM)
+    supervised.wait_for_log("(SIGTERM|the parent process): finishing", 2)
     project.release()
 
-    assert pool.worker.wait(TIMEOUT) == 0
-    assert "again" not in pool.log
+    assert supervised.worker.wait(TIMEOUT) == 0
+    assert "again" not in supervised.log
     before = len(project.noted("end"))
     assert project.run("worker", "--burst", "--processes", "2").returncode == 0
     assert project.noted("begin") == dict.fromkeys(range(1500), 1), "something was redelivered"
@@ -144,15 +144,15 @@ def test_two_processes_share_the_work_and_sigterm_to_all_of_them_is_one_end_in_o
 
 
 def test_a_second_signal_ends_all_at_once_and_nothing_is_lost(project):
-    pool = Pool(project)
+    supervised = Supervised(project)
     publish(project, "job.created", [{"n": n, "hold": True} for n in range(8)])
     eventually(lambda: len(project.noted("begin")) == 8, TIMEOUT)
-    pool.worker.signal(signal.SIGTERM)
-    pool.wait_for_log("the parent process: finishing", 2)
+    supervised.worker.signal(signal.SIGTERM)
+    supervised.wait_for_log("the parent process: finishing", 2)
 
-    pool.worker.signal(signal.SIGTERM)
+    supervised.worker.signal(signal.SIGTERM)
 
-    assert pool.worker.wait(15) == 1
+    assert supervised.worker.wait(15) == 1
     project.release()
     assert project.run("worker", "--burst").returncode == 0
     assert project.noted("end") == dict.fromkeys(range(8), 1)
@@ -160,8 +160,8 @@ def test_a_second_signal_ends_all_at_once_and_nothing_is_lost(project):
 
 def test_what_is_killed_or_hangs_is_replaced_and_everything_is_handled(project):
     project.settings |= {"ACK_WAIT": 3, "HEARTBEAT_TIMEOUT": 3}
-    pool = Pool(project)
-    killed, stopped = pool.pids()
+    supervised = Supervised(project)
+    killed, stopped = supervised.pids()
     publish(project, "job.created", [{"n": n, "hold": True} for n in range(8)])
     eventually(lambda: len(project.noted("begin")) == 8, TIMEOUT)
 
@@ -169,58 +169,60 @@ def test_what_is_killed_or_hangs_is_replaced_and_everything_is_handled(project):
     os.kill(stopped, signal.SIGSTOP)
     project.release()
 
-    pool.wait_until_up(without=[killed, stopped])
+    supervised.wait_until_up(without=[killed, stopped])
     eventually(lambda: len(project.noted("end")) == 8, TIMEOUT)
     assert is_gone(stopped)
-    assert f"({killed}) was killed by SIGKILL; another is started" in pool.log
-    assert re.search(rf"\({stopped}\): no sign of life for \d s: killing it", pool.log)
-    assert pool.stop() == 0
+    assert f"({killed}) was killed by SIGKILL; another is started" in supervised.log
+    assert re.search(rf"\({stopped}\): no sign of life for \d s: killing it", supervised.log)
+    assert supervised.stop() == 0
 
 
 def test_messages_that_kill_or_block_a_process_become_dead_letters(project):
     project.settings["HEARTBEAT_TIMEOUT"] = 3
-    pool = Pool(project)
+    supervised = Supervised(project)
     publish(project, "hard.created", [{"n": 1, "hang": True}])
 
     def subscribers():
         return [letter["subscriber"] for letter in project.json("dlq", "list")]
 
-    pool.wait_for_log("beyond its time limit: replacing it")
+    supervised.wait_for_log("beyond its time limit: replacing it")
     publish(project, "hard.created", [{"n": 2, "die": True}])
-    pool.wait_for_log(r"hard #\d .* dead_lettered")
+    supervised.wait_for_log(r"hard #\d .* dead_lettered")
     eventually(lambda: subscribers() == ["hard", "hard"], TIMEOUT, "not two dead letters", 0.5)
     publish(project, "hard.created", [{"n": 3}])
     eventually(lambda: project.noted("hard")[3] == 1, TIMEOUT)
-    assert pool.stop() == 0
+    assert supervised.stop() == 0
 
 
 def test_a_crash_loop_ends_with_1_and_says_so(project):
     project.write("app.py", BREAKABLE + APP)
-    pool = Pool(project)
+    supervised = Supervised(project)
     project.write("broken", "")
 
-    os.kill(pool.pids()[0], signal.SIGKILL)
+    os.kill(supervised.pids()[0], signal.SIGKILL)
 
-    assert pool.worker.wait(TIMEOUT) == 1
-    assert pool.log.count("another is started in") == 4
-    assert re.search(r"ended with 7: 5 times within 60 s; ending with 1", pool.log)
-    assert "Traceback" not in pool.log
+    assert supervised.worker.wait(TIMEOUT) == 1
+    assert supervised.log.count("another is started in") == 4
+    assert re.search(r"ended with 7: 5 times within 60 s; ending with 1", supervised.log)
+    assert "Traceback" not in supervised.log
 
 
 def test_sighup_restarts_the_processes_one_after_the_other(project):
-    pool = Pool(project)
-    before = pool.pids()
+    supervised = Supervised(project)
+    before = supervised.pids()
 
-    pool.worker.signal(signal.SIGHUP)
+    supervised.worker.signal(signal.SIGHUP)
 
-    pool.wait_until_up(without=before)
+    supervised.wait_until_up(without=before)
     publish(project, "job.created", [{"n": 1}])
     eventually(lambda: project.noted("end") == {1: 1}, TIMEOUT)
-    assert pool.stop() == 0
-    assert "another is started" not in pool.log
+    assert supervised.stop() == 0
+    assert "another is started" not in supervised.log
 
 
-@pytest.mark.parametrize("option", [["--processes", "2"], ["--reload"]], ids=["pool", "reload"])
+@pytest.mark.parametrize(
+    "option", [["--processes", "2"], ["--reload"]], ids=["processes", "reload"]
+)
 def test_children_end_when_their_parent_is_killed(project, option):
     worker = project.start_worker(*option)
     worker.wait_for_log("started", len(option))
