@@ -20,9 +20,9 @@ import msgspec
 from ..brokers.base import Broker
 from ..config.settings import Settings
 from ..inbox.inbox import Inbox
+from .names import SENT
 from .rewind import StreamWatch
 from .store import OutboxStore
-from .tables import SENT
 from .upkeep import CLEAN_BATCH
 
 #: Seconds until the streams are looked at again after there was no connection.
