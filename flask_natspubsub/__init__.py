@@ -36,7 +36,7 @@ from .errors import (
 from .extension import NatsPubsub
 from .observability.tracing import TraceIdFilter, current_trace_id
 from .publishing.batch import Batch
-from .publishing.draft import Draft, PublishReceipt
+from .publishing.draft import Draft, Publication, PublishReceipt
 from .publishing.publisher import PartlyPublished
 from .signals import (
     message_dead_lettered,
@@ -87,6 +87,7 @@ __all__ = [
     "NotConnected",
     "PartlyPublished",
     "PayloadTooLarge",
+    "Publication",
     "PublishDenied",
     "PublishError",
     "PublishReceipt",

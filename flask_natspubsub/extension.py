@@ -206,8 +206,8 @@ class NatsPubsub:
     def publish_middleware(self, function: F) -> F:
         """Register ``function(draft, call_next)`` around every publish; a decorator.
 
-        It may change the draft, and returns what ``call_next()`` returns: the receipt in
-        ``publish``; where several are sent together, the prepared message.
+        It may change the draft, and returns what ``call_next()`` returns: a ``Publication``, whose
+        ``on_done`` says when the message is stored or has failed.
         """
         self.publishing.append(function)
         return function

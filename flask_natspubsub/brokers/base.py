@@ -285,8 +285,8 @@ class Consumption(ABC):
         """Seconds after which the server delivers again; infinite if it is what was asked for."""
         return math.inf
 
-    def nudge(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` in the thread that pulls; never, if that hangs. Does not wait."""
+    def ping(self, callback: Callable[[], None]) -> None:
+        """Schedule ``callback`` on the pulling thread; it never runs if that thread hangs."""
         callback()
 
     @property

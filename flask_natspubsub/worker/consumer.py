@@ -236,7 +236,7 @@ class SubscriberConsumer:
         if self._consumption is None:
             saw()
         else:
-            self._consumption.nudge(saw)
+            self._consumption.ping(saw)
 
     def wake(self) -> None:
         """Do nothing: the server delivers messages without being asked anew."""

@@ -448,6 +448,51 @@ def test_middleware_may_refuse_a_message(pubsub: NatsPubsub) -> None:
     assert stored(pubsub) == []
 
 
+def test_middleware_hears_in_every_way_of_publishing_when_a_message_is_stored(
+    pubsub: NatsPubsub,
+) -> None:
+    done: list[tuple[str, str, int | None]] = []
+
+    @pubsub.publish_middleware
+    def trace(draft: Draft, call_next: Any) -> Any:
+        publication = call_next()
+        publication.on_done(lambda one: done.append((one.topic, one.status, one.sequence)))
+        return publication
+
+    receipt = pubsub.publish("a", {})
+    pubsub.publish_many([("b", {}), ("c", {})])
+    with pubsub.batch() as batch:
+        batch.publish("d", {})
+    pubsub.publish_nowait("e", {}).result(5)
+    asyncio.run(pubsub.publish_async("f", {}))
+
+    assert done[0] == ("a", "stored", receipt.sequence)
+    assert [(topic, status) for topic, status, _ in done] == [(t, "stored") for t in "abcdef"]
+
+
+def test_middleware_hears_of_a_failure(pubsub: NatsPubsub) -> None:
+    heard: list[Any] = []
+
+    @pubsub.publish_middleware
+    def trace(draft: Draft, call_next: Any) -> Any:
+        publication = call_next()
+        publication.on_done(heard.append)
+        return publication
+
+    with pytest.raises(PublishError):
+        pubsub.publish_many([("a", {"text": "x" * 2_000_000})])
+
+    assert [one.status for one in heard] == ["failed"]
+    assert isinstance(heard[0].result, PayloadTooLarge)
+
+
+def test_a_draft_may_carry_a_trace_context(pubsub: NatsPubsub) -> None:
+    context = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    assert pubsub.publish("a", {}, traceparent=context).status == "stored"
+    with pytest.raises(EncodingError, match="not a W3C trace context"):
+        pubsub.publish("a", {}, traceparent="nonsense")
+
+
 def test_middleware_that_forgets_the_result_is_told_so(pubsub: NatsPubsub) -> None:
     @pubsub.publish_middleware
     def forgetful(draft: Draft, call_next: Any) -> None:

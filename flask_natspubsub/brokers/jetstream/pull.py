@@ -66,7 +66,7 @@ COMPLETED = "Batch Completed"
 
 
 class Pull(Consumption):
-    """See ``Consumption``. All but ``request``, ``nudge`` and ``stop`` runs on the loop's thread.
+    """See ``Consumption``. All but ``request``, ``ping`` and ``stop`` runs on the loop's thread.
 
     :param session: what this pull shares with the others of the process.
     :param deliver: called with each message, on the loop's thread.
@@ -167,7 +167,7 @@ class Pull(Consumption):
     def consumer(self) -> tuple[str, str]:  # noqa: D102
         return self.config.stream, self.config.durable
 
-    def nudge(self, callback: Callable[[], None]) -> None:  # noqa: D102
+    def ping(self, callback: Callable[[], None]) -> None:  # noqa: D102
         self._link.wake(callback)
 
     def stop(self, timeout: float = 5.0) -> None:  # noqa: D102
