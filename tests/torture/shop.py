@@ -56,7 +56,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.config.update(config or {})
     points = failpoints.FailPoints("") if config else failpoints.install()
     db.init_app(app)
-    pubsub = NatsPubsub(app, db)
+    pubsub = app.extensions["torture"] = NatsPubsub(app, db)
     _add_views(app, pubsub)
     _add_subscriber(pubsub, points)
     if app.config["SQLALCHEMY_DATABASE_URI"].startswith("sqlite"):

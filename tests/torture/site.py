@@ -103,7 +103,7 @@ class Site:
             environment[failpoints.LEASE] = str(self._lease)
         self.children = self._stack.enter_context(Children(folder, environment))
         self.app = create_app(config)
-        self.pubsub: NatsPubsub = self.app.extensions["natspubsub"].extension
+        self.pubsub: NatsPubsub = self.app.extensions["torture"]
         self._stack.callback(self._close_app)
         with self.app.app_context():
             db.create_all()
