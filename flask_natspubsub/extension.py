@@ -262,10 +262,8 @@ class NatsPubsub:
         self._changes.watch(model, topic, fields)
 
     def _publish_changes(self, session: Any, changes: Sequence[ModelChange]) -> None:
-        state = self.state()
         drafts = [Draft(change.topic, change.message, outbox=True) for change in changes]
-        prepared = state.publisher.prepare_all(drafts)
-        state.require_persistence().writer.insert(session, prepared)
+        self.state().publisher.insert(session, drafts)
 
     # --- subscribing
 

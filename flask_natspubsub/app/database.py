@@ -51,6 +51,7 @@ class Persistence:
             self.database, self.tables, settings.outbox_partitions, self._wake_relays
         )
         self._settings = settings
+        self._wakeup_subject = wakeup_subject(settings)
         self._broker = broker
         self._relayed = relayed
         self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
@@ -76,7 +77,7 @@ class Persistence:
         """
         for relay in list(self._relays):
             relay.wake()
-        self._broker().send(wakeup_subject(self._settings), b"")
+        self._broker().send(self._wakeup_subject, b"")
 
     @property
     def sent_events(self) -> SentEvents:

@@ -11,7 +11,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import msgspec
 
@@ -30,8 +30,8 @@ class StoredAck(msgspec.Struct, frozen=True, gc=False, rename={"sequence": "seq"
     duplicate: bool = False
 
 
-#: What became of a message: where it is stored, or why not; None while nobody knows.
-Result = StoredAck | PublishError | None
+#: What became of a message: where it is stored, or why not.
+Result = StoredAck | PublishError
 
 # The broker gives each message its result within the timeout and a half second; a wait that is
 # longer than this in addition means that the broker's thread itself is stuck.
@@ -50,8 +50,8 @@ class Ticket:
     __slots__ = ("_callbacks", "_open", "_waiter", "results")
 
     def __init__(self, size: int) -> None:
-        #: One entry a message, in order: ``StoredAck`` or the ``PublishError``.
-        self.results: list[Result] = [None] * size
+        #: One entry a message, in order; None while nobody knows.
+        self.results: list[Result | None] = [None] * size
         self._open = size
         self._waiter = threading.Lock()
         self._callbacks: list[Callable[[Ticket], None]] = []
@@ -63,7 +63,7 @@ class Ticket:
         """Whether every message has its result."""
         return self._open == 0
 
-    def set_result(self, index: int, result: StoredAck | PublishError) -> None:
+    def set_result(self, index: int, result: Result) -> None:
         """Set the result of message ``index``; a second result for it is ignored."""
         if self.results[index] is not None:
             return
@@ -84,13 +84,13 @@ class Ticket:
         return True
 
     def results_within(self, timeout: float) -> list[Result]:
-        """Wait for the results, for ``timeout`` seconds and a moment; none of them is None.
+        """Wait for the results, for ``timeout`` seconds and a moment.
 
         A broker gives each message its result in that time. What has none, since the broker's
         thread is stuck, gets a ``PublishError`` with the outcome ``unknown``.
         """
         if self.wait(timeout + _STUCK):
-            return self.results
+            return cast("list[Result]", self.results)
         error = PublishError(
             f"The broker's thread did not answer within {timeout + _STUCK:g} s.",
             "A thread that keeps the interpreter busy may starve it.",

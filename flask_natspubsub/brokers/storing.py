@@ -30,7 +30,7 @@ def store_one(broker: Broker, message: Message, timeout: float) -> StoredAck:
     result = checked([message], [result], broker, timeout)[0]
     if isinstance(result, PublishError):
         raise result
-    return cast(StoredAck, result)
+    return result
 
 
 def checked(

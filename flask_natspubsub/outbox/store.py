@@ -64,8 +64,7 @@ class Published(msgspec.Struct):
             if isinstance(result, StoredAck):
                 self.sent[row.id] = result
                 continue
-            error = result or PublishError("The broker's thread did not answer.", outcome="unknown")
-            self.errors[row.id] = row, error
+            self.errors[row.id] = row, result
             stuck.add(row.ordering_key)
         return stuck - {None}  # rows without a key wait for none
 

@@ -6,7 +6,7 @@ import types
 from typing import Any, Self
 
 from .draft import Prepared, PublishReceipt, drafts_for
-from .publisher import Publisher
+from .publisher import Publisher, fail
 
 
 class Batch:
@@ -42,3 +42,5 @@ class Batch:
     ) -> None:
         if kind is None:
             self.receipts = self._publisher.send(self._prepared, self._timeout)
+        elif isinstance(error, Exception):
+            fail(self._prepared, error)

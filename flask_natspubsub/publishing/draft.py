@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..errors import InvalidTopic, PublishError
+from ..errors import InvalidTopic
 from ..messages.ids import derived_event_id
 from ..messages.message import Message
 from ..signals import call_guarded
@@ -76,8 +76,8 @@ class Publication:
         self.event_id = event_id
         self.topic = topic
         self.subject = subject
-        #: The receipt or the error; None while it is not known.
-        self.result: PublishReceipt | PublishError | None = None
+        #: The receipt, or the error that kept it from being published; None while it is not known.
+        self.result: PublishReceipt | Exception | None = None
         self._callbacks: list[Callable[[Publication], object]] = []
 
     @property
@@ -116,7 +116,7 @@ class Publication:
         if self.result is not None:
             self._call_back()
 
-    def set_result(self, result: PublishReceipt | PublishError) -> None:
+    def set_result(self, result: PublishReceipt | Exception) -> None:
         """Set the result; a second one is ignored."""
         if self.result is None:
             self.result = result

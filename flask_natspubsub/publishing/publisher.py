@@ -7,7 +7,8 @@ together with others, whose ``StoredAck`` becomes the ``PublishReceipt``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -73,6 +74,9 @@ class Outbox(Protocol):
     def add(self, prepared: Sequence[Prepared]) -> list[bool]:
         """Add rows to the caller's transaction; whether each was there already."""
 
+    def insert(self, session: Any, prepared: Sequence[Prepared]) -> None:
+        """Insert rows at once, inside a flush of the session."""
+
 
 class Ports(Protocol):
     """What publishing needs of the application; see ``app.state.AppState``."""
@@ -126,7 +130,7 @@ class Publisher:
 
         def publish(inner: Draft) -> Publication:
             prepared = self._prepare_for_middleware(inner)
-            self._send_all([prepared], timeout)
+            self.send([prepared], timeout)
             return _publication_of(prepared)
 
         result = compose(self._app.publish_middleware, publish)(draft)
@@ -169,7 +173,7 @@ class Publisher:
         """
         prepared = self.prepare_all([draft])
         if prepared[0].outbox:
-            done(self._send_all(prepared, timeout)[0])
+            done(self.send(prepared, timeout)[0])
             return
         seconds = self._settings.publish_timeout if timeout is None else timeout
         broker = self._app.broker()
@@ -184,22 +188,24 @@ class Publisher:
                 done(receipt)
 
         def answered(ticket: Ticket) -> None:
-            result = ticket.results[0]
+            results = ticket.results_within(0)
+            result = results[0]
             if isinstance(result, StoredAck) and result.duplicate and not broker.reads_denied:
                 from ..brokers.threads import start_thread  # brings asyncio
 
                 def look() -> None:
-                    finish(checked(prepared, ticket.results, broker, seconds))
+                    finish(checked(prepared, results, broker, seconds))
 
                 # The broker's thread must not wait for what it is asked itself.
                 start_thread(look, "natspubsub-duplicate")
             else:
-                finish(ticket.results)
+                finish(results)
 
-        if self.breaker.failures:
-            self.breaker.check()
         self._calls_back = True
-        broker.submit(prepared, seconds).on_done(answered)
+        with failing(prepared):
+            if self.breaker.failures:
+                self.breaker.check()
+            broker.submit(prepared, seconds).on_done(answered)
 
     def prepare_all(self, drafts: Iterable[Draft]) -> list[Prepared]:
         """Run drafts through the middleware and encode them."""
@@ -216,10 +222,11 @@ class Publisher:
             return publication
 
         wrapped = compose(middleware, make)
-        publications = [wrapped(draft) for draft in drafts]
-        for publication in publications:
-            if id(publication) not in made:
-                raise _no_result(publication)
+        with failing(made.values()):
+            publications = [wrapped(draft) for draft in drafts]
+            for publication in publications:
+                if id(publication) not in made:
+                    raise _no_result(publication)
         return [made[id(publication)] for publication in publications]
 
     def _prepare_for_middleware(self, draft: Draft) -> Prepared:
@@ -236,11 +243,19 @@ class Publisher:
         keeps it or, if the rest fails and the caller rolls back, drops it.
         """
         rows = [item for item in prepared if item.outbox]
-        if not rows or len(rows) == len(prepared):
-            return self._send_all(prepared, timeout)
-        written = iter(self._send_all(rows, timeout))
-        sent = iter(self._send_all([item for item in prepared if not item.outbox], timeout))
+        with failing(prepared):
+            if not rows or len(rows) == len(prepared):
+                return self._send_all(prepared, timeout)
+            written = iter(self._write(rows))
+            sent = iter(self._send([item for item in prepared if not item.outbox], timeout))
         return [next(written if item.outbox else sent) for item in prepared]
+
+    def insert(self, session: Any, drafts: Iterable[Draft]) -> None:
+        """Write messages to the outbox inside a flush of ``session``."""
+        prepared = self.prepare_all(drafts)
+        with failing(prepared):
+            self._app.outbox().insert(session, prepared)
+        _outbox_receipts(prepared, [False] * len(prepared))
 
     # --- handing over
 
@@ -250,20 +265,11 @@ class Publisher:
         """Write messages to the outbox, or send them; all of them go the same way."""
         if not prepared:
             return []
-        try:
-            if prepared[0].outbox:
-                return self._write(prepared)
-            return self._send(prepared, timeout)
-        except PublishError as error:
-            for item in prepared:
-                if item.publication is not None:
-                    item.publication.set_result(error)
-            raise
+        return self._write(prepared) if prepared[0].outbox else self._send(prepared, timeout)
 
     def _write(self, rows: Sequence[Prepared]) -> list[PublishReceipt]:
         outbox = self._app.writer or self._app.outbox()
         limit = self._app.broker().max_payload
-        receipts = []
         for row in rows:
             texts = "".join(row.headers) + "".join(row.headers.values())
             # As many bytes as there may be at most; exactly only where that could be too many.
@@ -271,14 +277,7 @@ class Publisher:
                 size = len(header_block(row.headers)) + len(row.data)
                 if size > limit:
                     raise PayloadTooLarge.of(row.topic, size, limit)
-        for row, known in zip(rows, outbox.add(rows), strict=True):
-            receipt = PublishReceipt(
-                row.event_id, row.topic, row.subject, None, None, known, "outbox"
-            )
-            receipts.append(receipt)
-            if row.publication is not None:
-                row.publication.set_result(receipt)
-        return receipts
+        return _outbox_receipts(rows, outbox.add(rows))
 
     def _send(self, prepared: Sequence[Prepared], timeout: float | None) -> list[PublishReceipt]:
         self._app.before_direct()
@@ -307,7 +306,7 @@ class Publisher:
         errors: list[PublishError] = []
         both: list[PublishReceipt | PublishError] = []
         for item, result in zip(prepared, results, strict=True):
-            if type(result) is StoredAck:
+            if isinstance(result, StoredAck):
                 receipt = PublishReceipt(
                     item.event_id,
                     item.topic,
@@ -319,7 +318,7 @@ class Publisher:
                 )
                 receipts.append(receipt)
                 both.append(receipt)
-            elif isinstance(result, PublishError):
+            else:
                 errors.append(result)
                 both.append(result)
             if item.publication is not None:
@@ -395,6 +394,37 @@ def _envelope(draft: Draft, producer: str, lineage: Lineage) -> Envelope:
         correlation_id=correlation_id or lineage.correlation_id,
         causation_id=causation_id or lineage.causation_id,
     )
+
+
+@contextmanager
+def failing(prepared: Iterable[Prepared]) -> Iterator[None]:
+    """Call ``fail`` with an error of the block."""
+    try:
+        yield
+    except Exception as error:
+        fail(prepared, error)
+        raise
+
+
+def fail(prepared: Iterable[Prepared], error: Exception) -> None:
+    """Tell middleware of the error that keeps these messages from being published."""
+    for item in prepared:
+        if item.publication is not None:
+            item.publication.set_result(error)
+
+
+def _outbox_receipts(rows: Sequence[Prepared], known: Sequence[bool]) -> list[PublishReceipt]:
+    """Make the receipts of rows, and tell middleware.
+
+    :param known: for each row, whether the outbox had it already.
+    """
+    receipts = []
+    for row, there in zip(rows, known, strict=True):
+        receipt = PublishReceipt(row.event_id, row.topic, row.subject, None, None, there, "outbox")
+        receipts.append(receipt)
+        if row.publication is not None:
+            row.publication.set_result(receipt)
+    return receipts
 
 
 def _needs_outbox() -> ConfigurationError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -243,7 +242,6 @@ class Processor:
             attempt=self._attempts.of(delivery),
             max_deliver=self.subscription.max_deliver,
             backoff=self.subscription.backoff,
-            random=random.random,
             spared=self._spares(delivery, error),
         )
         if isinstance(verdict, Drop):
@@ -314,7 +312,7 @@ class Processor:
         elif attempt >= subscription.max_deliver:
             self.give_up(delivery, received, self._reason(delivery), limit)
             return
-        delay = backoff_delay(attempt, subscription.backoff, random.random)
+        delay = backoff_delay(attempt, subscription.backoff)
         self._retry(delivery, received, RetryLater(delay), limit)
 
     def _retry(
@@ -342,7 +340,7 @@ class Processor:
             try:
                 self._dead_letters.store(delivery, self.subscription, reason, error)
             except Exception as failure:  # noqa: BLE001 - whatever it is, the message is kept
-                delay = backoff_delay(delivery.attempt, self.subscription.backoff, random.random)
+                delay = backoff_delay(delivery.attempt, self.subscription.backoff)
                 delivery.nak(max(delay, 1.0))
                 return "retried", f"{text}; the dead letter could not be stored: {failure}"
         delivery.term(reason)

@@ -15,6 +15,7 @@ from flask import Flask
 
 from flask_natspubsub import (
     CircuitOpen,
+    ConfigurationError,
     Draft,
     EncodingError,
     InvalidTopic,
@@ -484,6 +485,46 @@ def test_middleware_hears_of_a_failure(pubsub: NatsPubsub) -> None:
 
     assert [one.status for one in heard] == ["failed"]
     assert isinstance(heard[0].result, PayloadTooLarge)
+
+
+def _raise_in_a_batch(pubsub: NatsPubsub) -> None:
+    with pubsub.batch() as batch:
+        batch.publish("a", {})
+        raise ZeroDivisionError
+
+
+def _open_the_circuit_and_publish(pubsub: NatsPubsub) -> None:
+    breaker = pubsub.state().publisher.breaker
+    for _ in range(pubsub.state().settings.breaker_threshold):
+        breaker.failure()
+    pubsub.publish_nowait("a", {})
+
+
+@pytest.mark.parametrize(
+    ("publish", "error"),
+    [
+        (lambda pubsub: pubsub.publish_many([("a", {}), ("b", {"x": object()})]), EncodingError),
+        (_raise_in_a_batch, ZeroDivisionError),
+        (_open_the_circuit_and_publish, CircuitOpen),
+        (lambda pubsub: pubsub.publish_many([("a", {}, {"outbox": True})]), ConfigurationError),
+    ],
+    ids=["its neighbour", "the block of a batch", "the open circuit", "no database"],
+)
+def test_middleware_hears_what_keeps_a_message_from_being_sent(
+    pubsub: NatsPubsub, publish: Any, error: type[Exception]
+) -> None:
+    heard: list[Any] = []
+
+    @pubsub.publish_middleware
+    def listen(draft: Draft, call_next: Any) -> Any:
+        publication = call_next()
+        publication.on_done(heard.append)
+        return publication
+
+    with pytest.raises(error):
+        publish(pubsub)
+
+    assert [(one.topic, one.status, type(one.result)) for one in heard] == [("a", "failed", error)]
 
 
 def test_a_draft_may_carry_a_trace_context(pubsub: NatsPubsub) -> None:

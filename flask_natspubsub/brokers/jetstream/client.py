@@ -26,7 +26,7 @@ from ...text import get_logger, printable
 from ..wire import NO_HEADERS, NOT_PASSED_ON, FrameTap, Route
 from . import nats_py
 from .broker import JetStreamBroker
-from .connection import ConnectionRefused
+from .connection import ConnectionRefused, within
 from .credentials import check_credentials, credentials_for, tls_problem, wants_tls
 
 if TYPE_CHECKING:
@@ -136,8 +136,7 @@ class NatsConnection:
         self._lose()
         self._client.drop_pending()
         with contextlib.suppress(Exception):
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self._client.close()
+            await within(CLOSE_TIMEOUT, self._client.close())
         for ping in self._pings:
             ping.cancel()
         transport = nats_py.transport_of(self._client)
