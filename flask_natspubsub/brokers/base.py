@@ -105,7 +105,7 @@ class Ticket:
             self._call_back()
 
     def _call_back(self) -> None:
-        """Call each callback once; whoever comes second finds it taken."""
+        """Call each callback once: a thread removes it before it calls it."""
         while True:
             try:
                 callback = self._callbacks.pop()

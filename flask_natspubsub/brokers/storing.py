@@ -1,7 +1,7 @@
 """Storing for good: an acknowledgement counts only if the stream has *our* message.
 
 A stream drops a message whose ``Nats-Msg-Id`` it has seen within its duplicate window, and says so
-with ``duplicate``. Ids are chosen by whoever publishes: what the stream has under the same id may
+with ``duplicate``. Publishers choose the ids: what the stream has under the same id may
 be another one's, of another subject, and ours would be lost without a word.
 """
 

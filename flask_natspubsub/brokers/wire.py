@@ -32,7 +32,7 @@ Route = Callable[[str, str, Mapping[str, str], bytes], None]
 def header_block(headers: Mapping[str, str]) -> bytes:
     """Encode headers; empty when there are none. Their text should have been checked before.
 
-    One with a line break is escaped, whoever made it: it would be two headers. Never raises: it
+    A header with a line break is escaped: it would be two headers. Never raises: it
     runs between the messages of others, who would wait for ever.
     """
     if not headers:
@@ -50,7 +50,7 @@ def header_block(headers: Mapping[str, str]) -> bytes:
 
 
 def check_subject(subject: str) -> str:
-    """Return ``subject`` if a message can be sent to it, whoever asks for that.
+    """Return ``subject`` if a message can be sent to it.
 
     :raises NotASubject: it is empty, has a blank, something unprintable, an empty token or a
         wildcard: on the wire it would be another subject, or another line.

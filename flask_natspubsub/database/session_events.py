@@ -1,4 +1,4 @@
-"""What the user's sessions tell: the only listeners, and what each does in which order.
+"""The listeners of the user's sessions, and what each does in which order.
 
 A row that is added while the session commits, rolls back or closes is in no transaction; one
 whose session ends without a commit is dropped silently. Both are noticed here. What belongs to one
@@ -39,10 +39,10 @@ class Writer(Protocol):
         """Insert the rows that were added since the last flush."""
 
     def committed(self, session: orm.Session, flushed: set[type]) -> None:
-        """Hear of the commit, and of the classes that were flushed before it."""
+        """Note the commit; ``flushed`` are the classes of the rows flushed before it."""
 
     def forgotten(self, place: str) -> None:
-        """Hear that the session ended without a commit, a rollback or an error.
+        """Note that the session ended without a commit, a rollback or an error.
 
         :param place: file and line of the first of the lost publishes.
         """
@@ -52,7 +52,7 @@ class Work(Protocol):
     """The handler that works in a session."""
 
     def on_commit_by_handler(self, session: orm.Session) -> None:
-        """Hear that the handler commits by itself."""
+        """Note that the handler commits by itself."""
 
 
 class Feed(Protocol):
@@ -138,7 +138,7 @@ def _is_of(session: orm.Session, frame: FrameType) -> bool:
 
 
 def expect_commit(session: orm.Session, writer: Writer, *, waiting: bool) -> None:
-    """Have ``writer`` told what becomes of the rows that were just added to the session.
+    """Register ``writer`` for the end of the transaction that has its new rows.
 
     :param waiting: whether they are inserted by the next flush.
     """
@@ -152,7 +152,7 @@ def expect_commit(session: orm.Session, writer: Writer, *, waiting: bool) -> Non
 
 
 def end_of_scope(session: orm.Session) -> None:
-    """Take it that nobody will use the session any more: its context has ended."""
+    """Report rows without a commit: the session's context has ended."""
     record = record_of(session)
     places, record.places = list(record.places.values()), {}
     if places and record.writer is not None:
@@ -160,7 +160,7 @@ def end_of_scope(session: orm.Session) -> None:
 
 
 def forgive(session: orm.Session) -> None:
-    """Take it that the session ends without a commit on purpose, if it does."""
+    """Report nothing if the session ends without a commit: it is on purpose."""
     record_of(session).places.clear()
 
 

@@ -20,9 +20,9 @@ from .claims import Claims
 DURATION = 8 * 24 * 3600.0
 #: Says, among the leases, until when.
 _NAME = "inbox/old-names"
-#: So many of the oldest and of the newest rows show whether there are old ones.
+#: Rows looked at, of the oldest and of the newest, to see whether there are old ones.
 _LOOK = 200
-#: By so much may the clocks of the database and of the server differ; seconds.
+#: Seconds by which the clocks of the database and of the server may differ.
 _CLOCKS = 5.0
 
 

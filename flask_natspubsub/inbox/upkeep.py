@@ -29,7 +29,7 @@ class InboxUpkeep:
             return {row[0]: int(row[1]) for row in connection.execute(query)}
 
     def purge(self, older_than: float, batch: int = CLEAN_BATCH) -> int:
-        """Delete up to ``batch`` rows older than so many seconds; returns how many."""
+        """Delete up to ``batch`` rows older than ``older_than`` seconds; returns the number."""
         table = self.table
         old = (
             sa.select(table.c.event_id, table.c.subscriber)

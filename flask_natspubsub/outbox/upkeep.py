@@ -130,7 +130,7 @@ class OutboxUpkeep:
             return connection.execute(statement).rowcount
 
     def purge(self, status: str, older_than: float, batch: int = CLEAN_BATCH) -> int:
-        """Delete up to ``batch`` rows of a status that are older than so many seconds.
+        """Delete up to ``batch`` rows of a status that are older than ``older_than`` seconds.
 
         :returns: how many; fewer than ``batch`` means that there are no more.
         """

@@ -22,8 +22,8 @@ from .tables import ID_CHUNK, OutboxTables
 
 _log = get_logger("flask_natspubsub")
 
-#: Places of forgotten commits that are told apart; after so many it has been said often enough.
-_MOST_PLACES = 100
+#: Limit of places that are warned of for a forgotten commit, one warning each.
+_MAX_PLACES = 100
 
 
 class OutboxWriter:
@@ -31,7 +31,7 @@ class OutboxWriter:
 
     :param partitions: over how many partitions the rows are spread.
     :param committed: called after a transaction with rows in it has been committed; it must
-        not wait or raise. Only a hint: the relay finds the rows by itself.
+        not wait or raise. A wake-up may be lost: the relay finds the rows by polling.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class OutboxWriter:
         self._database = database
         self._tables = tables
         self._partitions = partitions
-        self._hint = committed
+        self._on_commit = committed
         self._warned = False
         self._forgotten: set[str] = set()
 
@@ -148,7 +148,7 @@ class OutboxWriter:
 
     def committed(self, session: orm.Session, flushed: set[type]) -> None:
         """Hear that the session has committed a transaction with rows in it."""
-        self._hint()
+        self._on_commit()
         if self._warned or not self._database.has_several_binds:
             return
         if self._database.has_other_binds(session, flushed):
@@ -161,7 +161,7 @@ class OutboxWriter:
 
     def forgotten(self, place: str) -> None:
         """Warn, once for each place, of events that nobody has committed."""
-        if place not in self._forgotten and len(self._forgotten) < _MOST_PLACES:
+        if place not in self._forgotten and len(self._forgotten) < _MAX_PLACES:
             self._forgotten.add(place)
             _log.warning(
                 "%s: published through the outbox, and the session ended without a commit: the "

@@ -1,4 +1,4 @@
-"""Several publishes, sent together."""
+"""Several messages, sent together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Batch:
     """
 
     def __init__(self, publisher: Publisher, timeout: float | None = None) -> None:
-        #: One receipt a message, in order, once the block has ended.
+        #: One receipt for each message, in order, once the block has ended.
         self.receipts: list[PublishReceipt] = []
         self._publisher = publisher
         self._timeout = timeout

@@ -1,4 +1,4 @@
-"""What a publisher says, and what it gets back: the draft, the receipt, the publication."""
+"""The draft, the receipt and the publication: what publishing takes and gives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..signals import call_guarded
 
 
 class PublishReceipt(msgspec.Struct, frozen=True, gc=False):
-    """What became of one published message.
+    """The outcome of one published message.
 
     ``stream`` and ``sequence`` say where it is stored (None while it is in the outbox);
     ``duplicate`` is True when the stream had this ``event_id`` already.

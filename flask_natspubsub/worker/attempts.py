@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..brokers.base import Delivery
 
-#: So many messages are remembered; of those before them, every delivery counts.
+#: Messages that are remembered; of older ones, every delivery counts.
 MOST = 10_000
 #: So often a database may be lost after the handler has begun before that counts. The database
 #: may be restarting; but the handler may also be what its connection is lost of.

@@ -31,7 +31,7 @@ NEWEST = 0.1
 #: Bytes that all subscribers of a worker together should have in hand. Half of what the server
 #: keeps for a connection before it drops it as a slow consumer, by its default.
 HAND_BYTES = 32 * 1024 * 1024
-#: A subscriber of many has so much at least.
+#: Each subscriber has at least these bytes, however many there are.
 LEAST_BYTES = 2 * 1024 * 1024
 #: What is kept, with each message, of the largest size seen lately.
 FADING = 0.99
@@ -115,10 +115,10 @@ class SubscriberConsumer:
     decided once is decided by removing something: the first to remove it has it.
 
     :param slots: handler threads of the worker.
-    :param prefetch: most messages in hand, unless there are more handlers at once.
+    :param prefetch: limit of messages in hand, unless there are more handlers at once.
     :param dispatch: puts a job on the worker's queue.
     :param gate: lets the handlers of a worker run side by side, or one alone.
-    :param hand_bytes: most bytes in hand, unless the messages of all handlers are more.
+    :param hand_bytes: limit of bytes in hand, unless the messages of all handlers are more.
     """
 
     def __init__(
@@ -265,7 +265,7 @@ class SubscriberConsumer:
                 self._hand_out()
 
     def _spared(self, count: int) -> None:
-        """Hear that so many of those asked for do not come: they are large."""
+        """Count ``count`` requested messages as not coming: they are too large."""
         self._received = min(self._asked, self._received + count)
         if self._is_low():
             self._top_up()
@@ -278,7 +278,7 @@ class SubscriberConsumer:
             try:
                 token = self._free.pop()
             except IndexError:
-                return  # whoever gives a token back looks here again
+                return  # the thread that gives a token back looks here again
             try:
                 job = self._backlog.popleft()
             except IndexError:
@@ -341,7 +341,7 @@ class SubscriberConsumer:
         """Ask for more once half of what may be in hand is gone, or a thread would be idle."""
         while self._is_low():
             if not self._asking.acquire(blocking=False):
-                return  # whoever has it looks again after releasing it
+                return  # the thread that has it looks again after releasing it
             try:
                 coming = self._coming()
                 self._limit = self._workable()

@@ -79,8 +79,8 @@ class Processor:
 
     :param app_context: makes the application context a message is handled in.
     :param emit: sends a signal.
-    :param run_async: runs the awaitable of an ``async def`` handler and waits for it at most
-        so many seconds.
+    :param run_async: ``run_async(awaitable, timeout)`` runs what an ``async def`` handler returns,
+        for at most ``timeout`` seconds.
     :param transactions: None where the application has no database for the inbox.
     """
 

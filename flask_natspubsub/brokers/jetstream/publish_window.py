@@ -38,18 +38,18 @@ STREAM_MESSAGE_TOO_LARGE = 10054
 _log = get_logger("flask_natspubsub.broker")
 
 IN_FLIGHT_BYTES = 32 * 1024 * 1024
-#: So many messages are written at once.
+#: Messages that are written at once.
 WRITE = 128
 SWEEP = 0.05
 # "No responders" is also what a server says while a stream elects its leader (ADR-22), so
 # it is tried again after these seconds before it is an error. Where there is or may be such a
 # stream, it is tried again after the last of them until the time is up.
 NO_RESPONDERS_WAITS = (0.05, 0.1, 0.2, 0.4)
-#: So many subjects are remembered that a stream has stored before.
+#: Subjects that are remembered since a stream has stored them before.
 SUBJECTS = 1000
 NO_RESPONDERS = "503"
-# So many publishes without an acknowledgement, of which the last was so many seconds ago, are
-# no accident: a stream may refuse to store while its servers look healthy.
+# A stream may refuse to store while its servers look healthy: UNANSWERED publishes without an
+# acknowledgement, the last of them within UNANSWERED_SECONDS, make the broker unhealthy.
 UNANSWERED = 3
 UNANSWERED_SECONDS = 60.0
 
@@ -209,7 +209,7 @@ class PublishWindow:
             count += 1
             size += item.size
             message = item.message
-            # Here and not by whoever submits it: meanwhile the server works on those before it.
+            # Here and not in the publishing thread: meanwhile the server works on those before it.
             headers = header_block(message.headers)
             item.size = len(headers) + len(message.data)
             if item.size > limit:
@@ -242,7 +242,7 @@ class PublishWindow:
             self._link.later(0, self._drain)
 
     def _unqueue(self, count: int, size: int) -> None:
-        """Tell those who wait that so much has left the queue; negative: was put back."""
+        """Subtract what has left the queue, and wake up those who wait; negative: was put back."""
         with self._lock:
             self._queued -= count
             self._queued_bytes -= size
