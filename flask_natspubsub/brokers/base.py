@@ -11,7 +11,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, cast
+from typing import Any, Literal
 
 import msgspec
 
@@ -89,14 +89,16 @@ class Ticket:
         A broker gives each message its result in that time. What has none, since the broker's
         thread is stuck, gets a ``PublishError`` with the outcome ``unknown``.
         """
-        if self.wait(timeout + _STUCK):
-            return cast("list[Result]", self.results)
+        results: Any = self.results
+        if self._waiter.acquire(timeout=timeout + _STUCK):
+            self._waiter.release()
+            return results  # type: ignore[no-any-return]  # all of them are set
         error = PublishError(
             f"The broker's thread did not answer within {timeout + _STUCK:g} s.",
             "A thread that keeps the interpreter busy may starve it.",
             outcome="unknown",
         )
-        return [error if result is None else result for result in self.results]
+        return [error if result is None else result for result in results]
 
     def on_done(self, callback: Callable[[Ticket], None]) -> None:
         """Call ``callback`` when all results are in, at once if they are; any thread."""

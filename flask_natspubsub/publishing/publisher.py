@@ -126,7 +126,10 @@ class Publisher:
     def publish(self, draft: Draft, timeout: float | None = None) -> PublishReceipt:
         """Publish one message and wait until it is stored."""
         if not self._app.publish_middleware:
-            return self._send_all([prepare(draft, self._settings, self._app.lineage())], timeout)[0]
+            prepared = [prepare(draft, self._settings, self._app.lineage())]
+            if prepared[0].outbox:
+                return self._write(prepared)[0]
+            return self._send(prepared, timeout)[0]
 
         def publish(inner: Draft) -> Publication:
             prepared = self._prepare_for_middleware(inner)
@@ -202,10 +205,13 @@ class Publisher:
                 finish(results)
 
         self._calls_back = True
-        with failing(prepared):
+        try:
             if self.breaker.failures:
                 self.breaker.check()
             broker.submit(prepared, seconds).on_done(answered)
+        except Exception as error:
+            fail(prepared, error)
+            raise
 
     def prepare_all(self, drafts: Iterable[Draft]) -> list[Prepared]:
         """Run drafts through the middleware and encode them."""
@@ -244,8 +250,8 @@ class Publisher:
         """
         rows = [item for item in prepared if item.outbox]
         with failing(prepared):
-            if not rows or len(rows) == len(prepared):
-                return self._send_all(prepared, timeout)
+            if not rows:
+                return self._send(prepared, timeout)
             written = iter(self._write(rows))
             sent = iter(self._send([item for item in prepared if not item.outbox], timeout))
         return [next(written if item.outbox else sent) for item in prepared]
@@ -258,14 +264,6 @@ class Publisher:
         _outbox_receipts(prepared, [False] * len(prepared))
 
     # --- handing over
-
-    def _send_all(
-        self, prepared: Sequence[Prepared], timeout: float | None
-    ) -> list[PublishReceipt]:
-        """Write messages to the outbox, or send them; all of them go the same way."""
-        if not prepared:
-            return []
-        return self._write(prepared) if prepared[0].outbox else self._send(prepared, timeout)
 
     def _write(self, rows: Sequence[Prepared]) -> list[PublishReceipt]:
         outbox = self._app.writer or self._app.outbox()
@@ -280,6 +278,8 @@ class Publisher:
         return _outbox_receipts(rows, outbox.add(rows))
 
     def _send(self, prepared: Sequence[Prepared], timeout: float | None) -> list[PublishReceipt]:
+        if not prepared:
+            return []
         self._app.before_direct()
         if self.breaker.failures:
             self.breaker.check()
@@ -301,46 +301,54 @@ class Publisher:
     def _receipts(
         self, prepared: Sequence[Prepared], results: Sequence[Result]
     ) -> list[PublishReceipt]:
-        """Return the receipts; the error for all, theirs or ``PartlyPublished``, if one failed."""
-        receipts: list[PublishReceipt] = []
-        errors: list[PublishError] = []
-        both: list[PublishReceipt | PublishError] = []
-        for item, result in zip(prepared, results, strict=True):
-            if isinstance(result, StoredAck):
-                receipt = PublishReceipt(
-                    item.event_id,
-                    item.topic,
-                    item.subject,
-                    result.stream,
-                    result.sequence,
-                    result.duplicate,
-                    "stored",
-                )
-                receipts.append(receipt)
-                both.append(receipt)
-            else:
-                errors.append(result)
-                both.append(result)
+        """Return the receipts.
+
+        :raises PublishError: one was not stored: the error of all, or ``PartlyPublished``.
+        """
+        receipts = []
+        for item, ack in zip(prepared, results, strict=True):
+            if isinstance(ack, PublishError):
+                continue
+            receipt = PublishReceipt(
+                item.event_id,
+                item.topic,
+                item.subject,
+                ack.stream,
+                ack.sequence,
+                ack.duplicate,
+                "stored",
+            )
+            receipts.append(receipt)
             if item.publication is not None:
-                item.publication.set_result(both[-1])
+                item.publication.set_result(receipt)
         if message_published.receivers:
             for receipt in receipts:
                 self._app.emit(message_published, receipt=receipt)
-        if errors:
-            raise self._failure(both, errors)
+        if len(receipts) < len(prepared):
+            raise self._failure(prepared, results, receipts)
         if self.breaker.failures:
             self.breaker.success()
         return receipts
 
     def _failure(
-        self, results: Sequence[PublishReceipt | PublishError], errors: Sequence[PublishError]
+        self,
+        prepared: Sequence[Prepared],
+        results: Sequence[Result],
+        receipts: Sequence[PublishReceipt],
     ) -> PublishError:
-        """Count the failure, and return the error for all: theirs, or ``PartlyPublished``."""
+        """Count the failure, tell middleware, and return the error for all of the messages."""
+        errors = [result for result in results if isinstance(result, PublishError)]
         if any(error.temporary for error in errors):
             self.breaker.failure()
-        if len(errors) < len(results) or len({type(error) for error in errors}) > 1:
-            return PartlyPublished(results)
-        return errors[0]
+        for item, result in zip(prepared, results, strict=True):
+            if item.publication is not None and isinstance(result, PublishError):
+                item.publication.set_result(result)
+        if not receipts and len({type(error) for error in errors}) == 1:
+            return errors[0]
+        stored = iter(receipts)
+        return PartlyPublished(
+            [one if isinstance(one, PublishError) else next(stored) for one in results]
+        )
 
 
 def prepare(draft: Draft, settings: Settings, lineage: Lineage) -> Prepared:
